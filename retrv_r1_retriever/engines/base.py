@@ -1,0 +1,82 @@
+"""What an engine must do. The handle owns the KV state; the session and the driver never see a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from retrv_r1_retriever.prompt import Prompt
+from retrv_r1_retriever.session import GenerateParams, Generation
+from retrv_r1_retriever.trace import Segment
+from retrv_r1_retriever.types import Content
+
+
+@dataclass(frozen=True, slots=True)
+class SlotRead:
+    """log p over the K labels, then none, normalised over exactly these K + 1 slots."""
+
+    logprobs: tuple[float, ...]
+
+    @property
+    def margin(self) -> float:
+        """Nats between the two best slots; large = sure."""
+        best, second = sorted(self.logprobs, reverse=True)[:2]
+        return best - second
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Runs one model. Handles are opaque; each is used by one caller at a time, different handles concurrently.
+
+    Raises `EngineError`. Cancelling any awaitable leaves the handle closable.
+    """
+
+    @property
+    def max_context(self) -> int | None:
+        """Tokens one handle can hold; None = unknown."""
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """For the trace: checkpoint digest, memory digest, library versions."""
+
+    @property
+    def think_margin(self) -> float | None:
+        """The checkpoint's calibrated `think_margin`; None = not calibrated."""
+
+    async def open(self, prompt: Prompt) -> Any:
+        """Read the prompt; returns a handle. `handle.prompt_tokens` is its length in tokens."""
+
+    async def append(self, handle: Any, segments: Sequence[Segment]) -> None: ...
+
+    async def generate(self, handle: Any, params: GenerateParams) -> Generation: ...
+
+    async def probe(self, handle: Any, suffix: str) -> SlotRead:
+        """The slots' probabilities after `suffix`, read on a fork that is dropped: the handle is left as it was."""
+
+    async def close(self, handle: Any) -> None: ...
+
+
+@runtime_checkable
+class Compressor(Protocol):
+    """Makes candidate memory: at index time in bulk, at query time for misses. Engines that need memory implement it too."""
+
+    @property
+    def memory_digest(self) -> str: ...
+
+    @property
+    def memory_shape(self) -> tuple[int, int]:
+        """(rows at most, width)."""
+
+    def compress(self, contents: Sequence[Content]) -> list[CompressedContent]:
+        """Contents with pictures already decoded (Pillow) -> memory rows. Batched == single, to rounding."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CompressedContent:
+    """rows: (m, width) float16; full_tokens: LM tokens when opened in full."""
+
+    rows: np.ndarray
+    full_tokens: int

@@ -1,0 +1,169 @@
+"""What happened in one call: the exact segments the model saw and wrote, readable and as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from retrv_r1_retriever.errors import InputError, explain
+from retrv_r1_retriever.types import Content, StopReason
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+TRACE_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Prompt text. `query` marks the tokens the relation token attends to (T_q)."""
+
+    text: str
+    query: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class QueryImage:
+    """The query's picture, in full; part of T_q."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compressed:
+    """Candidate `index` as its content and relation token."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Full:
+    """Candidate `index` opened in full. The driver fills in `content` with the decoded picture."""
+
+    index: int
+    content: Content | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What the model wrote: the only segments that carry loss. `token_ids` is None on engines that return text only."""
+
+    text: str
+    token_ids: tuple[int, ...] | None = None
+    logprobs: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Forced:
+    """Text put into the model's turn by the session."""
+
+    text: str
+
+
+Segment: TypeAlias = Text | QueryImage | Compressed | Full | Sampled | Forced
+_KINDS = {c.__name__: c for c in (Text, QueryImage, Compressed, Full, Sampled, Forced)}
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one call.
+
+    prompt_tokens: as sent, compressed; uncompressed_tokens: the same prompt with every candidate in full (0 = unknown)
+    """
+
+    prompt_tokens: int = 0
+    uncompressed_tokens: int = 0
+    sampled_tokens: int = 0
+    inspected_tokens: int = 0
+    refused_inspections: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningTrace:
+    """One call, replayable: `segments` are exactly what the model saw, in order.
+
+    answer: index of the chosen candidate in first-stage order; None = none chosen or no answer
+    inspected: indices opened in full, in order; unreadable: those whose content could not be loaded
+    timings: stage name -> seconds; versions: component -> version or digest; notes: decisions worth saying aloud
+    """
+
+    segments: tuple[Segment, ...] = ()
+    answer: int | None = None
+    inspected: tuple[int, ...] = ()
+    unreadable: tuple[int, ...] = ()
+    stop_reason: StopReason | None = None
+    usage: Usage = Usage()
+    timings: Mapping[str, float] = field(default_factory=dict, hash=False)
+    versions: Mapping[str, str] = field(default_factory=dict, hash=False)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def thought(self) -> str:
+        """The assistant's turn as text, opened candidates shown as `[candidate 3 in full]`."""
+        return render_turn(self.turn)
+
+    @property
+    def turn(self) -> tuple[Segment, ...]:
+        """The segments after the prompt: from the first forced opener on."""
+        start = next((i for i, s in enumerate(self.segments) if isinstance(s, Forced)), len(self.segments))
+        return self.segments[start:]
+
+    def redacted(self) -> ReasoningTrace:
+        """A copy without any text: kinds, counts, indices and timings stay."""
+        from dataclasses import replace
+
+        hidden = tuple(replace(s, text="") if isinstance(s, Text | Sampled | Forced) else s for s in self.segments)
+        hidden = tuple(replace(s, token_ids=None) if isinstance(s, Sampled) else s for s in hidden)
+        return replace(self, segments=hidden)
+
+    def to_json(self) -> str:
+        data = asdict(self)
+        data["segments"] = [_segment_to_dict(s) for s in self.segments]
+        return json.dumps({"trace_version": TRACE_VERSION, **data}, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> ReasoningTrace:
+        data = json.loads(text)
+        version = data.pop("trace_version", None)
+        if version != TRACE_VERSION:
+            raise InputError(
+                explain(
+                    "trace_version", expected=TRACE_VERSION, got=version, fix="Read it with the release that wrote it."
+                )
+            )
+        return cls(
+            segments=tuple(_segment_from_dict(s) for s in data["segments"]),
+            answer=data["answer"],
+            inspected=tuple(data["inspected"]),
+            unreadable=tuple(data["unreadable"]),
+            stop_reason=StopReason(data["stop_reason"]) if data["stop_reason"] else None,
+            usage=Usage(**data["usage"]),
+            timings=data["timings"],
+            versions=data["versions"],
+            notes=tuple(data["notes"]),
+        )
+
+
+def render_turn(segments: Iterable[Segment]) -> str:
+    """Text of the model's turn with opened candidates named rather than shown."""
+    parts = []
+    for segment in segments:
+        if isinstance(segment, Full):
+            parts.append(f"[candidate {segment.index} in full]")
+        elif isinstance(segment, Text | Sampled | Forced):
+            parts.append(segment.text)
+    return "".join(parts)
+
+
+def _segment_to_dict(segment: Segment) -> dict[str, Any]:
+    data = {k: getattr(segment, k) for k in segment.__dataclass_fields__ if k != "content"}
+    return {"kind": type(segment).__name__, **data}
+
+
+def _segment_from_dict(data: dict[str, Any]) -> Segment:
+    data = dict(data)
+    kind = _KINDS[data.pop("kind")]
+    for name in ("token_ids", "logprobs"):
+        if data.get(name) is not None:
+            data[name] = tuple(data[name])
+    return kind(**data)
