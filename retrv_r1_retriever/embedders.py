@@ -6,7 +6,7 @@ import asyncio
 import inspect
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -60,10 +60,12 @@ async def embed(embedder: Embedder, items: Sequence[Query | Content]) -> np.ndar
 
 
 async def embed_query(embedder: Embedder, query: Query) -> np.ndarray:
-    return (await embed(embedder, [query]))[0]
+    vectors = await embed(embedder, [query])
+    vector: np.ndarray = vectors[0]
+    return vector
 
 
-async def _maybe_async(function: Callable[..., object], argument: object) -> object:
+async def _maybe_async(function: Callable[..., Any], argument: object) -> Any:
     """Await coroutine functions; run plain ones in a thread, so that a slow model never blocks the loop."""
     if inspect.iscoroutinefunction(function):
         return await function(argument)

@@ -87,7 +87,9 @@ def answer_segments(answer: int | None) -> tuple[Segment, ...]:
 
 def parse(turn: Iterable[Segment]) -> Thought:
     """Read a turn. Total: any segments give a `Thought`; text outside the grammar is ignored."""
-    hypothesis, verdicts, checks, answer = "", (), [], None
+    hypothesis, answer = "", None
+    verdicts: tuple[Verdict, ...] = ()
+    checks: list[Check] = []
     opened: int | None = None
     thinking, first, buffer = False, True, ""
 
