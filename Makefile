@@ -1,0 +1,55 @@
+# Every target sets itself up: a virtual environment, torch first and alone, then this package with its tools.
+# A CPU build of torch is enough; pass TORCH=... for another one. Stamps make the second call take no time.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+PY := $(VENV)/bin/python
+TESTS ?= tests
+
+.PHONY: help demo test check slow fuzz miniature setup clean
+
+help:
+	@echo "make demo       index the demo catalogue, search, rerank, write the report (DIR=./demo-data)"
+	@echo "make test       the test suite"
+	@echo "make check      ruff, mypy strict, import rules, size limits"
+	@echo "make slow       the tests that take minutes"
+	@echo "make fuzz       100,000 generated model outputs through session and ranking"
+	@echo "make miniature  train the checkpoint shipped in the wheel from scratch"
+
+setup: $(VENV)/.ready
+
+$(VENV)/.torch:
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ". Pass PYTHON=...") if sys.version_info < (3, 11) else None'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --disable-pip-version-check --quiet '$(TORCH)'
+	@touch $@
+
+$(VENV)/.ready: $(VENV)/.torch pyproject.toml
+	$(PY) -m pip install --disable-pip-version-check --quiet -e '.[dev]'
+	@touch $@
+
+DIR ?= demo-data
+demo: setup
+	$(VENV)/bin/retrv-r1 demo --dir $(DIR)
+
+test: setup
+	$(PY) -m pytest -m "not slow" $(TESTS)
+
+slow: setup
+	$(PY) -m pytest -m slow $(TESTS)
+
+fuzz: setup
+	RETRV_FUZZ=100000 $(PY) -m pytest tests/core/test_fuzz.py
+
+check: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+	$(PY) tests/style.py
+
+miniature: setup
+	$(PY) -m retrv_r1_training.miniature
+
+clean:
+	rm -rf demo-data build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
