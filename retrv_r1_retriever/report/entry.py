@@ -1,0 +1,295 @@
+"""One query on the page: what was asked, how the model reasoned, and the list before and after."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from retrv_r1_retriever.parser import Check, Thought, parse
+from retrv_r1_retriever.prompt import KEEP, LABELS
+from retrv_r1_retriever.report.markup import EMPTY, Html, html, join
+from retrv_r1_retriever.report.pictures import PictureLoader, thumbnail
+from retrv_r1_retriever.trace import Full, ReasoningTrace
+from retrv_r1_retriever.types import Content, RankedResult, RankedResults, Status, StopReason
+
+STATUS_WORDS = {
+    Status.RERANKED: "reranked by the model",
+    Status.PARTIAL: "partly reranked",
+    Status.FALLBACK: "not reranked: first-stage order",
+}
+STOP_WORDS = {
+    StopReason.ANSWERED: "answered",
+    StopReason.FORCED_BY_BUDGET: "answer forced: budget spent",
+    StopReason.CONTEXT_OVERFLOW: "answer forced: context full",
+    StopReason.ENGINE_ERROR: "engine failed",
+}
+ROWS_SHOWN = 10  # the rest is folded
+TEXT_SHOWN = 220  # characters of a candidate's text in a row; the whole text is in its tooltip
+
+
+@dataclass(frozen=True, slots=True)
+class ReportEntry:
+    """One query to show.
+
+    kind: what kind of query, e.g. "text → image"
+    positives: ids known to be right, if any; marks them and says how the right one moved
+    note: a line of the caller's
+    """
+
+    results: RankedResults
+    kind: str | None = None
+    positives: frozenset[str] = frozenset()
+    note: str | None = None
+
+
+def headline(entry: ReportEntry) -> str:
+    """What happened, in one sentence."""
+    results = entry.results
+    if results.status is Status.FALLBACK:
+        return f"Not reranked, first-stage order shown: {results.reason or 'no reason given'}"
+    opened = len(results.trace.inspected) if results.trace else 0
+    effort = f" after opening {opened} candidate{'s' if opened != 1 else ''} in full" if opened else ""
+    right = next((r for r in results.results if r.document.id in entry.positives), None)
+    if right is not None:
+        return f"{_rise(right)}{effort}."
+    if entry.positives:
+        return f"The right answer is not among the results{effort}."
+    if results.none_chosen:
+        return f"The model answered that no candidate fits{effort}."
+    selected = results.selected
+    if selected is not None:
+        return f"Answered with candidate #{selected.candidate.rank}{effort}."
+    return f"Reordered{effort}."
+
+
+def _rise(right: RankedResult) -> str:
+    before, after = right.candidate.rank, right.rank
+    if before == after:
+        return f"The right answer stayed at rank {after}"
+    return f"The right answer {'rose' if after < before else 'fell'} from rank {before} to rank {after}"
+
+
+def render_entry(entry: ReportEntry, number: int, load: PictureLoader) -> Html:
+    trace = entry.results.trace
+    reasoning = _reasoning(trace, entry, load) if trace else EMPTY
+    note = html("<p class='note'>{}</p>", entry.note) if entry.note else EMPTY
+    return html(
+        "<section class='card query' id='q{}'>{}<p class='outcome'>{}</p>{}<div class='columns'>{}{}</div>{}</section>",
+        number,
+        _question(entry, load),
+        headline(entry),
+        note,
+        reasoning,
+        _ranking(entry, load),
+        _cost(trace) if trace else EMPTY,
+    )
+
+
+def _question(entry: ReportEntry, load: PictureLoader) -> Html:
+    query = entry.results.query
+    picture = thumbnail(query.content.image, load, "the query's picture")
+    instruction = html("<p class='instruction'>{}</p>", query.instruction) if query.instruction else EMPTY
+    words = html("<h2>{}</h2>", query.content.text) if query.content.text else EMPTY
+    return html(
+        "<div class='question'>{}<div><p class='badges'>{}{}</p>{}{}</div></div>",
+        picture,
+        html("<span class='kind'>{}</span>", entry.kind) if entry.kind else EMPTY,
+        _badges(entry.results),
+        instruction,
+        words,
+    )
+
+
+def _badges(results: RankedResults) -> Html:
+    badges = [html("<span class='badge {}'>{}</span>", results.status.value, STATUS_WORDS[results.status])]
+    if results.trace and results.trace.stop_reason:
+        stop = results.trace.stop_reason
+        badges.append(html("<span class='badge {}'>{}</span>", stop.value, STOP_WORDS[stop]))
+    if results.none_chosen:
+        badges.append(html("<span class='badge partial'>none chosen</span>"))
+    if results.unranked:
+        badges.append(html("<span class='badge partial'>{} not judged</span>", len(results.unranked)))
+    return join(badges)
+
+
+# -- reasoning ---------------------------------------------------------------------------------------------------------
+
+
+def _reasoning(trace: ReasoningTrace, entry: ReportEntry, load: PictureLoader) -> Html:
+    thought = parse(trace.turn)
+    contents = _contents_by_index(trace, entry.results)
+    steps = [
+        _step("Looks for", html("<p class='hypothesis'>{}</p>", thought.hypothesis)) if thought.hypothesis else EMPTY,
+        _elimination(thought, trace),
+        join(_opened(check, contents, load) for check in _checks(thought, trace)),
+        _answer(trace, contents, load),
+    ]
+    raw = html("<details><summary>The model's own words</summary><pre>{}</pre></details>", trace.thought)
+    return html(
+        "<div class='reasoning'><h3>Reasoning <small>#n is a candidate's first-stage rank</small></h3><ol class='steps'>{}</ol>{}</div>",
+        join(steps),
+        raw if thought.hypothesis or thought.verdicts or thought.checks else EMPTY,
+    )
+
+
+def _step(name: str, body: Html, css_class: str = "") -> Html:
+    return html("<li class='{}'><h4>{}</h4>{}</li>", css_class, name, body)
+
+
+def _contents_by_index(trace: ReasoningTrace, results: RankedResults) -> Mapping[int, Content]:
+    """Candidate index -> what to show; opened candidates cut by `top_n` are still in the trace."""
+    contents = {s.index: s.content for s in trace.segments if isinstance(s, Full) and s.content is not None}
+    return contents | {r.candidate.rank - 1: r.document.content for r in results.results}
+
+
+def _elimination(thought: Thought, trace: ReasoningTrace) -> Html:
+    if not thought.verdicts:
+        return EMPTY
+    chips = []
+    for verdict in thought.verdicts:
+        css_class = "keep" if verdict.text == KEEP else "out"
+        opened = html("<i title='opened in full'>◉</i>") if verdict.index in trace.inspected else EMPTY
+        chips.append(
+            html("<span class='chip {}'><b>#{}</b> {} {}</span>", css_class, verdict.index + 1, verdict.text, opened)
+        )
+    kept = sum(v.text == KEEP for v in thought.verdicts)
+    name = f"Eliminates {len(thought.verdicts) - kept} of {len(thought.verdicts)} from their compressed tokens"
+    return _step(name, html("<p class='chips'>{}</p>", join(chips)))
+
+
+def _checks(thought: Thought, trace: ReasoningTrace) -> list[Check]:
+    """One per opened candidate, in order; a thought cut short has no words for the last one."""
+    checks = {check.index: check for check in thought.checks}
+    return [checks.get(index, Check(index, "")) for index in trace.inspected]
+
+
+def _opened(check: Check, contents: Mapping[int, Content], load: PictureLoader) -> Html:
+    word, css_class = {True: ("match", "match"), False: ("differs", "differs"), None: ("undecided", "")}[check.match]
+    shown = _content(contents.get(check.index), check.index, load)
+    body = html(
+        "<div class='inspection'>{}<div><span class='verdict {}'>{}</span><p class='check'>{}</p></div></div>",
+        shown,
+        css_class,
+        word,
+        check.text or "no words were written",
+    )
+    return _step(f"◉ Opens #{check.index + 1} in full", body, f"opened {css_class}")
+
+
+def _answer(trace: ReasoningTrace, contents: Mapping[int, Content], load: PictureLoader) -> Html:
+    if trace.answer is None or trace.answer >= len(LABELS):
+        words = "No candidate fits." if trace.answer is not None else "No answer was given."
+        return _step("Answers", html("<p>{}</p>", words), "answer")
+    shown = _content(contents.get(trace.answer), trace.answer, load)
+    body = html("<div class='inspection'>{}<p><b>#{}</b> is the one.</p></div>", shown, trace.answer + 1)
+    return _step("Answers", body, "answer")
+
+
+def _content(content: Content | None, index: int, load: PictureLoader) -> Html:
+    if content is None:
+        return EMPTY
+    picture = thumbnail(content.image, load, f"candidate {index + 1}")
+    return picture or html("<p class='quote'>{}</p>", _short(content.text or "no picture to show"))
+
+
+# -- ranking -----------------------------------------------------------------------------------------------------------
+
+
+def _ranking(entry: ReportEntry, load: PictureLoader) -> Html:
+    rows = [_row(result, entry, load) for result in entry.results.results]
+    top, rest = join(rows[:ROWS_SHOWN]), rows[ROWS_SHOWN:]
+    more = "<details><summary>{} more</summary><ol class='rows'>{}</ol></details>"
+    return html(
+        "<div class='ranking'><h3>Ranked list</h3><ol class='rows'>{}</ol>{}</div>",
+        top,
+        html(more, len(rest), join(rest)) if rest else EMPTY,
+    )
+
+
+def _row(result: RankedResult, entry: ReportEntry, load: PictureLoader) -> Html:
+    content = result.document.content
+    marks = ["selected"] if result.selected else []
+    right = result.document.id in entry.positives
+    text = html("<p class='text' title='{}'>{}</p>", content.text, _short(content.text)) if content.text else EMPTY
+    return html(
+        "<li class='{}'><span class='rank'>{}</span>{}<div class='what'>{}<p class='id'>{}</p><p class='chips'>{}</p></div>"
+        "<div class='scores'>{}{}</div></li>",
+        " ".join(marks),
+        result.rank,
+        thumbnail(content.image, load, f"candidate {result.candidate.rank}"),
+        text,
+        result.document.id,
+        _chips(result, right),
+        _movement(result),
+        _scores(result),
+    )
+
+
+def _chips(result: RankedResult, right: bool) -> Html:
+    signals = result.signals
+    chips = [html("<span class='chip right'>✓ right answer</span>")] if right else []
+    if result.selected:
+        chips.append(html("<span class='chip chosen'>chosen</span>"))
+    if signals.opened:
+        word = {True: "opened: match", False: "opened: differs", None: "opened"}[signals.match]
+        chips.append(html("<span class='chip opened'>◉ {}</span>", word))
+    elif signals.verdict:
+        css_class = "keep" if signals.verdict == KEEP else "out"
+        chips.append(html("<span class='chip {}'>{}</span>", css_class, signals.verdict))
+    if signals.keep_logprob is not None:
+        chips.append(html("<span class='p'>p(keep) {}</span>", f"{math.exp(min(0.0, signals.keep_logprob)):.3f}"))
+    return join(chips)
+
+
+def _movement(result: RankedResult) -> Html:
+    before, after = result.candidate.rank, result.rank
+    if before == after:
+        return html("<span class='move same'><small>stayed</small></span>")
+    css_class, arrow = ("up", "▲") if after < before else ("down", "▼")
+    return html(
+        "<span class='move {}'>{} {}<small>was {}</small></span>", css_class, arrow, abs(before - after), before
+    )
+
+
+def _scores(result: RankedResult) -> Html:
+    retrieval = "–" if result.retrieval_score is None else f"{result.retrieval_score:.3f}"
+    if result.score is None:
+        return html("<span class='score'><small>retrieval</small> {}</span>", retrieval)
+    return html(
+        "<span class='score'><span class='bar'><i style='width:{}%'></i></span>{} <small>retrieval {}</small></span>",
+        f"{100 * result.score:.0f}", f"{result.score:.3f}", retrieval,
+    )  # fmt: skip
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= TEXT_SHOWN else text[: TEXT_SHOWN - 1].rstrip() + "…"
+
+
+# -- cost --------------------------------------------------------------------------------------------------------------
+
+
+def _cost(trace: ReasoningTrace) -> Html:
+    usage = trace.usage
+    parts = []
+    if usage.uncompressed_tokens:
+        share = min(1.0, usage.prompt_tokens / usage.uncompressed_tokens)
+        parts.append(
+            html(
+                "<div class='tokens'><p><b>{}</b> prompt tokens instead of <b>{}</b> with every candidate in full</p>"
+                "<span class='bar'><i style='width:{}%'></i></span></div>",
+                f"{usage.prompt_tokens:,}",
+                f"{usage.uncompressed_tokens:,}",
+                f"{100 * share:.1f}",
+            )
+        )
+    counts = [
+        ("written", usage.sampled_tokens),
+        ("opened in full", usage.inspected_tokens),
+        ("refused inspections", usage.refused_inspections),
+    ]
+    facts = [html("<span>{} <b>{}</b></span>", f"tokens {name}", f"{value:,}") for name, value in counts[:2] if value]
+    facts += [html("<span>{} <b>{}</b></span>", name, value) for name, value in counts[2:] if value]
+    facts += [html("<span>{} <b>{} ms</b></span>", name, f"{1000 * s:.1f}") for name, s in trace.timings.items()]
+    notes = join(html("<p class='note'>{}</p>", note) for note in trace.notes)
+    return html("<div class='cost'>{}<p class='facts'>{}</p>{}</div>", join(parts), join(facts), notes)

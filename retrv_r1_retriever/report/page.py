@@ -1,0 +1,135 @@
+"""The page around the queries: headline numbers, tables, contents, footer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from importlib import resources
+from pathlib import Path
+
+from retrv_r1_retriever import __version__
+from retrv_r1_retriever.report.entry import ReportEntry, headline, render_entry
+from retrv_r1_retriever.report.markup import EMPTY, Html, html, join
+from retrv_r1_retriever.report.pictures import PictureLoader, local_pictures
+from retrv_r1_retriever.trace import ReasoningTrace
+
+
+@dataclass(frozen=True, slots=True)
+class ReportTable:
+    """Numbers beside the queries. The first column is a label, the others are aligned as figures."""
+
+    caption: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str | None = None
+
+
+def render_report(
+    entries: Sequence[ReportEntry],
+    *,
+    title: str = "Search report",
+    intro: str | None = None,
+    tables: Sequence[ReportTable] = (),
+    pictures: PictureLoader | None = None,
+) -> str:
+    """The page as text. `pictures` resolves paths for display; by default none is opened (bytes and data URIs are shown)."""
+    load = pictures or local_pictures(None)
+    css = (resources.files("retrv_r1_retriever.report") / "report.css").read_text(encoding="utf-8")
+    traces = [entry.results.trace for entry in entries if entry.results.trace]
+    body = join(
+        [
+            _header(title, intro),
+            _tiles(len(entries), traces) if traces else EMPTY,
+            join(_table(table) for table in tables),
+            _contents(entries) if len(entries) > 1 else EMPTY,
+            join(render_entry(entry, number, load) for number, entry in enumerate(entries, 1)),
+            _footer(traces),
+        ]
+    )
+    return html(
+        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>{}</title>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+        "<meta name='color-scheme' content='light dark'><style>{}</style></head><body><main>{}</main></body></html>\n",
+        title, Html(css), body,
+    )  # fmt: skip
+
+
+def write_report(
+    path: Path,
+    entries: Sequence[ReportEntry],
+    *,
+    title: str = "Search report",
+    intro: str | None = None,
+    tables: Sequence[ReportTable] = (),
+    pictures: PictureLoader | None = None,
+) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page = render_report(entries, title=title, intro=intro, tables=tables, pictures=pictures)
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _header(title: str, intro: str | None) -> Html:
+    lead = html("<p class='lead'>{}</p>", intro) if intro else EMPTY
+    when = datetime.now().strftime("%Y-%m-%d %H:%M")
+    return html("<header><p class='brand'>retrv-r1 · {}</p><h1>{}</h1>{}</header>", when, title, lead)
+
+
+def _tiles(queries: int, traces: Sequence[ReasoningTrace]) -> Html:
+    opened = sum(len(trace.inspected) for trace in traces)
+    tiles = [("queries", f"{queries}"), ("candidates opened per query", f"{opened / len(traces):.1f}")]
+    prompt = sum(trace.usage.prompt_tokens for trace in traces if trace.usage.uncompressed_tokens)
+    full = sum(trace.usage.uncompressed_tokens for trace in traces)
+    if prompt and full:
+        tiles.append(("of the uncompressed prompt", f"{prompt / full:.0%}"))
+    seconds = sum(total_seconds(trace) for trace in traces)
+    if seconds:
+        tiles.append(("per query", format_seconds(seconds / len(traces))))
+    cells = join(html("<div><b>{}</b><span>{}</span></div>", value, label) for label, value in tiles)
+    return html("<section class='tiles'>{}</section>", cells)
+
+
+def _table(table: ReportTable) -> Html:
+    head = join(html("<th scope='col'>{}</th>", cell) for cell in table.header)
+    rows = join(
+        html("<tr><th scope='row'>{}</th>{}</tr>", row[0], join(html("<td>{}</td>", cell) for cell in row[1:]))
+        for row in table.rows
+    )
+    note = html("<p class='note'>{}</p>", table.note) if table.note else EMPTY
+    return html(
+        "<section class='card'><h2>{}</h2><div class='scroll'><table class='figures'><thead><tr>{}</tr></thead>"
+        "<tbody>{}</tbody></table></div>{}</section>",
+        table.caption, head, rows, note,
+    )  # fmt: skip
+
+
+def _contents(entries: Sequence[ReportEntry]) -> Html:
+    items = join(
+        html(
+            "<li><a href='#q{}'><span class='kind'>{}</span> <span><b>{}</b> {}</span></a></li>",
+            number,
+            entry.kind or "query",
+            entry.results.query.content.text or "",
+            headline(entry),
+        )
+        for number, entry in enumerate(entries, 1)
+    )
+    return html("<nav class='card'><h2>Queries on this page</h2><ol>{}</ol></nav>", items)
+
+
+def _footer(traces: Sequence[ReasoningTrace]) -> Html:
+    versions: dict[str, str] = {"retrv-r1-retriever": __version__}
+    for trace in traces:
+        versions.update(trace.versions)
+    pairs = join(html("<span>{} <code>{}</code></span>", name, value) for name, value in versions.items())
+    return html("<footer><p>{}</p></footer>", pairs)
+
+
+def total_seconds(trace: ReasoningTrace) -> float:
+    """`total` if the driver measured it, else the sum of the stages."""
+    return trace.timings.get("total", sum(trace.timings.values()))
+
+
+def format_seconds(seconds: float) -> str:
+    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"

@@ -1,0 +1,140 @@
+"""The report: self-contained, escaped, and complete in what it says."""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from retrv_r1_retriever.parser import Check, Thought, Verdict
+from retrv_r1_retriever.parser import render as render_turn
+from retrv_r1_retriever.prompt import build_prompt
+from retrv_r1_retriever.report import ReportEntry, ReportTable, local_pictures, render_report, write_report
+from retrv_r1_retriever.report.markup import html
+from retrv_r1_retriever.trace import ReasoningTrace
+from retrv_r1_retriever.types import Candidate, Content, Document, Query, RankedResult, RankedResults, Signals, Status
+from tests.report.samples import card, fallback, rescued, text_list
+
+ATTACK = "\"'><script>alert(1)</script><img src=x onerror=alert(2)>"
+
+
+class Elements(HTMLParser):
+    """Every start tag with its attributes, and the visible text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def attacked() -> ReportEntry:
+    """The payload in every place that foreign text can reach."""
+    query = Query.of(ATTACK, None, ATTACK, ATTACK)
+    candidates = [Candidate(Document(ATTACK + str(n), Content(ATTACK)), 0.5, n + 1) for n in range(2)]
+    thought = Thought(ATTACK, (Verdict(0, ATTACK), Verdict(1, "keep")), (Check(0, ATTACK, None),), 0)
+    trace = ReasoningTrace(
+        (*build_prompt(query, candidates).segments, *render_turn(thought)),
+        0,
+        (0,),
+        versions={ATTACK: ATTACK},
+        notes=(ATTACK,),
+        timings={ATTACK: 1.0},
+    )
+    signals = Signals(verdict=ATTACK)
+    results = tuple(RankedResult(c, c.rank, 0.5, signals=signals) for c in candidates)
+    return ReportEntry(
+        RankedResults(query, results, Status.FALLBACK, reason=ATTACK, trace=trace), ATTACK, frozenset(), ATTACK
+    )
+
+
+def test_foreign_text_never_becomes_markup() -> None:
+    table = ReportTable(ATTACK, (ATTACK, ATTACK), ((ATTACK, ATTACK),), ATTACK)
+    page = Elements(render_report([attacked(), rescued()], title=ATTACK, intro=ATTACK, tables=[table]))
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert not [a for _, attrs in page.tags for a in attrs if a.startswith("on")]
+    assert page.text.count("<script>alert(1)</script>") > 15
+
+
+def test_page_needs_nothing_from_outside() -> None:
+    source = render_report([rescued(), text_list(), fallback()])
+    page = Elements(source)
+    references = [attrs[name] for _, attrs in page.tags for name in ("src", "href") if name in attrs]
+    assert references
+    assert all(r and r.startswith(("data:image/", "#q")) for r in references)
+    assert "url(" not in source
+    assert "@import" not in source
+
+
+def test_opened_candidates_show_picture_check_and_verdict() -> None:
+    source = render_report([rescued()])
+    text = Elements(source).text
+    assert "The right answer rose from rank 3 to rank 1 after opening 2 candidates in full." in text
+    assert "Opens #1 in full" in text
+    assert "Opens #3 in full" in text
+    assert "a4 same b7 differs c1 differs differs" in text
+    opened = re.findall(r"<li class='opened (\w+)'>.*?</li>", source, re.S)
+    assert opened == ["differs", "match"]
+    assert "92 prompt tokens instead of 588" in text
+    assert "sha256:7c1d09be" in text
+
+
+def test_scores_stand_beside_each_other() -> None:
+    text = Elements(render_report([rescued()])).text
+    assert "0.970 retrieval 0.878" in text
+    assert "▲ 2was 3" in text
+
+
+def test_a_fallback_is_not_presented_as_a_reranking() -> None:
+    text = Elements(render_report([fallback()])).text
+    assert "Not reranked, first-stage order shown: the engine did not answer within 2.0 s" in text
+    assert "reranked by the model" not in text
+
+
+def test_none_chosen_forced_and_unjudged_are_said() -> None:
+    text = Elements(render_report([text_list()])).text
+    for words in ("no candidate fits", "answer forced: budget spent", "1 not judged", "undecided"):
+        assert words in text
+
+
+def test_right_answer_outside_the_candidates_is_said() -> None:
+    text = Elements(render_report([replace(rescued(), positives=frozenset({"elsewhere"}))])).text
+    assert "The right answer is not among the results" in text
+
+
+def test_tiny_pictures_stay_sharp_and_large_ones_are_shrunk(tmp_path: Path) -> None:
+    noise = random.Random(0).randbytes(1200 * 900 * 3)
+    large = Image.frombytes("RGB", (1200, 900), noise)
+    large.save(tmp_path / "large.png")
+    card(1).save(tmp_path / "tiny.png")
+    documents = [Document(name, Content(image=name)) for name in ("large.png", "tiny.png", "missing.png")]
+    results = tuple(RankedResult(Candidate(d, 0.5, n + 1), n + 1, 0.5) for n, d in enumerate(documents))
+    entry = ReportEntry(RankedResults(Query.of("x"), results, Status.RERANKED))
+    path = write_report(tmp_path / "sub" / "page.html", [entry], pictures=local_pictures(tmp_path))
+    images = [attrs for tag, attrs in Elements(path.read_text(encoding="utf-8")).tags if tag == "img"]
+    assert [i["class"] for i in images] == ["pic", "pic tiny"]
+    assert path.stat().st_size < 150_000
+
+
+@pytest.mark.parametrize(
+    "location", ["../secret.png", "/etc/hostname", "http://host/x.png", "data:image/png;base64,AAAA", b"junk"]
+)
+def test_pictures_outside_the_root_or_broken_are_left_out(tmp_path: Path, location: str | bytes) -> None:
+    (tmp_path / "root").mkdir()
+    card(0).save(tmp_path / "secret.png")
+    assert local_pictures(tmp_path / "root")(location) is None
+
+
+def test_markup_escapes_quotes() -> None:
+    assert html("<a title='{}'>", "' onclick='x") == "<a title='&#x27; onclick=&#x27;x'>"
