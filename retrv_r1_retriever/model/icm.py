@@ -1,0 +1,107 @@
+"""The Information Compression Module: every candidate as one content and one relation token (arXiv 2510.02745, ICM).
+
+    memory = pool(in_proj(T_c) + P)          once per candidate, at index time
+    t_con  = ATT1(e, memory)
+    R      = ATT2(memory, T_q)
+    t_rel  = ATT1(e, R)                      the same ATT1 and e as for content
+
+Shapes: N candidates, B queries, m memory rows, q query tokens, w = width, H = LM width. What is ours and not the paper's: the
+low-dimensional memory, the pooling, the norms and feed-forward layers, the scaling to the LM's embedding norm, the label tag.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from retrv_r1_retriever.model.configuration import IcmConfig
+
+
+class Icm(nn.Module):
+    def __init__(self, config: IcmConfig, hidden_size: int) -> None:
+        super().__init__()
+        width = config.width
+        self.config = config
+        self.in_proj = nn.Sequential(nn.LayerNorm(hidden_size), nn.Linear(hidden_size, width))
+        self.e = nn.Parameter(torch.randn(width) * 0.05)
+        self.memory_norm, self.query_norm, self.relation_norm = (nn.LayerNorm(width) for _ in range(3))
+        self.att1, self.att2 = (_Attention(width, config.heads) for _ in range(2))
+        self.content_ff, self.relation_ff = (_FeedForward(width) for _ in range(2))
+        self.content_out, self.relation_out = (_Output(width, hidden_size) for _ in range(2))
+
+    def rows(self, embeds: Tensor) -> Tensor:
+        """LM input embeddings of one candidate or query (n, H) -> (n, w), before pooling."""
+        projected: Tensor = self.in_proj(embeds)
+        return projected + sinusoid(len(embeds), self.config.width, embeds.device, projected.dtype)
+
+    def memory(self, embeds: Tensor) -> Tensor:
+        """LM input embeddings of one candidate (n, H) -> memory (min(n, memory_rows), w)."""
+        return pool(self.rows(embeds), self.config.memory_rows)
+
+    def forward(
+        self, memory: Tensor, memory_mask: Tensor, query: Tensor, query_mask: Tensor, row: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """memory (N, m, w), query (B, q, w), masks bool True = valid, row (N,): the query of each candidate -> two (N, H)."""
+        memory = self.memory_norm(memory)
+        query, query_mask = self.query_norm(query)[row], query_mask[row]
+        e = self.e.expand(len(memory), 1, -1)
+        content = self.att1(e, memory, memory_mask)[:, 0]
+        relation_rows = self.relation_norm(self.att2(memory, query, query_mask))
+        relation = self.att1(e, relation_rows, memory_mask)[:, 0]
+        return self.content_out(self.content_ff(content)), self.relation_out(self.relation_ff(relation))
+
+
+class _Attention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, query: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
+        """query (N, a, w), keys (N, b, w), mask (N, b) True = valid -> (N, a, w)."""
+        q, k, v = (
+            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for layer, x in ((self.q, query), (self.k, keys), (self.v, keys))
+        )
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+        out: Tensor = self.out(attended.transpose(1, 2).flatten(-2))
+        return out
+
+
+class _FeedForward(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)  # type: ignore[no-any-return]
+
+
+class _Output(nn.Module):
+    """To LM width, at the norm of the LM's own embeddings (`scale`, set by `RetrvR1Model.init_icm`)."""
+
+    def __init__(self, width: int, hidden_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, hidden_size)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(self.proj(x), dim=-1) * self.scale
+
+
+def pool(rows: Tensor, memory_rows: int) -> Tensor:
+    """(n, w) -> means over min(n, memory_rows) equal chunks; 0 keeps every row."""
+    n = len(rows)
+    if memory_rows == 0 or n <= memory_rows:
+        return rows
+    chunk = (torch.arange(n, device=rows.device) * memory_rows) // n
+    sums = torch.zeros(memory_rows, rows.shape[1], device=rows.device, dtype=rows.dtype).index_add(0, chunk, rows)
+    return sums / torch.bincount(chunk, minlength=memory_rows)[:, None].to(rows.dtype)
+
+
+def sinusoid(length: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """P: (length, width), sines then cosines by token index (Vaswani et al., 2017)."""
+    frequency = torch.exp(torch.arange(0, width, 2, device=device).float() * (-9.210340371976184 / width))
+    angle = torch.arange(length, device=device).float()[:, None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)[:, :width].to(dtype)

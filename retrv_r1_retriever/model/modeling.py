@@ -1,0 +1,117 @@
+"""Qwen2.5-VL with the compression module in the inner model. No forward surgery: placeholders are overwritten, the rest is stock.
+
+B rows, L tokens, N candidates over all rows, m memory rows, w memory width, H LM width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
+
+from retrv_r1_retriever.model.configuration import RetrvR1Config
+from retrv_r1_retriever.model.icm import Icm
+
+
+@dataclass(slots=True)
+class CompressedInputs:
+    """What the placeholders of a batch are made of. N may be 0 (nothing to compress in this batch).
+
+    memory (N, m, w), memory_mask (N, m) bool; in the order of the placeholders, row by row
+    row (N,): batch row; label (N,): token id of the slot label that tags both tokens
+    content_at, relation_at (N,): flat positions (row * L + column) of the two placeholders
+    query_mask (B, L) bool: the tokens of T_q
+    """
+
+    memory: Tensor
+    memory_mask: Tensor
+    row: Tensor
+    label: Tensor
+    content_at: Tensor
+    relation_at: Tensor
+    query_mask: Tensor
+
+
+class RetrvR1Model(Qwen2_5_VLModel):
+    config_class = RetrvR1Config
+    config: RetrvR1Config
+
+    def __init__(self, config: RetrvR1Config) -> None:
+        super().__init__(config)
+        self.icm = Icm(config.icm_config, config.text_config.hidden_size)
+
+    def init_icm(self) -> None:
+        """Scale both outputs to the mean norm of the embedding table, once, when a module is made anew."""
+        with torch.no_grad():
+            norm = self.get_input_embeddings().weight.norm(dim=-1).mean()
+            self.icm.content_out.scale.fill_(norm)
+            self.icm.relation_out.scale.fill_(norm)
+
+    def encode_images(self, pixel_values: Tensor, image_grid_thw: Tensor) -> tuple[Tensor, ...]:
+        """The tower's tokens, one (n, H) tensor per image."""
+        return tuple(self.get_image_features(pixel_values, image_grid_thw).pooler_output)
+
+    def embed(
+        self, input_ids: Tensor, image_features: Tensor | None, image_mask: Tensor | None, compressed: CompressedInputs | None
+    ) -> Tensor:
+        """LM input embeddings (B, L, H): token rows, image tokens scattered where `image_mask`, ICM output at placeholders."""
+        table = self.get_input_embeddings()
+        embeds: Tensor = table(input_ids)
+        if image_features is not None and image_mask is not None:
+            embeds = embeds.masked_scatter(image_mask[..., None], image_features.to(embeds.dtype))
+        if compressed is None or len(compressed.row) == 0:
+            return embeds
+        query, query_mask = self._query_rows(embeds, compressed.query_mask)
+        content, relation = self.icm(
+            compressed.memory.to(embeds.dtype), compressed.memory_mask, query, query_mask, compressed.row
+        )
+        tag = table(compressed.label)
+        flat = embeds.flatten(0, 1)
+        flat = flat.index_copy(0, compressed.content_at, (content + tag).to(flat.dtype))
+        flat = flat.index_copy(0, compressed.relation_at, (relation + tag).to(flat.dtype))
+        return flat.view_as(embeds)
+
+    def _query_rows(self, embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        rows = [self.icm.rows(embeds[b, mask[b]]) for b in range(len(embeds))]
+        padded = pad_sequence(rows, batch_first=True)
+        lengths = torch.tensor([len(r) for r in rows], device=embeds.device)
+        return padded, torch.arange(padded.shape[1], device=embeds.device) < lengths[:, None]
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        *,
+        use_cache: bool | None = None,
+        image_features: Tensor | None = None,
+        image_mask: Tensor | None = None,
+        compressed: CompressedInputs | None = None,
+        **kwargs: Any,  # transformers' own forward arguments; this signature is the framework's
+    ) -> Any:
+        """Stock forward, unless features or memory come with it: then embeddings are built here and positions are required."""
+        shared = {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
+        if compressed is None and image_features is None:
+            return super().forward(input_ids, use_cache=use_cache, **shared, **kwargs)
+        assert input_ids is not None
+        assert position_ids is not None
+        embeds = self.embed(input_ids, image_features, image_mask, compressed)
+        return self.language_model(inputs_embeds=embeds, use_cache=use_cache, **shared)
+
+
+class RetrvR1ForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
+    config_class = RetrvR1Config
+    config: RetrvR1Config
+    model: RetrvR1Model
+
+    def __init__(self, config: RetrvR1Config) -> None:
+        super().__init__(config)
+        self.model = RetrvR1Model(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+        self.model.init_icm()

@@ -1,0 +1,260 @@
+"""The only place where segments become tensors: ids, loss mask, M-RoPE positions, pictures, memory.
+
+A `Chunk` is one append: a whole prompt, an opened candidate, a forced tag. Every chunk starts where the last one ended, so a sequence
+built in steps is bit-equal to one built at once (golden files pin it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+from retrv_r1_retriever.errors import CheckpointError, InputError, explain
+from retrv_r1_retriever.model.modeling import CompressedInputs
+from retrv_r1_retriever.prompt import (
+    ADDED_TOKENS, CHECK_CUE, CONTENT_PAD, LABELS, RELATION_PAD, SLOTS, Prompt, content_text,
+)  # fmt: skip
+from retrv_r1_retriever.trace import Compressed, Forced, Full, QueryImage, Sampled, Segment, Text
+from retrv_r1_retriever.types import Content
+
+VISION_START, VISION_END, IMAGE_PAD = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedImage:
+    """A picture after the tower. grid: (t, h, w) patches; features: (t*h*w / merge**2, H)."""
+
+    grid: tuple[int, int, int]
+    features: Tensor
+
+
+Picture = Image | EncodedImage
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chunk:
+    """ids (L,), positions (3, L), query/sampled/image masks (L,); pictures and candidates in order of appearance."""
+
+    ids: np.ndarray
+    positions: np.ndarray
+    query: np.ndarray
+    sampled: np.ndarray
+    image: np.ndarray
+    pictures: tuple[Picture, ...]
+    candidates: tuple[int, ...]
+    memories: tuple[np.ndarray, ...]
+    next_position: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class Processor:
+    """max_text_tokens: longest text kept of one candidate (the rest is cut, and counted by nobody: say so to users)."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, image_processor: Qwen2VLImageProcessorPil, max_text_tokens: int = 512
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.max_text_tokens = max_text_tokens
+        vocab = tokenizer.get_vocab()
+        missing = [t for t in (*ADDED_TOKENS, VISION_START, VISION_END, IMAGE_PAD) if t not in vocab]
+        if missing:
+            raise CheckpointError(
+                explain("tokenizer", expected="all Retrv-R1 tokens", got=f"{len(missing)} missing, first {missing[0]}",
+                        fix="Load a checkpoint made by `retrv-r1-train export`, or call model.checkpoint.add_tokens.")
+            )  # fmt: skip
+        self._special = {t: vocab[t] for t in (*ADDED_TOKENS, VISION_START, VISION_END, IMAGE_PAD)}
+        self.merge = int(image_processor.merge_size)
+
+    @cached_property
+    def slot_ids(self) -> tuple[int, ...]:
+        """Token ids of the 127 labels and none."""
+        return tuple(self._special[s] for s in SLOTS)
+
+    def token_id(self, token: str) -> int:
+        return self._special[token]
+
+    def tokenise(self, text: str) -> list[int]:
+        if text in self._special:
+            return [self._special[text]]
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def chunk(self, segments: Sequence[Segment], prompt: Prompt, start: int = 0) -> Chunk:
+        """Segments of one append -> tensors-to-be. `Full` and the query must carry decoded pictures. start: next position."""
+        builder = _Builder(self, start)
+        for segment in segments:
+            if isinstance(segment, Text):
+                builder.text(segment.text, query=segment.query)
+            elif isinstance(segment, QueryImage):
+                builder.picture(_picture(prompt.query.content), query=True)
+            elif isinstance(segment, Compressed):
+                memory = prompt.candidates[segment.index].memory
+                if memory is None:
+                    raise InputError(
+                        explain(f"candidate {segment.index}", expected="memory", got="none", fix="Resolve memory first.")
+                    )
+                builder.compressed(segment.index, memory.rows)
+            elif isinstance(segment, Full):
+                builder.content(segment.content or prompt.candidates[segment.index].document.content)
+                builder.text(CHECK_CUE)
+            elif isinstance(segment, Sampled):
+                ids = segment.token_ids if segment.token_ids is not None else self.tokenise(segment.text)
+                builder.ids(ids, sampled=True)
+            elif isinstance(segment, Forced):
+                builder.text(segment.text)
+        return builder.chunk()
+
+    def content_chunk(self, content: Content) -> Chunk:
+        """T_c: the tokens of one candidate, exactly as when it is opened, without the cue after it."""
+        builder = _Builder(self, 0)
+        builder.content(content)
+        return builder.chunk()
+
+    def full_tokens(self, content: Content) -> int:
+        return len(self.content_chunk(content)) + len(self.tokenise(CHECK_CUE))
+
+    def grid(self, picture: Picture) -> tuple[int, int, int]:
+        """(t, h, w) in patches after the resize Qwen2.5-VL applies."""
+        if isinstance(picture, EncodedImage):
+            return picture.grid
+        p = self.image_processor
+        height, width = smart_resize(
+            picture.height, picture.width, p.patch_size * self.merge, p.size["shortest_edge"], p.size["longest_edge"]
+        )
+        return 1, height // p.patch_size, width // p.patch_size
+
+    def pixels(self, pictures: Sequence[Image]) -> tuple[Tensor, Tensor]:
+        """pixel_values (patches, dim) and grids (n, 3) for the tower."""
+        batch = self.image_processor(images=[p.convert("RGB") for p in pictures], return_tensors="pt")
+        return batch["pixel_values"], batch["image_grid_thw"]
+
+
+class _Builder:
+    def __init__(self, processor: Processor, start: int) -> None:
+        self._p = processor
+        self._ids: list[int] = []
+        self._positions: list[np.ndarray] = []
+        self._marks: list[tuple[int, bool, bool, bool]] = []  # (count, query, sampled, image)
+        self._pictures: list[Picture] = []
+        self._candidates: list[int] = []
+        self._memories: list[np.ndarray] = []
+        self._next = start
+
+    def ids(self, ids: Sequence[int], *, query: bool = False, sampled: bool = False) -> None:
+        n = len(ids)
+        self._ids += ids
+        self._positions.append(np.broadcast_to(np.arange(self._next, self._next + n), (3, n)))
+        self._marks.append((n, query, sampled, False))
+        self._next += n
+
+    def text(self, text: str, *, query: bool = False) -> None:
+        self.ids(self._p.tokenise(text), query=query)
+
+    def picture(self, picture: Picture, *, query: bool = False) -> None:
+        t, h, w = self._p.grid(picture)
+        rows, columns = h // self._p.merge, w // self._p.merge
+        self.ids([self._p.token_id(VISION_START)], query=query)
+        n = t * rows * columns
+        grid = np.stack(np.meshgrid(np.arange(t), np.arange(rows), np.arange(columns), indexing="ij")).reshape(3, -1)
+        self._ids += [self._p.token_id(IMAGE_PAD)] * n
+        self._positions.append(grid + self._next)
+        self._marks.append((n, query, False, True))
+        self._pictures.append(picture)
+        self._next += max(rows, columns)  # as Qwen2.5-VL's get_rope_index
+        self.ids([self._p.token_id(VISION_END)], query=query)
+
+    def content(self, content: Content) -> None:
+        if content.image is not None:
+            self.picture(_picture(content))
+        if content.text:
+            self.ids(self._p.tokenise(content_text(content))[: self._p.max_text_tokens])
+
+    def compressed(self, index: int, memory: np.ndarray) -> None:
+        self.ids([self._p.token_id(CONTENT_PAD), self._p.token_id(RELATION_PAD)])
+        self._candidates.append(index)
+        self._memories.append(memory)
+
+    def chunk(self) -> Chunk:
+        counts = [m[0] for m in self._marks]
+        query, sampled, image = (np.repeat([m[k] for m in self._marks], counts) for k in (1, 2, 3))
+        positions = np.concatenate(self._positions, axis=1) if self._positions else np.zeros((3, 0))
+        return Chunk(
+            np.asarray(self._ids, dtype=np.int64), positions.astype(np.int64), query.astype(bool), sampled.astype(bool),
+            image.astype(bool), tuple(self._pictures), tuple(self._candidates), tuple(self._memories), self._next,
+        )  # fmt: skip
+
+
+@dataclass(slots=True)
+class Batch:
+    """Right-padded chunks as tensors. Arguments of `RetrvR1Model.embed`; positions (3, B, L), attention_mask (B, L)."""
+
+    input_ids: Tensor
+    positions: Tensor
+    attention_mask: Tensor
+    image_mask: Tensor
+    sampled: Tensor
+    pictures: tuple[Picture, ...]
+    compressed: CompressedInputs
+
+
+def collate(chunks: Sequence[Chunk], processor: Processor, device: torch.device | str = "cpu") -> Batch:
+    """Pad chunks on the right. Pictures stay in order (row by row), which is the order `masked_scatter` fills."""
+    length = max(len(c) for c in chunks)
+
+    def pad(arrays: Sequence[np.ndarray], value: int = 0) -> Tensor:
+        out = np.full((len(arrays), *arrays[0].shape[:-1], length), value, dtype=arrays[0].dtype)
+        for row, array in zip(out, arrays, strict=True):
+            row[..., : array.shape[-1]] = array
+        return torch.from_numpy(out).to(device)
+
+    input_ids = pad([c.ids for c in chunks])
+    return Batch(
+        input_ids=input_ids,
+        positions=pad([c.positions for c in chunks]).transpose(0, 1).contiguous(),
+        attention_mask=pad([np.ones(len(c), dtype=np.int64) for c in chunks]),
+        image_mask=pad([c.image for c in chunks]),
+        sampled=pad([c.sampled for c in chunks]),
+        pictures=tuple(p for c in chunks for p in c.pictures),
+        compressed=_compressed(chunks, processor, length, pad([c.query for c in chunks]), device),
+    )
+
+
+def _compressed(
+    chunks: Sequence[Chunk], processor: Processor, length: int, query_mask: Tensor, device: torch.device | str
+) -> CompressedInputs:
+    memories = [m for c in chunks for m in c.memories]
+    rows = max((len(m) for m in memories), default=0)
+    memory = np.zeros((len(memories), rows, memories[0].shape[1] if memories else 0), dtype=np.float32)
+    mask = np.zeros((len(memories), rows), dtype=bool)
+    for i, array in enumerate(memories):
+        memory[i, : len(array)] = array
+        mask[i, : len(array)] = True
+    row = np.repeat(np.arange(len(chunks)), [len(c.memories) for c in chunks])
+    label = [processor.token_id(LABELS[i]) for c in chunks for i in c.candidates]
+    at = [np.flatnonzero(c.ids == processor.token_id(CONTENT_PAD)) + b * length for b, c in enumerate(chunks)]
+    content_at = np.concatenate(at) if at else np.zeros(0, dtype=np.int64)
+    to = lambda array: torch.as_tensor(array, device=device)  # noqa: E731
+    return CompressedInputs(
+        to(memory), to(mask), to(row.astype(np.int64)), to(np.asarray(label, dtype=np.int64)),
+        to(content_at), to(content_at + 1), query_mask,
+    )  # fmt: skip
+
+
+def _picture(content: Content) -> Picture:
+    if isinstance(content.image, Picture):
+        return content.image
+    raise InputError(
+        explain("content.image", expected="a decoded picture", got=type(content.image).__name__,
+                fix="Load it through an ImageSource first.")
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Makes Retrv-R1 models: one module per stage, one recipe for all of them."""

@@ -1,0 +1,100 @@
+"""M-BEIR files into memory, with pictures passed through the frozen tower once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from retrv_r1_retriever.demo.catalogue import TASKS, LabelledQuery, pool_path, read_queries
+from retrv_r1_retriever.model.modeling import RetrvR1Model
+from retrv_r1_retriever.model.processing import EncodedImage, Processor
+from retrv_r1_retriever.types import Content, Query
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One candidate of a pool. caption: its content in words (equal to the text for text candidates)."""
+
+    id: str
+    modality: str
+    content: Content
+    caption: str
+
+
+@dataclass(frozen=True)
+class Pool:
+    """One split: candidates, labelled queries, and each query's target as an index into `items`."""
+
+    items: tuple[Item, ...]
+    queries: tuple[LabelledQuery, ...]
+
+    @cached_property
+    def index(self) -> dict[str, int]:
+        return {item.id: i for i, item in enumerate(self.items)}
+
+    def target(self, query: LabelledQuery) -> int:
+        return self.index[query.positives[0]]
+
+    @cached_property
+    def by_modality(self) -> dict[str, tuple[int, ...]]:
+        names = {item.modality for item in self.items}
+        return {m: tuple(i for i, item in enumerate(self.items) if item.modality == m) for m in names}
+
+
+def load_pool(root: Path, split: str) -> Pool:
+    """Pictures decoded (Pillow, RGB)."""
+    items = []
+    for line in pool_path(root, split).read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        content = Content(row["txt"], _open(root / row["img_path"]) if row["img_path"] else None)
+        items.append(Item(row["did"], row["modality"], content, json.loads(row["src_content"])["caption"]))
+    queries = [q for task in TASKS for q in read_queries(root, split, task)]
+    return Pool(tuple(items), tuple(_with_image(q, root) for q in queries))
+
+
+def encode_pool(model: RetrvR1Model, processor: Processor, pool: Pool) -> Pool:
+    """The same pool with every picture as tower tokens: later stages never run the tower."""
+    pictures = [i.content.image for i in pool.items if i.content.image is not None]
+    pictures += [q.query.content.image for q in pool.queries if q.query.content.image is not None]
+    encoded = iter(encode(model, processor, pictures))  # type: ignore[arg-type]
+
+    def swap(content: Content) -> Content:
+        return content if content.image is None else Content(content.text, next(encoded))  # type: ignore[arg-type]
+
+    items = tuple(Item(i.id, i.modality, swap(i.content), i.caption) for i in pool.items)
+    queries = tuple(_replace_content(q, swap(q.query.content)) for q in pool.queries)
+    return Pool(items, queries)
+
+
+@torch.inference_mode()
+def encode(
+    model: RetrvR1Model, processor: Processor, pictures: Sequence[Image.Image], batch_size: int = 128
+) -> list[EncodedImage]:
+    out: list[EncodedImage] = []
+    for start in range(0, len(pictures), batch_size):
+        pixels, grids = processor.pixels(pictures[start : start + batch_size])
+        features = model.encode_images(pixels.to(model.device, model.dtype), grids.to(model.device))
+        out += [EncodedImage(tuple(g.tolist()), f.clone()) for g, f in zip(grids, features, strict=True)]
+    return out
+
+
+def _open(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def _with_image(query: LabelledQuery, root: Path) -> LabelledQuery:
+    content = query.query.content
+    return query if content.image is None else _replace_content(query, Content(content.text, _open(root / content.image)))  # type: ignore[operator]
+
+
+def _replace_content(query: LabelledQuery, content: Content) -> LabelledQuery:
+    old = query.query
+    new = Query(content, old.instruction, old.id)
+    return LabelledQuery(new, query.task, query.stratum, query.positives, query.target_modality, query.target_text)

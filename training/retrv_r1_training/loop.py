@@ -1,0 +1,69 @@
+"""The optimisation loop that every stage of the miniature shares: AdamW, warm-up and cosine, JSONL log."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    steps: int
+    lr: float
+    batch_size: int
+    warmup: int = 30
+    weight_decay: float = 0.01
+    final_lr_share: float = 0.05
+
+    def lr_at(self, step: int) -> float:
+        ramp = min(1.0, (step + 1) / self.warmup)
+        cosine = 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        return self.lr * ramp * (self.final_lr_share + (1 - self.final_lr_share) * cosine)
+
+
+def train(
+    name: str,
+    schedule: Schedule,
+    parameters: Iterable[nn.Parameter],
+    loss_fn: Callable[[int], tuple[Tensor, dict[str, float]]],
+    log_file: Path,
+    after_backward: Callable[[], None] | None = None,
+    evaluate: Callable[[], dict[str, float]] | None = None,
+    every: int = 50,
+) -> None:
+    """Run `steps` updates of `loss_fn(step) -> (loss, metrics)`. A loss that is not finite stops the run."""
+    trained = [p for p in parameters if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=schedule.lr, weight_decay=schedule.weight_decay, betas=(0.9, 0.98))
+    started = time.monotonic()
+    with log_file.open("a", encoding="utf-8") as out:
+        for step in range(schedule.steps):
+            for group in optimiser.param_groups:
+                group["lr"] = schedule.lr_at(step)
+            loss, metrics = loss_fn(step)
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"{name}: loss is {loss.item()} at step {step}. Lower the learning rate.")
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            if after_backward:
+                after_backward()
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            optimiser.step()
+            if step % every == every - 1 or step == schedule.steps - 1:
+                row = {"stage": name, "step": step + 1, "s": round(time.monotonic() - started, 1), "loss": loss.item()}
+                row |= metrics
+                if evaluate and (step % (2 * every) == 2 * every - 1 or step == schedule.steps - 1):
+                    row |= evaluate()
+                row = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
+                out.write(json.dumps(row) + "\n")
+                out.flush()
+                log.info("%s", " ".join(f"{k}={v}" for k, v in row.items()))
