@@ -9,9 +9,10 @@ from importlib import resources
 from pathlib import Path
 
 from retrv_r1_retriever import __version__
+from retrv_r1_retriever.images import ImageSource, LocalImages
 from retrv_r1_retriever.report.entry import ReportEntry, headline, render_entry
 from retrv_r1_retriever.report.markup import EMPTY, Html, html, join
-from retrv_r1_retriever.report.pictures import PictureLoader, local_pictures
+from retrv_r1_retriever.report.pictures import loader
 from retrv_r1_retriever.trace import ReasoningTrace
 
 
@@ -31,10 +32,10 @@ def render_report(
     title: str = "Search report",
     intro: str | None = None,
     tables: Sequence[ReportTable] = (),
-    pictures: PictureLoader | None = None,
+    images: ImageSource | None = None,
 ) -> str:
-    """The page as text. `pictures` resolves paths for display; by default none is opened (bytes and data URIs are shown)."""
-    load = pictures or local_pictures(None)
+    """The page as text. `images` resolves pictures; the default shows bytes, data URIs and Pillow images, and opens no file."""
+    load = loader(images or LocalImages())
     css = (resources.files("retrv_r1_retriever.report") / "report.css").read_text(encoding="utf-8")
     traces = [entry.results.trace for entry in entries if entry.results.trace]
     body = join(
@@ -62,10 +63,10 @@ def write_report(
     title: str = "Search report",
     intro: str | None = None,
     tables: Sequence[ReportTable] = (),
-    pictures: PictureLoader | None = None,
+    images: ImageSource | None = None,
 ) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    page = render_report(entries, title=title, intro=intro, tables=tables, pictures=pictures)
+    page = render_report(entries, title=title, intro=intro, tables=tables, images=images)
     path.write_text(page, encoding="utf-8")
     return path
 

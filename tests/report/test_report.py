@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from retrv_r1_retriever.images import LocalImages
 from retrv_r1_retriever.parser import Check, Thought, Verdict
 from retrv_r1_retriever.parser import render as render_turn
 from retrv_r1_retriever.prompt import build_prompt
-from retrv_r1_retriever.report import ReportEntry, ReportTable, local_pictures, render_report, write_report
+from retrv_r1_retriever.report import ReportEntry, ReportTable, render_report, write_report
 from retrv_r1_retriever.report.markup import html
+from retrv_r1_retriever.report.pictures import loader
 from retrv_r1_retriever.trace import ReasoningTrace
 from retrv_r1_retriever.types import Candidate, Content, Document, Query, RankedResult, RankedResults, Signals, Status
 from tests.report.samples import card, fallback, rescued, text_list
@@ -121,7 +123,7 @@ def test_tiny_pictures_stay_sharp_and_large_ones_are_shrunk(tmp_path: Path) -> N
     documents = [Document(name, Content(image=name)) for name in ("large.png", "tiny.png", "missing.png")]
     results = tuple(RankedResult(Candidate(d, 0.5, n + 1), n + 1, 0.5) for n, d in enumerate(documents))
     entry = ReportEntry(RankedResults(Query.of("x"), results, Status.RERANKED))
-    path = write_report(tmp_path / "sub" / "page.html", [entry], pictures=local_pictures(tmp_path))
+    path = write_report(tmp_path / "sub" / "page.html", [entry], images=LocalImages(tmp_path))
     images = [attrs for tag, attrs in Elements(path.read_text(encoding="utf-8")).tags if tag == "img"]
     assert [i["class"] for i in images] == ["pic", "pic tiny"]
     assert path.stat().st_size < 150_000
@@ -133,7 +135,7 @@ def test_tiny_pictures_stay_sharp_and_large_ones_are_shrunk(tmp_path: Path) -> N
 def test_pictures_outside_the_root_or_broken_are_left_out(tmp_path: Path, location: str | bytes) -> None:
     (tmp_path / "root").mkdir()
     card(0).save(tmp_path / "secret.png")
-    assert local_pictures(tmp_path / "root")(location) is None
+    assert loader(LocalImages(tmp_path / "root"))(location) is None
 
 
 def test_markup_escapes_quotes() -> None:

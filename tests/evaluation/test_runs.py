@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from retrv_r1_retriever.errors import InputError
+from retrv_r1_retriever.evaluation.runs import read_qrels, read_run, run_of, write_qrels, write_run
+from retrv_r1_retriever.types import Candidate, Content, Document, Query, RankedResult, RankedResults, Status
+
+
+def test_run_round_trip(tmp_path: Path) -> None:
+    run = {"q1": ["90:3", "90:1", "90:2"], "q2": ["é"]}
+    write_run(tmp_path / "run.txt", run, "retrv-hybrid")
+    assert read_run(tmp_path / "run.txt") == run
+    assert (tmp_path / "run.txt").read_text(encoding="utf-8").splitlines()[0] == "q1 Q0 90:3 1 -1 retrv-hybrid"
+
+
+def test_run_is_ordered_by_score_not_by_line(tmp_path: Path) -> None:
+    (tmp_path / "run.txt").write_text("q Q0 low 1 0.1 t\nq Q0 high 2 0.9 t\n")
+    assert read_run(tmp_path / "run.txt") == {"q": ["high", "low"]}
+
+
+def test_qrels_round_trip_and_mbeir_fifth_column(tmp_path: Path) -> None:
+    qrels = {"q1": {"a": 1, "b": 0}, "q2": {"c": 2}}
+    write_qrels(tmp_path / "qrels.txt", qrels)
+    assert read_qrels(tmp_path / "qrels.txt") == qrels
+    (tmp_path / "mbeir.txt").write_text("90:1 0 90:7 1 7\n\n")
+    assert read_qrels(tmp_path / "mbeir.txt") == {"90:1": {"90:7": 1}}
+
+
+def test_bad_lines_name_file_and_line(tmp_path: Path) -> None:
+    path = tmp_path / "qrels.txt"
+    path.write_text("q 0 d 1\nq 0 d\n")
+    with pytest.raises(InputError, match=r"qrels\.txt:2: expected query 0 document grade, got 'q 0 d'"):
+        read_qrels(path)
+    path.write_text("q 0 d yes\n")
+    with pytest.raises(InputError, match=r"qrels\.txt:1: expected a number, got 'yes'"):
+        read_qrels(path)
+    with pytest.raises(InputError, match="expected ids without spaces, got 'two words'"):
+        write_run(path, {"q": ["two words"]}, "t")
+
+
+def test_run_of_needs_query_ids() -> None:
+    result = RankedResult(Candidate(Document("d", Content("x")), None, 1), 1, None)
+    assert run_of([RankedResults(Query.of("x", id="q"), (result,), Status.RERANKED)]) == {"q": ["d"]}
+    with pytest.raises(InputError, match="query: expected an id, got None"):
+        run_of([RankedResults(Query.of("x"), (result,), Status.RERANKED)])
