@@ -72,6 +72,9 @@ class RerankOptions:
             raise OptionsError(
                 explain("max_think_share", expected="0 to 1", got=self.max_think_share, fix="Pass a share.")
             )
+        if self.think_margin is not None and not self.think_margin >= 0:
+            raise OptionsError(explain("think_margin", expected="nats >= 0 or None", got=self.think_margin,
+                                       fix="0 never thinks; None takes the checkpoint's."))  # fmt: skip
         if not self.temperature >= 0:
             raise OptionsError(explain("temperature", expected=">= 0", got=self.temperature, fix="0 is greedy."))
 

@@ -53,6 +53,8 @@ class Thought:
 
 _LABEL = re.compile(r"<\|(?:c\d{1,3}|none)\|>")
 _SAFE_INSPECTION = re.compile(re.escape(INSPECT_START) + r"\s*(<\|c\d{1,3}\|>)\s*" + re.escape(INSPECT_END) + r"$")
+_TAGS = (THINK_START, THINK_END, ANSWER_START, ANSWER_END)
+_TAG = re.compile(f"({'|'.join(map(re.escape, _TAGS))})")
 _STRAY = re.compile("|".join(re.escape(t) for t in (INSPECT_START, INSPECT_END)))
 
 
@@ -91,15 +93,16 @@ def parse(turn: Iterable[Segment]) -> Thought:
     verdicts: tuple[Verdict, ...] = ()
     checks: list[Check] = []
     opened: int | None = None
-    thinking, first, buffer = False, True, ""
+    thinking, answering, first, buffer = False, False, True, ""
 
     def flush() -> None:
-        nonlocal hypothesis, verdicts, buffer, first
+        nonlocal hypothesis, verdicts, buffer, first, opened
         if first:
             hypothesis, verdicts = _elimination(buffer)
             first = False
         elif opened is not None:
             checks.append(_check(opened, buffer))
+            opened = None
         buffer = ""
 
     for segment in turn:
@@ -107,19 +110,16 @@ def parse(turn: Iterable[Segment]) -> Thought:
             flush()
             opened = segment.index
         elif isinstance(segment, Forced | Sampled):
-            for piece in re.split(r"(</?think>|</?answer>)", segment.text):
-                if piece == THINK_START:
-                    thinking = True
-                elif piece == THINK_END:
+            for piece in _TAG.split(segment.text):
+                if piece in (THINK_END, ANSWER_START) and thinking:
                     flush()
-                    thinking = False
-                elif piece == ANSWER_START:
-                    thinking, buffer = False, ""
+                if piece in _TAGS:
+                    thinking, answering = piece == THINK_START, piece == ANSWER_START
                 elif thinking:
                     buffer += piece
-                elif isinstance(segment, Sampled) and answer is None:
+                elif answering and answer is None:
                     answer = label_index(piece.strip())
-    if thinking and buffer:
+    if thinking:
         flush()
     return Thought(hypothesis, verdicts, tuple(checks), answer)
 
@@ -129,7 +129,7 @@ def _elimination(text: str) -> tuple[str, tuple[Verdict, ...]]:
     marks = list(_LABEL.finditer(text))
     hypothesis = text[: marks[0].start()] if marks else text
     verdicts: dict[int, Verdict] = {}
-    for mark, following in zip(marks, [*marks[1:], None], strict=True):
+    for mark, following in zip(marks, [*marks[1:], None], strict=False):  # no marks: nothing to pair
         index = label_index(mark.group())
         if index is None or index >= len(LABELS):
             continue

@@ -13,7 +13,7 @@ Serving engines, SFT replay and the GRPO rollout all drive this object, so train
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 
 from retrv_r1_retriever.parser import Thought, parse, requested_inspection
@@ -21,7 +21,6 @@ from retrv_r1_retriever.prompt import (
     ANSWER_END,
     ANSWER_START,
     INSPECT_END,
-    NONE_INDEX,
     SLOTS,
     THINK_END,
     THINK_START,
@@ -90,7 +89,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The end of a session. `answer` is an index, `NONE_INDEX`, or None when the engine failed first."""
+    """The end of a session. `answer` is an index, `NONE_INDEX`, or None when the engine failed or answered with no slot."""
 
     segments: tuple[Segment, ...]
     thought: Thought
@@ -171,7 +170,7 @@ class InspectionSession:
         self._expect(_State.DONE)
         return Outcome(
             segments=(*self._prompt.segments, *self._turn),
-            thought=parse(self._turn),
+            thought=replace(parse(self._turn), answer=self._answer),
             answer=self._answer,
             stop_reason=self._stop_reason,
             inspected=tuple(self._inspected),
@@ -188,8 +187,8 @@ class InspectionSession:
             self._refused += 1
             return self._think()
         assert index is not None
-        if len(self._inspected) >= self._limits.max_inspections:
-            return self._close(StopReason.FORCED_BY_BUDGET)
+        if len(self._inspected) >= self._limits.max_inspections or self._tokens_left < 1:
+            return self._close(StopReason.FORCED_BY_BUDGET)  # a candidate is never opened without room for its check
         if not self._fits(self._full_tokens[index]):
             return self._close(StopReason.CONTEXT_OVERFLOW)
         self._inspected.append(index)
@@ -198,7 +197,7 @@ class InspectionSession:
 
     def _think(self, *segments: Segment) -> Step:
         self._turn += segments
-        left = self._limits.max_new_tokens - self._sampled_tokens
+        left = self._tokens_left
         if left < 1:
             return self._close(StopReason.FORCED_BY_BUDGET, *segments)
         if self._limits.max_context is not None:
@@ -221,9 +220,8 @@ class InspectionSession:
 
     def _finish(self, generation: Generation) -> Step:
         self._record(generation)
-        answer = label_index(generation.text.strip())
-        if answer is not None and (answer < len(self._prompt.candidates) or answer == NONE_INDEX):
-            self._answer = answer
+        text = generation.text.strip()
+        self._answer = label_index(text) if text in self._prompt.slots else None
         self._answer_logprobs = generation.slot_logprobs
         self._turn.append(Forced(ANSWER_END))
         self._state = _State.DONE
@@ -231,11 +229,18 @@ class InspectionSession:
 
     def _record(self, generation: Generation) -> None:
         self._turn.append(Sampled(generation.text, generation.token_ids, generation.logprobs))
-        self._sampled_tokens += generation.tokens
-        self._context += generation.tokens
+        tokens = max(1, generation.tokens)  # an engine that reports none must still run out of budget
+        self._sampled_tokens += tokens
+        self._context += tokens
+        if self._inspected:
+            return  # the elimination is over: a label inside a check is no verdict
         for slot, logprob in generation.tracked:
-            if slot < len(self._prompt.candidates):
+            if 0 <= slot < len(self._prompt.candidates):
                 self._keep.setdefault(slot, logprob)
+
+    @property
+    def _tokens_left(self) -> int:
+        return self._limits.max_new_tokens - self._sampled_tokens
 
     def _fits(self, tokens: int) -> bool:
         limit = self._limits.max_context

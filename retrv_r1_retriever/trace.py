@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from retrv_r1_retriever.errors import InputError, explain
@@ -82,13 +82,15 @@ class Usage:
 class ReasoningTrace:
     """One call, replayable: `segments` are exactly what the model saw, in order.
 
-    answer: index of the chosen candidate in first-stage order; None = none chosen or no answer
+    answer: index of the chosen candidate among those in the prompt; None = none chosen or no answer
+    margin: nats between the two best slots of the direct read; None if there was none
     inspected: indices opened in full, in order; unreadable: those whose content could not be loaded
     timings: stage name -> seconds; versions: component -> version or digest; notes: decisions worth saying aloud
     """
 
     segments: tuple[Segment, ...] = ()
     answer: int | None = None
+    margin: float | None = None
     inspected: tuple[int, ...] = ()
     unreadable: tuple[int, ...] = ()
     stop_reason: StopReason | None = None
@@ -109,22 +111,24 @@ class ReasoningTrace:
         return self.segments[start:]
 
     def redacted(self) -> ReasoningTrace:
-        """A copy without any text: kinds, counts, indices and timings stay."""
-        from dataclasses import replace
-
-        hidden = tuple(replace(s, text="") if isinstance(s, Text | Sampled | Forced) else s for s in self.segments)
-        hidden = tuple(replace(s, token_ids=None) if isinstance(s, Sampled) else s for s in hidden)
-        return replace(self, segments=hidden)
+        """A copy without any text or picture: kinds, counts, indices, log-probabilities and timings stay; notes go."""
+        return replace(self, segments=tuple(_redact(s) for s in self.segments), notes=())
 
     def to_json(self) -> str:
-        data = asdict(self)
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
         data["segments"] = [_segment_to_dict(s) for s in self.segments]
+        data |= {"usage": asdict(self.usage), "timings": dict(self.timings), "versions": dict(self.versions)}
         return json.dumps({"trace_version": TRACE_VERSION, **data}, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> ReasoningTrace:
-        data = json.loads(text)
-        version = data.pop("trace_version", None)
+        try:
+            data = json.loads(text)
+            version = data.pop("trace_version", None)
+        except (ValueError, AttributeError) as error:
+            raise InputError(
+                explain("trace", expected="a trace as JSON", got=error, fix="Pass to_json()'s text.")
+            ) from None
         if version != TRACE_VERSION:
             raise InputError(
                 explain(
@@ -134,6 +138,7 @@ class ReasoningTrace:
         return cls(
             segments=tuple(_segment_from_dict(s) for s in data["segments"]),
             answer=data["answer"],
+            margin=data["margin"],
             inspected=tuple(data["inspected"]),
             unreadable=tuple(data["unreadable"]),
             stop_reason=StopReason(data["stop_reason"]) if data["stop_reason"] else None,
@@ -153,6 +158,14 @@ def render_turn(segments: Iterable[Segment]) -> str:
         elif isinstance(segment, Text | Sampled | Forced):
             parts.append(segment.text)
     return "".join(parts)
+
+
+def _redact(segment: Segment) -> Segment:
+    if isinstance(segment, Sampled):
+        return replace(segment, text="", token_ids=None)
+    if isinstance(segment, Text | Forced):
+        return replace(segment, text="")
+    return Full(segment.index) if isinstance(segment, Full) else segment
 
 
 def _segment_to_dict(segment: Segment) -> dict[str, Any]:

@@ -53,8 +53,11 @@ class Engine(Protocol):
 
     async def generate(self, handle: Any, params: GenerateParams) -> Generation: ...
 
-    async def probe(self, handle: Any, suffix: str) -> SlotRead:
-        """The slots' probabilities after `suffix`, read on a fork that is dropped: the handle is left as it was."""
+    async def probe(self, handle: Any, suffix: str) -> SlotRead | None:
+        """The slots' probabilities after `suffix`, read on a fork that is dropped: the handle is left as it was.
+
+        None if this engine offers no probabilities (some chat servers): then only a thought can decide.
+        """
 
     async def close(self, handle: Any) -> None: ...
 

@@ -1,0 +1,113 @@
+"""Which candidates the model can read: each one's stored memory is checked, and recomputed where allowed, before the prompt is built."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from retrv_r1_retriever.engines.base import Compressor
+from retrv_r1_retriever.errors import EngineError, InputError, StaleMemoryError, explain
+from retrv_r1_retriever.images import ImageSource, content_hash, load_content
+from retrv_r1_retriever.options import RerankOptions
+from retrv_r1_retriever.types import Candidate, Content, Memory
+
+
+@dataclass(frozen=True, slots=True)
+class Readable:
+    """positions: which of the given candidates the model can read; candidates: the same ones, each with fitting memory.
+
+    notes: why the others were left out, for the trace
+    """
+
+    positions: tuple[int, ...]
+    candidates: tuple[Candidate, ...]
+    notes: tuple[str, ...] = ()
+
+
+async def resolve(
+    candidates: Sequence[Candidate], compressor: Compressor | None, images: ImageSource, options: RerankOptions
+) -> Readable:
+    """Check every candidate's memory; what to do with a miss is `options.on_stale` and `options.max_recompute`.
+
+    `compressor=None`: the engine reads candidates without memory, so all are readable as they are.
+    Raises `StaleMemoryError` if asked to, `EngineError` if the compressor fails.
+    """
+    if compressor is None:
+        return Readable(tuple(range(len(candidates))), tuple(candidates))
+    digest = compressor.memory_digest
+    hashes = await asyncio.to_thread(lambda: [_hash(c.document.content) for c in candidates])
+    misses = [i for i, c in enumerate(candidates) if not _fits(c.memory, digest, hashes[i])]
+    if not misses:
+        return Readable(tuple(range(len(candidates))), tuple(candidates))
+    if options.on_stale == "raise":
+        raise _stale(candidates, misses, digest)
+    allowed = misses[: options.max_recompute] if options.on_stale == "recompute" else []
+    made, notes = await _recompute([candidates[i] for i in allowed], compressor, images)
+    fresh = {i: memory for i, memory in zip(allowed, made, strict=True) if memory is not None}
+    if len(misses) > len(allowed):
+        notes.append(f"memory of {len(misses) - len(allowed)} candidates is missing or stale and was not recomputed")
+    if fresh:
+        notes.append(f"memory of {len(fresh)} candidates was recomputed; index them again to save this time")
+    positions = tuple(i for i in range(len(candidates)) if i in fresh or i not in misses)
+    return Readable(
+        positions,
+        tuple(replace(candidates[i], memory=fresh[i]) if i in fresh else candidates[i] for i in positions),
+        tuple(notes),
+    )
+
+
+def _hash(content: Content) -> str | None:
+    """None for a picture of a kind that cannot even be hashed: that candidate is a miss, and loading it says why."""
+    try:
+        return content_hash(content)
+    except InputError:
+        return None
+
+
+def _fits(memory: Memory | None, digest: str, hash_now: str | None) -> bool:
+    return memory is not None and memory.digest == digest and memory.content_hash == hash_now
+
+
+def _stale(candidates: Sequence[Candidate], misses: Sequence[int], digest: str) -> StaleMemoryError:
+    first = candidates[misses[0]]
+    found = "no memory" if first.memory is None else f"memory {first.memory.digest[:12]}, or its content changed"
+    return StaleMemoryError(
+        explain(
+            "candidate memory",
+            expected=f"memory {digest[:12]} of the present content",
+            got=f"{len(misses)} of {len(candidates)} without it (the first, {first.document.id!r}: {found})",
+            fix="Index them again, or pass on_stale='recompute'.",
+        )
+    )
+
+
+async def _recompute(
+    candidates: Sequence[Candidate], compressor: Compressor, images: ImageSource
+) -> tuple[list[Memory | None], list[str]]:
+    """Memory per candidate, None where its picture could not be loaded, and a note for each of these."""
+    loads = (load_content(images, c.document.content) for c in candidates)
+    loaded = await asyncio.gather(*loads, return_exceptions=True)
+    notes = [
+        f"memory of candidate {c.document.id!r} could not be recomputed: {result}"
+        for c, result in zip(candidates, loaded, strict=True)
+        if isinstance(result, Exception)
+    ]
+    contents: list[Content] = [r[0] for r in loaded if not isinstance(r, BaseException)]
+    if not contents:
+        return [None] * len(candidates), notes
+    try:
+        compressed = iter(await asyncio.to_thread(compressor.compress, contents))
+    except EngineError:
+        raise
+    except Exception as error:
+        raise EngineError(f"the compressor failed: {type(error).__name__}: {error}") from error
+    memories: list[Memory | None] = []
+    for candidate, result in zip(candidates, loaded, strict=True):
+        if isinstance(result, BaseException):
+            memories.append(None)
+            continue
+        made = next(compressed)
+        hash_now = content_hash(candidate.document.content)
+        memories.append(Memory(made.rows, compressor.memory_digest, hash_now, made.full_tokens, result[1]))
+    return memories, notes

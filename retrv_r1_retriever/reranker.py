@@ -1,0 +1,259 @@
+"""`RetrvR1Reranker`: orders candidates somebody else found."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from typing import TypeAlias, TypeVar
+
+from retrv_r1_retriever import driver, memory
+from retrv_r1_retriever._sync import run
+from retrv_r1_retriever.driver import Clock, Reading
+from retrv_r1_retriever.engines.base import Compressor, Engine
+from retrv_r1_retriever.errors import EngineError, InputError, RerankTimeout, explain
+from retrv_r1_retriever.images import ImageSource, LocalImages, load_content
+from retrv_r1_retriever.options import BALANCED, RerankOptions
+from retrv_r1_retriever.prompt import build_prompt
+from retrv_r1_retriever.ranking import rank, to_results
+from retrv_r1_retriever.types import (
+    MAX_CANDIDATES,
+    Candidate,
+    Document,
+    Query,
+    RankedResult,
+    RankedResults,
+    Status,
+)
+
+log = logging.getLogger(__name__)
+
+Candidates: TypeAlias = "Sequence[Candidate] | Sequence[Document]"
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class RetrvR1Reranker:
+    """Reads all candidates of a list together, thinks, opens the ones it is unsure of, and orders them.
+
+    compressor: makes candidate memory where it is missing; by default the engine itself, if it can. An engine that reads
+        candidates without memory (a chat model) needs none
+    images: where pictures come from; the default reads bytes, data URIs and Pillow images, never files or networks
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        compressor: Compressor | None = None,
+        images: ImageSource | None = None,
+        options: RerankOptions = BALANCED,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self.engine = engine
+        self.compressor = compressor or (engine if isinstance(engine, Compressor) else None)
+        self.images = images or LocalImages()
+        self.options = options
+        self._clock = clock
+
+    async def arerank(
+        self, query: Query | str, candidates: Candidates, *, options: RerankOptions | None = None
+    ) -> RankedResults:
+        """All candidates in a new order (`options.top_k` belongs to a first stage and is not applied here).
+
+        Identity is by position: two candidates with one id stay two results.
+        Raises `InputError` for a query or list that cannot be used, `StaleMemoryError` if `on_stale="raise"`; failures of
+        the model are raised with `on_failure="raise"` and otherwise give the first-stage order with status `fallback`.
+        """
+        options, query, ranked = options or self.options, as_query(query), as_candidates(candidates)
+        if not ranked:
+            return fallback(query, ranked, options, "no candidates to rank: the first stage returned none")
+        deadline = _deadline(options)
+        try:
+            return await self._rerank(query, ranked, options, deadline)
+        except EngineError as error:
+            if options.on_failure == "raise":
+                raise
+            log.warning("falling back to first-stage order: %s", error)
+            return fallback(query, ranked, options, str(error))
+
+    def rerank(
+        self, query: Query | str, candidates: Candidates, *, options: RerankOptions | None = None
+    ) -> RankedResults:
+        """`arerank` for callers without an event loop; also works inside a running one."""
+        return run(self.arerank(query, candidates, options=options))
+
+    async def arerank_batch(
+        self,
+        queries: Sequence[Query | str],
+        candidates: Sequence[Candidates],
+        *,
+        options: RerankOptions | None = None,
+        concurrency: int = 8,
+    ) -> list[RankedResults]:
+        """One result per query, in order; `timeout_s` is per query. `concurrency`: queries in flight at the same time.
+
+        `max_think_share` below 1 costs a second short prefill for the queries that think: all are read directly first, so
+        that the least sure ones can be chosen without holding every query's KV state.
+        """
+        options = options or self.options
+        if len(queries) != len(candidates):
+            fix = "Pass one list of candidates per query."
+            raise InputError(explain("candidates", expected=f"{len(queries)} lists", got=len(candidates), fix=fix))
+        jobs = list(zip(map(as_query, queries), map(as_candidates, candidates), strict=True))
+        if options.think == "auto" and options.ranking != "logits" and options.max_think_share < 1:
+            return await self._share_thinking(jobs, options, concurrency)
+        return await bounded(lambda job: self.arerank(*job, options=options), jobs, concurrency)
+
+    def rerank_batch(
+        self,
+        queries: Sequence[Query | str],
+        candidates: Sequence[Candidates],
+        *,
+        options: RerankOptions | None = None,
+        concurrency: int = 8,
+    ) -> list[RankedResults]:
+        return run(self.arerank_batch(queries, candidates, options=options, concurrency=concurrency))
+
+    async def _rerank(
+        self, query: Query, candidates: tuple[Candidate, ...], options: RerankOptions, deadline: float | None
+    ) -> RankedResults:
+        started = self._clock()
+        try:
+            async with asyncio.timeout_at(deadline):
+                content, _ = await load_content(self.images, query.content)
+                readable = await memory.resolve(candidates, self.compressor, self.images, options)
+        except TimeoutError as error:
+            raise RerankTimeout("timed out before the model had read the candidates. Raise timeout_s.") from error
+        if not readable.candidates:
+            raise EngineError("no candidate has usable memory: " + "; ".join(readable.notes))
+        prepared = self._clock() - started
+        prompt = build_prompt(replace(query, content=content), readable.candidates)
+        reading = await driver.read(
+            self.engine, prompt, options, images=self.images, deadline=deadline, clock=self._clock
+        )
+        timings = {"memory": prepared, **reading.trace.timings, "total": self._clock() - started}
+        return _decide(query, candidates, readable, reading, options, timings)
+
+    async def _share_thinking(
+        self, jobs: Sequence[tuple[Query, tuple[Candidate, ...]]], options: RerankOptions, concurrency: int
+    ) -> list[RankedResults]:
+        """Direct reads first; then the share with the smallest margins thinks, within what is left of its time."""
+        direct = options.with_options(think="never")
+        results = await bounded(lambda job: self.arerank(*job, options=direct), jobs, concurrency)
+        threshold = options.think_margin if options.think_margin is not None else self.engine.think_margin
+        unsure = sorted((r.trace.margin, i) for i, r in enumerate(results) if r.trace and r.trace.margin is not None)
+        allowed = math.floor(options.max_think_share * len(jobs) + 1e-9)
+        chosen = [i for margin, i in unsure[:allowed] if threshold is None or margin < threshold]
+
+        async def think(index: int) -> RankedResults:
+            left = less_time(options, _seconds(results[index]))
+            thought = await self.arerank(*jobs[index], options=left.with_options(think="always"))
+            if thought.status is not Status.FALLBACK:
+                return thought
+            return replace(results[index], status=Status.PARTIAL, reason=thought.reason)
+
+        for index, result in zip(chosen, await bounded(think, chosen, concurrency), strict=True):
+            results[index] = result
+        return results
+
+
+def fallback(query: Query, candidates: Sequence[Candidate], options: RerankOptions, reason: str) -> RankedResults:
+    """First-stage order, unscored, with the reason."""
+    results = tuple(RankedResult(c, place, None) for place, c in enumerate(candidates, 1))
+    return RankedResults(query, results[: options.top_n], Status.FALLBACK, reason=reason)
+
+
+def as_query(query: Query | str) -> Query:
+    if isinstance(query, Query):
+        return query
+    if not isinstance(query, str):
+        raise InputError(explain("query", expected="str or Query", got=type(query).__name__, fix="Use Query.of(...)."))
+    if not query.strip():
+        raise InputError(explain("query", expected="a text or an image", got="an empty string", fix="Pass a text."))
+    return Query.of(query)
+
+
+def as_candidates(candidates: Candidates) -> tuple[Candidate, ...]:
+    """Candidates as given; documents get their place in the list as first-stage rank."""
+    given: tuple[Candidate | Document, ...] = tuple(candidates)
+    if len(given) > MAX_CANDIDATES:
+        fix = "Pass fewer; the model has one label per candidate."
+        raise InputError(explain("candidates", expected=f"at most {MAX_CANDIDATES}", got=len(given), fix=fix))
+    for item in given:
+        if not isinstance(item, Candidate | Document):
+            fix = "Wrap each one: Document(id, Content(text, image))."
+            raise InputError(explain("candidates", expected="Candidate or Document", got=type(item).__name__, fix=fix))
+    return tuple(c if isinstance(c, Candidate) else Candidate(c, None, i) for i, c in enumerate(given, 1))
+
+
+async def bounded(function: Callable[[T], Awaitable[R]], items: Sequence[T], concurrency: int) -> list[R]:
+    """`function` over all items, in order, a few at a time. The first failure cancels the rest, and waits until they closed."""
+    if concurrency < 1:
+        raise InputError(explain("concurrency", expected="at least 1", got=concurrency, fix="Raise it."))
+    turns = asyncio.Semaphore(concurrency)
+
+    async def one(item: T) -> R:
+        async with turns:
+            return await function(item)
+
+    tasks = [asyncio.ensure_future(one(item)) for item in items]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _decide(
+    query: Query,
+    candidates: tuple[Candidate, ...],
+    readable: memory.Readable,
+    reading: Reading,
+    options: RerankOptions,
+    timings: dict[str, float],
+) -> RankedResults:
+    """Order what was read; put what was not read last, in first-stage order; say which is which."""
+    read = [candidates[i] for i in readable.positions]  # the caller's own objects, not the copies with fresh memory
+    skipped = [c for i, c in enumerate(candidates) if i not in set(readable.positions)]
+    order = rank(read, reading.direct, reading.outcome, options.ranking)
+    unreadable = reading.outcome.unreadable if reading.outcome else ()
+    half_judged = [read[i] for i in sorted({*unreadable, *reading.stale})]
+    unranked = tuple(c.document.id for c in (*half_judged, *skipped))
+    reasons = [reading.problem] if reading.problem else []
+    if skipped:
+        reasons.append(f"{len(skipped)} of {len(candidates)} candidates have no usable memory")
+    if half_judged:
+        reasons.append(f"{len(half_judged)} could not be opened or changed after indexing")
+    notes = (*readable.notes, *reading.trace.notes)
+    if skipped:
+        labels = ", ".join(str(i) for i in readable.positions)
+        notes = (*notes, f"labels count only the candidates in the prompt, at these places of the list: {labels}")
+    return RankedResults(
+        query=query,
+        results=to_results(read, order, skipped)[: options.top_n],
+        status=Status.PARTIAL if reasons else Status.RERANKED,
+        none_chosen=order.none_chosen,
+        reason="; ".join(reasons) or None,
+        unranked=unranked,
+        trace=replace(reading.trace, answer=order.answer, timings=timings, notes=notes),
+    )
+
+
+def _deadline(options: RerankOptions) -> float | None:
+    return None if options.timeout_s is None else asyncio.get_running_loop().time() + options.timeout_s
+
+
+def less_time(options: RerankOptions, seconds: float) -> RerankOptions:
+    """The options of a call that may only use what `seconds` have left of its timeout."""
+    if options.timeout_s is None:
+        return options
+    return options.with_options(timeout_s=max(options.timeout_s - seconds, 1e-3))
+
+
+def _seconds(results: RankedResults) -> float:
+    return results.trace.timings["total"] if results.trace else 0.0

@@ -1,0 +1,185 @@
+"""`RetrvR1Retriever`: the whole pipeline, from a question to a ranked list."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from retrv_r1_retriever._sync import run
+from retrv_r1_retriever.embedders import Embedder
+from retrv_r1_retriever.engines.base import Compressor, Engine
+from retrv_r1_retriever.errors import InputError, OptionsError, RerankTimeout, explain
+from retrv_r1_retriever.images import ImageSource, LocalImages, load_content
+from retrv_r1_retriever.options import BALANCED, RerankOptions
+from retrv_r1_retriever.reranker import Candidates, RetrvR1Reranker, as_candidates, as_query, bounded, less_time
+from retrv_r1_retriever.store import Filter, FirstStage, Store, VectorFirstStage
+from retrv_r1_retriever.types import Candidate, ImageInput, Query, RankedResults
+
+
+class Reranker(Protocol):
+    """What the retriever needs of a reranker: ours, or a client of a served one."""
+
+    async def arerank(
+        self, query: Query | str, candidates: Candidates, *, options: RerankOptions | None = None
+    ) -> RankedResults: ...
+
+    async def arerank_batch(
+        self,
+        queries: Sequence[Query | str],
+        candidates: Sequence[Candidates],
+        *,
+        options: RerankOptions | None = None,
+        concurrency: int = 8,
+    ) -> list[RankedResults]: ...
+
+
+class RetrvR1Retriever:
+    """A first stage finds candidates, a reranker decides.
+
+    First stage: `store` and `embedder`, or `first_stage`, any async callable `(query, *, top_k, filter) -> candidates`.
+    Reranker: an `engine` (with `compressor` as in `RetrvR1Reranker`), or a ready `reranker`.
+    images: where pictures of queries and candidates come from; the default reads bytes, data URIs and Pillow images only
+    """
+
+    def __init__(
+        self,
+        *,
+        store: Store | None = None,
+        embedder: Embedder | None = None,
+        first_stage: FirstStage | None = None,
+        engine: Engine | None = None,
+        compressor: Compressor | None = None,
+        reranker: Reranker | None = None,
+        images: ImageSource | None = None,
+        options: RerankOptions = BALANCED,
+    ) -> None:
+        self.first_stage = _first_stage(store, embedder, first_stage)
+        self.images = images or LocalImages()
+        self.reranker = _reranker(engine, compressor, reranker, self.images, options)
+        self.options = options
+
+    async def aretrieve(
+        self,
+        query: Query | str,
+        *,
+        image: ImageInput | None = None,
+        filter: Filter | None = None,
+        options: RerankOptions | None = None,
+    ) -> RankedResults:
+        """The `top_k` candidates of the first stage, reranked. `image` is added to a query given as text.
+
+        `options.timeout_s` covers everything. First-stage failures are always raised: without candidates there is nothing
+        to fall back to.
+        """
+        options, query = options or self.options, _query(query, image)
+        found = await self._find(query, filter, options)
+        remaining = less_time(options, found.seconds)
+        results = await self.reranker.arerank(found.query, found.candidates, options=remaining)
+        return _finished(results, query, found.seconds)
+
+    def retrieve(
+        self,
+        query: Query | str,
+        *,
+        image: ImageInput | None = None,
+        filter: Filter | None = None,
+        options: RerankOptions | None = None,
+    ) -> RankedResults:
+        """`aretrieve` for callers without an event loop; also works inside a running one."""
+        return run(self.aretrieve(query, image=image, filter=filter, options=options))
+
+    async def aretrieve_batch(
+        self,
+        queries: Sequence[Query | str],
+        *,
+        filter: Filter | None = None,
+        options: RerankOptions | None = None,
+        concurrency: int = 8,
+    ) -> list[RankedResults]:
+        """One result per query, in order; `options.max_think_share` holds over the batch, `timeout_s` per query."""
+        options, asked = options or self.options, [as_query(query) for query in queries]
+        found = await bounded(lambda query: self._find(query, filter, options), asked, concurrency)
+        remaining = less_time(options, max((f.seconds for f in found), default=0.0))
+        ranked = await self.reranker.arerank_batch(
+            [f.query for f in found], [f.candidates for f in found], options=remaining, concurrency=concurrency
+        )
+        return [_finished(r, q, f.seconds) for r, q, f in zip(ranked, asked, found, strict=True)]
+
+    def retrieve_batch(
+        self,
+        queries: Sequence[Query | str],
+        *,
+        filter: Filter | None = None,
+        options: RerankOptions | None = None,
+        concurrency: int = 8,
+    ) -> list[RankedResults]:
+        return run(self.aretrieve_batch(queries, filter=filter, options=options, concurrency=concurrency))
+
+    async def _find(self, query: Query, filter: Filter | None, options: RerankOptions) -> _Found:
+        started = time.monotonic()
+        try:
+            async with asyncio.timeout(options.timeout_s) as limit:
+                content, _ = await load_content(self.images, query.content)
+                decoded = replace(query, content=content)
+                found = await self.first_stage(decoded, top_k=options.top_k, filter=filter)
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise RerankTimeout(f"the first stage took longer than timeout_s={options.timeout_s}. Raise it.") from error
+        return _Found(decoded, as_candidates(found[: options.top_k]), time.monotonic() - started)
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """query: with its picture decoded; seconds: what decoding and searching took of the call's timeout"""
+
+    query: Query
+    candidates: tuple[Candidate, ...]
+    seconds: float
+
+
+def _query(query: Query | str, image: ImageInput | None) -> Query:
+    if image is None:
+        return as_query(query)
+    if isinstance(query, Query):
+        fix = "Put the picture into the query: Query.of(text, image)."
+        raise InputError(explain("image", expected="None beside a Query", got="a picture", fix=fix))
+    return Query.of(query if query.strip() else None, image)
+
+
+def _first_stage(store: Store | None, embedder: Embedder | None, first_stage: FirstStage | None) -> FirstStage:
+    if first_stage is not None and store is None and embedder is None:
+        return first_stage
+    if first_stage is None and store is not None and embedder is not None:
+        return VectorFirstStage(store, embedder)
+    given = [n for n, v in (("store", store), ("embedder", embedder), ("first_stage", first_stage)) if v is not None]
+    fix = "Pass one or the other."
+    raise OptionsError(explain("first stage", expected="store and embedder, or first_stage", got=given, fix=fix))
+
+
+def _reranker(
+    engine: Engine | None,
+    compressor: Compressor | None,
+    reranker: Reranker | None,
+    images: ImageSource,
+    options: RerankOptions,
+) -> Reranker:
+    if reranker is not None and engine is None and compressor is None:
+        return reranker
+    if engine is not None and reranker is None:
+        return RetrvR1Reranker(engine, compressor=compressor, images=images, options=options)
+    given = [n for n, v in (("engine", engine), ("compressor", compressor), ("reranker", reranker)) if v is not None]
+    fix = "A reranker brings its own engine and compressor."
+    raise OptionsError(explain("model", expected="engine, or reranker alone", got=given, fix=fix))
+
+
+def _finished(results: RankedResults, query: Query, seconds: float) -> RankedResults:
+    """The results under the caller's own query, with the first stage in the timings."""
+    if results.trace is None:
+        return replace(results, query=query)
+    timings = dict(results.trace.timings)
+    timings |= {"first_stage": seconds, "total": timings.get("total", 0.0) + seconds}
+    return replace(results, query=query, trace=replace(results.trace, timings=timings))
