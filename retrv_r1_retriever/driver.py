@@ -220,6 +220,7 @@ class _Run:
         )
         return ReasoningTrace(
             segments=outcome.segments if outcome else self.prompt.segments,
+            candidates=tuple(c.document.id for c in self.prompt.candidates),
             margin=self.direct.margin if self.direct else None,
             inspected=outcome.inspected if outcome else (),
             unreadable=outcome.unreadable if outcome else (),

@@ -89,6 +89,7 @@ class ReasoningTrace:
     """
 
     segments: tuple[Segment, ...] = ()
+    candidates: tuple[str, ...] = ()
     answer: int | None = None
     margin: float | None = None
     inspected: tuple[int, ...] = ()
@@ -137,6 +138,7 @@ class ReasoningTrace:
             )
         return cls(
             segments=tuple(_segment_from_dict(s) for s in data["segments"]),
+            candidates=tuple(data["candidates"]),
             answer=data["answer"],
             margin=data["margin"],
             inspected=tuple(data["inspected"]),

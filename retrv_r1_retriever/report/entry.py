@@ -10,8 +10,8 @@ from retrv_r1_retriever.parser import Check, Thought, parse
 from retrv_r1_retriever.prompt import KEEP, LABELS
 from retrv_r1_retriever.report.markup import EMPTY, Html, html, join
 from retrv_r1_retriever.report.pictures import PictureLoader, thumbnail
-from retrv_r1_retriever.trace import Full, ReasoningTrace
-from retrv_r1_retriever.types import Content, RankedResult, RankedResults, Status, StopReason
+from retrv_r1_retriever.trace import ReasoningTrace
+from retrv_r1_retriever.types import RankedResult, RankedResults, Status, StopReason
 
 STATUS_WORDS = {
     Status.RERANKED: "reranked by the model",
@@ -118,12 +118,12 @@ def _badges(results: RankedResults) -> Html:
 
 def _reasoning(trace: ReasoningTrace, entry: ReportEntry, load: PictureLoader) -> Html:
     thought = parse(trace.turn)
-    contents = _contents_by_index(trace, entry.results)
+    shown = _by_label(trace, entry.results)
     steps = [
         _step("Looks for", html("<p class='hypothesis'>{}</p>", thought.hypothesis)) if thought.hypothesis else EMPTY,
-        _elimination(thought, trace),
-        join(_opened(check, contents, load) for check in _checks(thought, trace)),
-        _answer(trace, contents, load),
+        _elimination(thought, trace, shown),
+        join(_opened(check, shown, load) for check in _checks(thought, trace)),
+        _answer(trace, shown, load),
     ]
     raw = html("<details><summary>The model's own words</summary><pre>{}</pre></details>", trace.thought)
     return html(
@@ -137,13 +137,20 @@ def _step(name: str, body: Html, css_class: str = "") -> Html:
     return html("<li class='{}'><h4>{}</h4>{}</li>", css_class, name, body)
 
 
-def _contents_by_index(trace: ReasoningTrace, results: RankedResults) -> Mapping[int, Content]:
-    """Candidate index -> what to show; opened candidates cut by `top_n` are still in the trace."""
-    contents = {s.index: s.content for s in trace.segments if isinstance(s, Full) and s.content is not None}
-    return contents | {r.candidate.rank - 1: r.document.content for r in results.results}
+def _by_label(trace: ReasoningTrace, results: RankedResults) -> Mapping[int, RankedResult]:
+    """Label index -> result. Labels count only the candidates in the prompt; those cut by `top_n` are missing."""
+    labels = {id: index for index, id in reversed(list(enumerate(trace.candidates)))}
+    if not labels:  # a trace of other making: labels in first-stage order
+        return {result.candidate.rank - 1: result for result in results.results}
+    return {labels[r.document.id]: r for r in results.results if r.document.id in labels}
 
 
-def _elimination(thought: Thought, trace: ReasoningTrace) -> Html:
+def _name(index: int, shown: Mapping[int, RankedResult]) -> str:
+    """A candidate by its first-stage rank, the number a reader sees in the list."""
+    return f"#{shown[index].candidate.rank}" if index in shown else f"#{index + 1}"
+
+
+def _elimination(thought: Thought, trace: ReasoningTrace, shown: Mapping[int, RankedResult]) -> Html:
     if not thought.verdicts:
         return EMPTY
     chips = []
@@ -151,7 +158,13 @@ def _elimination(thought: Thought, trace: ReasoningTrace) -> Html:
         css_class = "keep" if verdict.text == KEEP else "out"
         opened = html("<i title='opened in full'>◉</i>") if verdict.index in trace.inspected else EMPTY
         chips.append(
-            html("<span class='chip {}'><b>#{}</b> {} {}</span>", css_class, verdict.index + 1, verdict.text, opened)
+            html(
+                "<span class='chip {}'><b>{}</b> {} {}</span>",
+                css_class,
+                _name(verdict.index, shown),
+                verdict.text,
+                opened,
+            )
         )
     kept = sum(v.text == KEEP for v in thought.verdicts)
     name = f"Eliminates {len(thought.verdicts) - kept} of {len(thought.verdicts)} from their compressed tokens"
@@ -164,32 +177,33 @@ def _checks(thought: Thought, trace: ReasoningTrace) -> list[Check]:
     return [checks.get(index, Check(index, "")) for index in trace.inspected]
 
 
-def _opened(check: Check, contents: Mapping[int, Content], load: PictureLoader) -> Html:
+def _opened(check: Check, shown: Mapping[int, RankedResult], load: PictureLoader) -> Html:
     word, css_class = {True: ("match", "match"), False: ("differs", "differs"), None: ("undecided", "")}[check.match]
-    shown = _content(contents.get(check.index), check.index, load)
+    picture = _content(check.index, shown, load)
     body = html(
         "<div class='inspection'>{}<div><span class='verdict {}'>{}</span><p class='check'>{}</p></div></div>",
-        shown,
+        picture,
         css_class,
         word,
         check.text or "no words were written",
     )
-    return _step(f"◉ Opens #{check.index + 1} in full", body, f"opened {css_class}")
+    return _step(f"◉ Opens {_name(check.index, shown)} in full", body, f"opened {css_class}")
 
 
-def _answer(trace: ReasoningTrace, contents: Mapping[int, Content], load: PictureLoader) -> Html:
+def _answer(trace: ReasoningTrace, shown: Mapping[int, RankedResult], load: PictureLoader) -> Html:
     if trace.answer is None or trace.answer >= len(LABELS):
         words = "No candidate fits." if trace.answer is not None else "No answer was given."
         return _step("Answers", html("<p>{}</p>", words), "answer")
-    shown = _content(contents.get(trace.answer), trace.answer, load)
-    body = html("<div class='inspection'>{}<p><b>#{}</b> is the one.</p></div>", shown, trace.answer + 1)
+    picture = _content(trace.answer, shown, load)
+    body = html("<div class='inspection'>{}<p><b>{}</b> is the one.</p></div>", picture, _name(trace.answer, shown))
     return _step("Answers", body, "answer")
 
 
-def _content(content: Content | None, index: int, load: PictureLoader) -> Html:
-    if content is None:
+def _content(index: int, shown: Mapping[int, RankedResult], load: PictureLoader) -> Html:
+    if index not in shown:
         return EMPTY
-    picture = thumbnail(content.image, load, f"candidate {index + 1}")
+    content = shown[index].document.content
+    picture = thumbnail(content.image, load, f"candidate {_name(index, shown)}")
     return picture or html("<p class='quote'>{}</p>", _short(content.text or "no picture to show"))
 
 

@@ -48,8 +48,8 @@ def attacked() -> ReportEntry:
     thought = Thought(ATTACK, (Verdict(0, ATTACK), Verdict(1, "keep")), (Check(0, ATTACK, None),), 0)
     trace = ReasoningTrace(
         (*build_prompt(query, candidates).segments, *render_turn(thought)),
-        0,
-        (0,),
+        answer=0,
+        inspected=(0,),
         versions={ATTACK: ATTACK},
         notes=(ATTACK,),
         timings={ATTACK: 1.0},
@@ -140,3 +140,16 @@ def test_pictures_outside_the_root_or_broken_are_left_out(tmp_path: Path, locati
 
 def test_markup_escapes_quotes() -> None:
     assert html("<a title='{}'>", "' onclick='x") == "<a title='&#x27; onclick=&#x27;x'>"
+
+
+def test_labels_are_translated_to_first_stage_ranks() -> None:
+    """A candidate without usable memory has no label: label 0 is then the second of the first stage."""
+    entry = rescued()
+    trace = entry.results.trace
+    assert trace is not None
+    ids = tuple(f"90:31000{n:02}" for n in range(1, 12))
+    shifted = replace(entry, results=replace(entry.results, trace=replace(trace, candidates=ids)))
+    text = Elements(render_report([shifted])).text
+    assert "Opens #2 in full" in text
+    assert "Opens #4 in full" in text
+    assert "#4 is the one." in text
