@@ -1,0 +1,232 @@
+"""The embedded store: Qdrant Edge, the real engine in this process. Needs the extra `edge`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from retrv_r1_retriever.errors import SchemaError, StoreError, explain, missing_extra
+from retrv_r1_retriever.filters import FilterTranslator
+from retrv_r1_retriever.points import MEMORY, CollectionSpec, Encoded, Found, PointCodec
+from retrv_r1_retriever.store import Filter, Point, Scalar
+from retrv_r1_retriever.types import Candidate
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_SPEC_FILE, _SHARD_FOLDER = "retrv.json", "shard"
+_T = TypeVar("_T")
+
+
+class EdgeStore:
+    """A collection in a folder. One process at a time may have it open; any number of threads in that process may use it.
+
+    spec: makes the collection if there is none; compared with the one that is there otherwise. None = it must be there
+    tenant: (payload field, value) this store is limited to, in reads and writes
+    read_only: refuses writes (the folder is locked all the same)
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        spec: CollectionSpec | None = None,
+        tenant: tuple[str, Scalar] | None = None,
+        read_only: bool = False,
+    ) -> None:
+        self._edge = _import_edge()
+        self.path, self.read_only = Path(path), read_only
+        where = f"index {self.path}"
+        if not (self.path / _SPEC_FILE).exists():
+            if spec is None or read_only:
+                raise StoreError(
+                    explain(
+                        where, expected="an index made by this package", got="none there",
+                        fix="Fix the path, or pass spec=CollectionSpec(...) without read_only to make one.",
+                    )
+                )  # fmt: skip
+            _write_spec(self.path, spec)
+        self.spec = _read_spec(self.path)
+        if spec is not None:
+            self.spec.check_against(spec, where)
+        self._codec = PointCodec(self.spec, tenant=tenant)
+        self._native = FilterTranslator(self._edge, self._edge.RangeFloat, own=True)
+        self._closed = False
+        with self._errors():
+            self._shard = self._open_shard()
+
+    async def search(
+        self, vector: np.ndarray, top_k: int, *, filter: Filter | None = None, with_memory: bool = True
+    ) -> list[Candidate]:
+        query = self._codec.check_query(vector, top_k)
+        request = self._edge.QueryRequest(
+            limit=top_k,
+            query=self._edge.Query.Nearest(query, using=self._codec.schema.vector),
+            filter=self._native(self._codec.filter(filter)),
+            with_payload=True,
+            with_vector=[MEMORY] if self._has_memory(with_memory) else False,
+        )
+        found = await self._call(lambda: _found(self._shard.query(request)))
+        if not found and await self.count() == 0:
+            raise StoreError(
+                explain(f"index {self.path}", expected="documents", got="an empty collection", fix="Index some first.")
+            )
+        return self._codec.decode(found)
+
+    async def get(self, ids: Sequence[str], *, with_memory: bool = True) -> list[Candidate]:
+        found = await self._retrieve(ids, True, with_memory)
+        self._codec.check_ids(ids, found)
+        return self._codec.in_order(ids, found)
+
+    async def upsert(self, points: Sequence[Point]) -> None:
+        """Written to disk when this returns."""
+        if self.read_only:
+            raise StoreError(explain(f"index {self.path}", expected="no writes", got="upsert", fix="Drop read_only."))
+
+        def write() -> None:
+            encoded = self._codec.encode(points)  # in the thread too: pictures may have to be encoded
+            with self._errors():
+                self._shard.update(self._edge.UpdateOperation.upsert_points([self._point(one) for one in encoded]))
+                self._shard.flush()
+
+        await asyncio.to_thread(write)
+
+    async def content_hashes(self, ids: Sequence[str], *, memory_digest: str | None = None) -> dict[str, str]:
+        found = await self._retrieve(ids, self._codec.note_fields, with_memory=False)
+        self._codec.check_ids(ids, found)
+        return self._codec.hashes(found, memory_digest)
+
+    async def sample(self, limit: int = 10) -> list[Candidate]:
+        """A few documents, in no particular order."""
+        request = self._edge.ScrollRequest(
+            limit=limit, filter=self._native(self._codec.filter(None)), with_payload=True, with_vector=False
+        )
+        return self._codec.decode(await self._call(lambda: _found(self._shard.scroll(request)[0])))
+
+    async def count(self) -> int:
+        request = self._edge.CountRequest(exact=True, filter=self._native(self._codec.filter(None)))
+        count: int = await self._call(lambda: self._shard.count(request))
+        return count
+
+    async def optimize(self) -> None:
+        """Build the approximate index. Worth it from about 100,000 documents on: until then every search is exact and fast."""
+        await self._call(self._shard.optimize)
+
+    async def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+
+        def close() -> None:
+            self._shard.flush()
+            self._shard.close()
+
+        await self._call(close)
+
+    async def _retrieve(self, ids: Sequence[str], payload: bool | list[str], with_memory: bool) -> list[Found]:
+        point_ids = [self._codec.point_id(id) for id in dict.fromkeys(ids)]
+        vectors = [MEMORY] if self._has_memory(with_memory) else False
+        return await self._call(lambda: _found(self._shard.retrieve(point_ids, payload, vectors)))
+
+    async def _call(self, work: Callable[[], _T]) -> _T:
+        def guarded() -> _T:
+            with self._errors():
+                return work()
+
+        return await asyncio.to_thread(guarded)
+
+    def _has_memory(self, with_memory: bool) -> bool:
+        return with_memory and self.spec.memory_width is not None
+
+    def _point(self, encoded: Encoded) -> Any:
+        return self._edge.Point(encoded.id, encoded.vectors, encoded.payload)
+
+    def _open_shard(self) -> Any:
+        shard = self.path / _SHARD_FOLDER
+        if not shard.exists():  # made aside and moved here in one step: a kill in between leaves no half-made shard
+            aside = tempfile.mkdtemp(prefix=".new-", dir=self.path)
+            try:
+                self._edge.EdgeShard.create(aside, self._config()).close()
+                os.rename(aside, shard)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
+        return self._edge.EdgeShard.load(str(shard))
+
+    def _config(self) -> Any:
+        edge = self._edge
+        vectors = {
+            self._codec.schema.vector: edge.EdgeVectorParams(size=self.spec.vector_size, distance=edge.Distance.Cosine)
+        }
+        if self.spec.memory_width is not None:  # fetched by id, never searched: no graph
+            vectors[MEMORY] = edge.EdgeVectorParams(
+                size=self.spec.memory_width,
+                distance=edge.Distance.Dot,
+                datatype=edge.VectorStorageDatatype.Float16,
+                multivector_config=edge.MultiVectorConfig(edge.MultiVectorComparator.MaxSim),
+                hnsw_config=edge.HnswIndexConfig(m=0, ef_construct=4, full_scan_threshold=10),
+            )
+        return edge.EdgeConfig(vectors=vectors)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Qdrant Edge raises bare `Exception`; its lock shows by its words only."""
+        try:
+            yield
+        except (StoreError, SchemaError):
+            raise
+        except Exception as error:
+            if "WouldBlock" in str(error):
+                raise StoreError(
+                    explain(
+                        f"index {self.path}", expected="to be its only user",
+                        got="an index locked by another process, or by another EdgeStore in this one",
+                        fix="Close that one; several processes need a Qdrant server (QdrantStore).",
+                    )
+                ) from error  # fmt: skip
+            raise StoreError(
+                explain(f"index {self.path}", expected="an answer", got=f"{error}", fix="Run `retrv-r1 doctor` on it.")
+            ) from error
+
+
+def _found(points: Iterable[Any]) -> list[Found]:
+    found = []
+    for point in points:
+        vectors = point.vector or {}
+        found.append(Found(str(point.id), point.payload or {}, getattr(point, "score", None), vectors.get(MEMORY)))
+    return found
+
+
+def _write_spec(path: Path, spec: CollectionSpec) -> None:
+    path.mkdir(parents=True, exist_ok=True)
+    aside = path / f".{_SPEC_FILE}.{os.getpid()}"
+    aside.write_text(json.dumps(spec.to_json(), indent=2), "utf-8")
+    aside.replace(path / _SPEC_FILE)
+
+
+def _read_spec(path: Path) -> CollectionSpec:
+    try:
+        values = json.loads((path / _SPEC_FILE).read_text("utf-8"))
+        return CollectionSpec.from_json(values, f"index {path}")
+    except (OSError, ValueError, AttributeError) as error:
+        if isinstance(error, SchemaError):
+            raise
+        raise StoreError(
+            explain(f"{path / _SPEC_FILE}", expected="JSON", got=error, fix="Restore it from a backup, or index again.")
+        ) from error
+
+
+def _import_edge() -> Any:
+    try:
+        import qdrant_edge
+    except ImportError as error:
+        raise missing_extra("qdrant-edge-py", "edge") from error
+    return qdrant_edge

@@ -1,0 +1,73 @@
+"""Our one filter type in the words of Qdrant's two libraries, which differ in nothing but the range class."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from retrv_r1_retriever.errors import InputError, explain
+from retrv_r1_retriever.schema import RESERVED
+from retrv_r1_retriever.store import Condition, Equals, Filter, OneOf, Range, Scalar
+
+
+@dataclass(frozen=True, slots=True)
+class FilterTranslator:
+    """sdk: `qdrant_client.models` or `qdrant_edge`; range_type: its class for number ranges
+
+    own: the collection has our layout, in which booleans are matched by name (see `points._bools`)
+    """
+
+    sdk: Any
+    range_type: Callable[..., Any]
+    own: bool
+
+    def __call__(self, asked: Filter | None) -> Any:
+        """Their filter, or None where there is nothing to filter by. Raises `InputError`."""
+        if asked is None or not (asked.must or asked.should or asked.must_not):
+            return None
+        return self.sdk.Filter(
+            must=[self._condition(c) for c in asked.must] or None,
+            should=[self._condition(c) for c in asked.should] or None,
+            must_not=[self._condition(c) for c in asked.must_not] or None,
+        )
+
+    def _condition(self, condition: Condition) -> Any:
+        match condition:
+            case Equals(field, value):
+                return self._equals(field, value)
+            case OneOf(field, values):
+                return self._one_of(field, values)
+            case Range(field, gt, gte, lt, lte):
+                bounds = [bound for bound in (gt, gte, lt, lte) if bound is not None]
+                if not bounds or not all(isinstance(b, int | float) and math.isfinite(b) for b in bounds):
+                    raise InputError(
+                        explain(
+                            f"Range({field!r})", expected="at least one number", got=bounds, fix="Pass gte= or lt=."
+                        )
+                    )
+                return self.sdk.FieldCondition(key=field, range=self.range_type(gt=gt, gte=gte, lt=lt, lte=lte))
+        raise InputError(
+            explain("Filter", expected="Equals, OneOf or Range", got=type(condition).__name__, fix="Use one of these.")
+        )
+
+    def _equals(self, field: str, value: Scalar) -> Any:
+        if not isinstance(value, str | int):
+            raise InputError(
+                explain(f"Equals({field!r})", expected="str, int or bool", got=repr(value), fix="Use Range for floats.")
+            )
+        if self.own and isinstance(value, bool):
+            field, value = f"{RESERVED}.{'true' if value else 'false'}", field
+        return self.sdk.FieldCondition(key=field, match=self.sdk.MatchValue(value=value))
+
+    def _one_of(self, field: str, values: tuple[Scalar, ...]) -> Any:
+        if not values:
+            raise InputError(
+                explain(f"OneOf({field!r})", expected="at least one value", got="none", fix="Leave the condition out.")
+            )
+        if len({type(value) for value in values}) == 1 and not isinstance(values[0], bool):
+            if not isinstance(values[0], str | int):
+                self._equals(field, values[0])  # raises
+            return self.sdk.FieldCondition(key=field, match=self.sdk.MatchAny(any=list(values)))
+        return self.sdk.Filter(should=[self._equals(field, value) for value in values])

@@ -1,0 +1,399 @@
+"""The store on a Qdrant server, cluster or client you already have. Needs the extra `qdrant`."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import uuid
+import weakref
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+import numpy as np
+
+from retrv_r1_retriever.errors import OptionsError, SchemaError, StoreError, explain, missing_extra
+from retrv_r1_retriever.filters import FilterTranslator
+from retrv_r1_retriever.points import MEMORY, CollectionSpec, Found, PointCodec
+from retrv_r1_retriever.schema import OWN_SCHEMA, PayloadSchema, found_fields, lookup
+from retrv_r1_retriever.store import Filter, Point, Scalar
+from retrv_r1_retriever.types import Candidate
+
+if TYPE_CHECKING:
+    from qdrant_client import AsyncQdrantClient, QdrantClient
+
+_MARK = "retrv"  # collection metadata under this key says that we made the collection, and how
+_SAMPLE = 64  # payloads looked at before each missing field is asked for by itself
+_T = TypeVar("_T")
+_Call: TypeAlias = "Callable[..., Awaitable[Any]]"
+
+# Local mode is a numpy scan that breaks when one thread writes while another reads; one lock for each such client.
+_local_locks: weakref.WeakKeyDictionary[object, threading.Lock] = weakref.WeakKeyDictionary()
+
+
+class QdrantStore:
+    """One collection. One that this package did not make is *foreign*: it needs `schema`, comes without memory, and is
+    never written to.
+
+    client: sync (its calls run in threads) or async; the caller closes it. url: a sync client is made and closed here
+    spec: makes the collection if there is none; compared with the one that is there otherwise. None = it must be there
+    tenant: (payload field, value) this store is limited to, in reads and writes
+
+    The collection is checked here; with an async client, on first use.
+    """
+
+    def __init__(
+        self,
+        collection: str,
+        *,
+        client: QdrantClient | AsyncQdrantClient | None = None,
+        url: str | None = None,
+        api_key: str | None = None,
+        spec: CollectionSpec | None = None,
+        schema: PayloadSchema | None = None,
+        tenant: tuple[str, Scalar] | None = None,
+        read_only: bool = False,
+    ) -> None:
+        if (client is None) == (url is None):
+            raise OptionsError(explain("QdrantStore", expected="client= or url=", got="both or none", fix="Pass one."))
+        qdrant_client = _import_qdrant()
+        self._models = qdrant_client.models
+        self._owns_client = client is None
+        self._client: Any = (
+            client
+            if client is not None
+            else qdrant_client.QdrantClient(url=url, api_key=api_key, check_compatibility=False)
+        )
+        self._is_async = isinstance(self._client, qdrant_client.AsyncQdrantClient)
+        self._lock = _local_lock(self._client)
+        self.collection, self.read_only = collection, read_only
+
+        def opening(call: _Call) -> Coroutine[Any, Any, PointCodec]:
+            return _Opening(call, qdrant_client.models, self._where, spec, schema, tenant, read_only)()
+
+        self._open = opening
+        self._codec: PointCodec | None = None
+        self._opening = asyncio.Lock()
+        if not self._is_async:
+            self._codec = _finish(self._open(self._call_here))
+
+    @property
+    def spec(self) -> CollectionSpec:
+        """What the collection was made with; of a foreign one, the vector size."""
+        if self._codec is None:
+            raise StoreError(explain(self._where, expected="a checked collection", got="none yet", fix="Await open()."))
+        return self._codec.spec
+
+    async def open(self) -> PointCodec:
+        """Check (or make) the collection, once. Every other method does this first."""
+        if self._codec is None:
+            async with self._opening:
+                if self._codec is None:
+                    self._codec = await self._open(self._call)
+        return self._codec
+
+    async def search(
+        self, vector: np.ndarray, top_k: int, *, filter: Filter | None = None, with_memory: bool = True
+    ) -> list[Candidate]:
+        codec = await self.open()
+        answer = await self._call(
+            "query_points",
+            query=codec.check_query(vector, top_k),
+            using=codec.schema.vector or None,
+            limit=top_k,
+            query_filter=self._native(codec, filter),
+            with_payload=True,
+            with_vectors=_memory_of(codec, with_memory),
+        )
+        if not answer.points and (await self._call("count", exact=False)).count == 0:
+            raise StoreError(
+                explain(self._where, expected="documents", got="an empty collection", fix="Index some first.")
+            )
+        return codec.decode(_found(answer.points))
+
+    async def get(self, ids: Sequence[str], *, with_memory: bool = True) -> list[Candidate]:
+        codec = await self.open()
+        if codec.own:
+            found = await self._retrieve(codec, [codec.point_id(id) for id in ids], True, with_memory)
+            codec.check_ids(ids, found)
+        elif codec.schema.id is None:
+            found = await self._retrieve(
+                codec, [id for text in ids if (id := _native_id(text)) is not None], True, False
+            )
+        else:
+            found = await self._scroll(len(ids), self._by_field(codec.schema.id, ids))
+        return codec.in_order(ids, found)
+
+    async def upsert(self, points: Sequence[Point]) -> None:
+        codec = await self.open()
+        if not codec.own or self.read_only:
+            what = "this package never writes to a collection it did not make" if not codec.own else "read_only=True"
+            raise StoreError(
+                explain(self._where, expected="no writes", got=f"upsert ({what})", fix="Index into one of our own.")
+            )
+        encoded = await asyncio.to_thread(codec.encode, points)  # pictures may have to be encoded
+        structs = [self._models.PointStruct(id=one.id, vector=one.vectors, payload=one.payload) for one in encoded]
+        if structs:
+            await self._call("upsert", points=structs, wait=True)
+
+    async def content_hashes(self, ids: Sequence[str], *, memory_digest: str | None = None) -> dict[str, str]:
+        codec = await self.open()
+        if not codec.own:
+            return {}
+        found = await self._retrieve(codec, [codec.point_id(id) for id in ids], codec.note_fields, False)
+        codec.check_ids(ids, found)
+        return codec.hashes(found, memory_digest)
+
+    async def sample(self, limit: int = 10) -> list[Candidate]:
+        """A few documents, in no particular order."""
+        codec = await self.open()
+        return codec.decode(await self._scroll(limit, self._native(codec, None)))
+
+    async def count(self) -> int:
+        codec = await self.open()
+        answer = await self._call("count", count_filter=self._native(codec, None), exact=True)
+        return int(answer.count)
+
+    async def close(self) -> None:
+        if self._owns_client:
+            await asyncio.to_thread(self._client.close)
+
+    @property
+    def _where(self) -> str:
+        return f"collection {self.collection!r}"
+
+    def _native(self, codec: PointCodec, asked: Filter | None) -> Any:
+        return FilterTranslator(self._models, self._models.Range, codec.own)(codec.filter(asked))
+
+    def _by_field(self, field: str, ids: Sequence[str]) -> Any:
+        """Ids may be stored as strings or as numbers; the caller's are always strings."""
+        models = self._models
+        kinds: list[list[Any]] = [list(ids), [int(id) for id in ids if _is_number(id)]]
+        return models.Filter(
+            should=[models.FieldCondition(key=field, match=models.MatchAny(any=kind)) for kind in kinds if kind]
+        )
+
+    async def _retrieve(
+        self, codec: PointCodec, ids: Sequence[Any], payload: bool | list[str], with_memory: bool
+    ) -> list[Found]:
+        if not ids:
+            return []
+        records = await self._call(
+            "retrieve", ids=list(dict.fromkeys(ids)), with_payload=payload, with_vectors=_memory_of(codec, with_memory)
+        )
+        return _found(records)
+
+    async def _scroll(self, limit: int, native_filter: Any) -> list[Found]:
+        records, _ = await self._call(
+            "scroll", limit=limit, scroll_filter=native_filter, with_payload=True, with_vectors=False
+        )
+        return _found(records)
+
+    async def _call(self, method: str, **arguments: Any) -> Any:  # kwargs: the client's own, passed on unread
+        """One call of the client, off the event loop, its errors as ours."""
+        if not self._is_async:
+            return await asyncio.to_thread(self._call_now, method, arguments)
+        try:
+            return await getattr(self._client, method)(collection_name=self.collection, **arguments)
+        except Exception as error:
+            raise self._error(method, error) from error
+
+    async def _call_here(self, method: str, **arguments: Any) -> Any:  # kwargs: as `_call`
+        """As `_call`, in this thread: awaiting it never suspends."""
+        return self._call_now(method, arguments)
+
+    def _call_now(self, method: str, arguments: dict[str, Any]) -> Any:
+        try:
+            if self._lock is None:
+                return getattr(self._client, method)(collection_name=self.collection, **arguments)
+            with self._lock:
+                return getattr(self._client, method)(collection_name=self.collection, **arguments)
+        except Exception as error:
+            raise self._error(method, error) from error
+
+    def _error(self, method: str, error: Exception) -> StoreError:
+        return StoreError(
+            explain(
+                f"{self._where}: {method}", expected="an answer from Qdrant", got=f"{type(error).__name__}: {error}",
+                fix="Check that the server runs, its url and the api key.",
+            )
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Opening:
+    """Checks a collection, or makes it. `call` is the store's, sync or async."""
+
+    call: _Call
+    models: Any
+    where: str
+    asked: CollectionSpec | None
+    schema: PayloadSchema | None
+    tenant: tuple[str, Scalar] | None
+    read_only: bool
+
+    async def __call__(self) -> PointCodec:
+        if not await self.call("collection_exists"):
+            if self.asked is None or self.read_only:
+                raise StoreError(
+                    explain(
+                        self.where, expected="an existing collection", got="none of that name",
+                        fix="Fix the name, or pass spec=CollectionSpec(...) without read_only to make it.",
+                    )
+                )  # fmt: skip
+            await self.call("create_collection", **_creation(self.models, self.asked))
+        config = (await self.call("get_collection")).config
+        mark = (getattr(config, "metadata", None) or {}).get(_MARK)
+        if mark is None and self.asked is not None and self.schema is None:
+            raise StoreError(
+                explain(
+                    self.where, expected="a collection made by this package on Qdrant 1.16 or newer",
+                    got="one without our mark", fix="Pass schema=PayloadSchema(...) to read it, or choose a new name.",
+                )
+            )  # fmt: skip
+        vectors = config.params.vectors or {}
+        vectors = vectors if isinstance(vectors, dict) else {"": vectors}
+        if mark is None:
+            return await self._open_foreign(vectors)
+        return self._open_own(mark, vectors)
+
+    def _open_own(self, mark: dict[str, Any], vectors: dict[str, Any]) -> PointCodec:
+        if self.schema is not None:
+            raise SchemaError(
+                explain(self.where, expected="no schema= (we made it)", got=self.schema, fix="Leave schema= out.")
+            )
+        spec = CollectionSpec.from_json(mark, self.where)
+        _check_vector(OWN_SCHEMA.vector, vectors, self.where)
+        stored = replace(
+            spec,
+            vector_size=vectors[OWN_SCHEMA.vector].size,
+            memory_width=vectors[MEMORY].size if MEMORY in vectors else None,
+        )
+        stored.check_against(self.asked or spec, self.where)
+        return PointCodec(stored, tenant=self.tenant)
+
+    async def _open_foreign(self, vectors: dict[str, Any]) -> PointCodec:
+        schema = self.schema
+        records, _ = await self.call("scroll", limit=_SAMPLE, with_payload=True, with_vectors=False)
+        payloads = [record.payload or {} for record in records]
+        names = ", ".join(found_fields(payloads)) or "(none)"
+        if schema is None:
+            raise SchemaError(
+                explain(
+                    self.where, expected="schema=PayloadSchema(...), as this package did not make it",
+                    got=f"none; its payload has the fields {names}, its vectors are {_names(vectors)}",
+                    fix="Map them, e.g. PayloadSchema(text=..., image=..., vector=...).",
+                )
+            )  # fmt: skip
+        _check_vector(schema.vector, vectors, self.where)
+        for field in schema.fields:
+            if payloads and all(lookup(payload, field) is None for payload in payloads):
+                await self._check_field(field, names)
+        params = vectors[schema.vector]
+        spec = CollectionSpec(params.size)
+        spec.check_against(self.asked or spec, self.where)
+        higher = params.distance in (self.models.Distance.COSINE, self.models.Distance.DOT)
+        return PointCodec(spec, schema, self.tenant, higher)
+
+    async def _check_field(self, field: str, names: str) -> None:
+        """A field the sample lacks may still be somewhere; ask for one point that has it."""
+        empty = self.models.IsEmptyCondition(is_empty=self.models.PayloadField(key=field))
+        records, _ = await self.call(
+            "scroll",
+            limit=1,
+            scroll_filter=self.models.Filter(must_not=[empty]),
+            with_payload=False,
+            with_vectors=False,
+        )
+        if not records:
+            raise SchemaError(
+                explain(
+                    f"{self.where}: payload field {field!r}", expected="it in at least one point",
+                    got=f"none; the fields found are {names}", fix="Change PayloadSchema to the names found.",
+                )
+            )  # fmt: skip
+
+
+def _check_vector(name: str, vectors: dict[str, Any], where: str) -> None:
+    shown = repr(name) if name else "the unnamed vector"
+    if name not in vectors or vectors[name].multivector_config is not None:
+        got = "a multivector" if name in vectors else f"vectors named {_names(vectors)}"
+        raise SchemaError(
+            explain(
+                f"{where}: vector name",
+                expected=shown,
+                got=got,
+                fix="Pass PayloadSchema(vector=...) with a name found.",
+            )
+        )
+
+
+def _names(vectors: dict[str, Any]) -> str:
+    return ", ".join(repr(name) for name in vectors) or "(no dense vectors)"
+
+
+def _creation(models: Any, spec: CollectionSpec) -> dict[str, Any]:
+    vectors = {OWN_SCHEMA.vector: models.VectorParams(size=spec.vector_size, distance=models.Distance.COSINE)}
+    if spec.memory_width is not None:  # fetched by id, never searched: no graph
+        vectors[MEMORY] = models.VectorParams(
+            size=spec.memory_width,
+            distance=models.Distance.DOT,
+            datatype=models.Datatype.FLOAT16,
+            multivector_config=models.MultiVectorConfig(comparator=models.MultiVectorComparator.MAX_SIM),
+            hnsw_config=models.HnswConfigDiff(m=0),
+        )
+    return {"vectors_config": vectors, "metadata": {_MARK: spec.to_json()}}
+
+
+def _memory_of(codec: PointCodec, with_memory: bool) -> bool | list[str]:
+    return [MEMORY] if with_memory and codec.own and codec.spec.memory_width is not None else False
+
+
+def _found(points: Iterable[Any]) -> list[Found]:
+    found = []
+    for point in points:
+        vectors = point.vector if isinstance(point.vector, dict) else {}
+        found.append(Found(str(point.id), point.payload or {}, getattr(point, "score", None), vectors.get(MEMORY)))
+    return found
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()
+
+
+def _native_id(text: str) -> int | str | None:
+    """The point id that `str()` made this document id of; None if none can have."""
+
+    if _is_number(text):
+        return int(text)
+    try:
+        return str(uuid.UUID(text))
+    except ValueError:
+        return None
+
+
+def _finish(work: Coroutine[Any, Any, _T]) -> _T:
+    """The result of a coroutine that never suspends, without a loop."""
+    try:
+        work.send(None)
+    except StopIteration as done:
+        value: _T = done.value
+        return value
+    work.close()
+    raise RuntimeError("a coroutine meant to run through has suspended")
+
+
+def _local_lock(client: Any) -> threading.Lock | None:
+    from qdrant_client.local.qdrant_local import QdrantLocal
+
+    if not isinstance(getattr(client, "_client", None), QdrantLocal):
+        return None
+    return _local_locks.setdefault(client, threading.Lock())
+
+
+def _import_qdrant() -> Any:
+    try:
+        import qdrant_client
+    except ImportError as error:
+        raise missing_extra("qdrant-client", "qdrant") from error
+    return qdrant_client
