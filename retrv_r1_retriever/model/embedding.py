@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from retrv_r1_retriever.model.checkpoint import load_embedder_checkpoint
 from retrv_r1_retriever.model.modeling import RetrvR1Model
 from retrv_r1_retriever.model.processing import Chunk, EncodedImage, Picture, Processor, collate
 from retrv_r1_retriever.prompt import Prompt, query_segments
-from retrv_r1_retriever.trace import Full, Text
+from retrv_r1_retriever.trace import Text
 from retrv_r1_retriever.types import Content, Query
 
 END = Text("<|im_end|>")  # the token whose state is the embedding
@@ -29,6 +31,14 @@ class BackboneEmbedder:
         self.processor = processor
         self.dim = dim
         self.batch_size = batch_size
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, device: str | None = None, dtype: str | None = None, batch_size: int = 64
+    ) -> BackboneEmbedder:
+        """The embedder inside a Retrv-R1 checkpoint (`retrv/embedder/`)."""
+        checkpoint = load_embedder_checkpoint(path, device=device, dtype=dtype)
+        return cls(checkpoint.model.model, checkpoint.processor, checkpoint.manifest.embedder_dim, batch_size)
 
     def embed(self, items: Sequence[Query | Content]) -> np.ndarray:
         """(n, dim) float32, rows of norm 1. Pictures must be decoded."""
@@ -48,7 +58,7 @@ def embedding_chunk(processor: Processor, item: Query | Content) -> Chunk:
         return processor.chunk([*query_segments(item), END], Prompt(item, (), ()))
     content = processor.content_chunk(item)
     end = processor.chunk([END], Prompt(Query(item), (), ()), content.next_position)
-    return concatenate([content, end])
+    return Chunk.join([content, end])
 
 
 def embed_chunks(model: RetrvR1Model, processor: Processor, chunks: Sequence[Chunk], dim: int) -> Tensor:
@@ -73,18 +83,3 @@ def encode_pictures(model: RetrvR1Model, processor: Processor, pictures: Sequenc
         encoded = iter(model.encode_images(pixels.to(model.device, model.dtype), grids.to(model.device)))
     parts = [p.features if isinstance(p, EncodedImage) else next(encoded) for p in pictures]
     return torch.cat([part.to(model.device) for part in parts])
-
-
-def concatenate(chunks: Sequence[Chunk]) -> Chunk:
-    """Chunks that follow one another as one."""
-    return Chunk(
-        np.concatenate([c.ids for c in chunks]),
-        np.concatenate([c.positions for c in chunks], axis=1),
-        np.concatenate([c.query for c in chunks]),
-        np.concatenate([c.sampled for c in chunks]),
-        np.concatenate([c.image for c in chunks]),
-        tuple(p for c in chunks for p in c.pictures),
-        tuple(i for c in chunks for i in c.candidates),
-        tuple(m for c in chunks for m in c.memories),
-        chunks[-1].next_position,
-    )

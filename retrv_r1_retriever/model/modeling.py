@@ -56,7 +56,11 @@ class RetrvR1Model(Qwen2_5_VLModel):
         return tuple(self.get_image_features(pixel_values, image_grid_thw).pooler_output)
 
     def embed(
-        self, input_ids: Tensor, image_features: Tensor | None, image_mask: Tensor | None, compressed: CompressedInputs | None
+        self,
+        input_ids: Tensor,
+        image_features: Tensor | None,
+        image_mask: Tensor | None,
+        compressed: CompressedInputs | None,
     ) -> Tensor:
         """LM input embeddings (B, L, H): token rows, image tokens scattered where `image_mask`, ICM output at placeholders."""
         table = self.get_input_embeddings()

@@ -20,7 +20,14 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from retrv_r1_retriever.errors import CheckpointError, InputError, explain
 from retrv_r1_retriever.model.modeling import CompressedInputs
 from retrv_r1_retriever.prompt import (
-    ADDED_TOKENS, CHECK_CUE, CONTENT_PAD, LABELS, RELATION_PAD, SLOTS, Prompt, content_text,
+    ADDED_TOKENS,
+    CHECK_CUE,
+    CONTENT_PAD,
+    LABELS,
+    RELATION_PAD,
+    SLOTS,
+    Prompt,
+    content_text,
 )  # fmt: skip
 from retrv_r1_retriever.trace import Compressed, Forced, Full, QueryImage, Sampled, Segment, Text
 from retrv_r1_retriever.types import Content
@@ -55,6 +62,29 @@ class Chunk:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @classmethod
+    def join(cls, chunks: Sequence[Chunk]) -> Chunk:
+        """Chunks that follow one another, as one."""
+        return cls(
+            np.concatenate([c.ids for c in chunks]),
+            np.concatenate([c.positions for c in chunks], axis=1),
+            np.concatenate([c.query for c in chunks]),
+            np.concatenate([c.sampled for c in chunks]),
+            np.concatenate([c.image for c in chunks]),
+            tuple(p for c in chunks for p in c.pictures),
+            tuple(i for c in chunks for i in c.candidates),
+            tuple(m for c in chunks for m in c.memories),
+            chunks[-1].next_position,
+        )
+
+    @classmethod
+    def plain(cls, ids: Sequence[int], start: int) -> Chunk:
+        """Text tokens only, from position `start` on."""
+        n = len(ids)
+        nothing = np.zeros(n, dtype=bool)
+        positions = np.broadcast_to(np.arange(start, start + n), (3, n))
+        return cls(np.asarray(ids, dtype=np.int64), positions, nothing, nothing, nothing, (), (), (), start + n)
 
 
 class Processor:
@@ -102,7 +132,9 @@ class Processor:
                 memory = prompt.candidates[segment.index].memory
                 if memory is None:
                     raise InputError(
-                        explain(f"candidate {segment.index}", expected="memory", got="none", fix="Resolve memory first.")
+                        explain(
+                            f"candidate {segment.index}", expected="memory", got="none", fix="Resolve memory first."
+                        )
                     )
                 builder.compressed(segment.index, memory.rows)
             elif isinstance(segment, Full):

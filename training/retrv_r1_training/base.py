@@ -34,7 +34,13 @@ def vocabulary(pools: Sequence[Pool]) -> list[str]:
     texts = {" " + item.caption for pool in pools for item in pool.items}
     texts |= {f" {q.query.content.text}" for pool in pools for q in pool.queries if q.query.content.text}
     texts |= {f"Query: {q.query.instruction}" for pool in pools for q in pool.queries}
-    texts |= {" same diff match differs keep but", f"system\n{SYSTEM}", "user\nCandidates:\n", "assistant\n", "\nQuery:"}
+    texts |= {
+        " same diff match differs keep but",
+        f"system\n{SYSTEM}",
+        "user\nCandidates:\n",
+        "assistant\n",
+        "\nQuery:",
+    }
     return [*sorted(texts), CHECK_CUE, DESCRIBE.text]
 
 
@@ -72,14 +78,16 @@ def train_captions(
 
 def episode(processor: Processor, query: Query, want: Caption, opened: Sequence[tuple[Content, Caption]],
             rng: random.Random) -> Chunk:  # fmt: skip
-    """query -> hypothesis -> opened cards with their checks; the labels are random, there is no list."""
+    """query -> hypothesis -> opened cards with their checks, the last one described again; labels are random, there is no list."""
     labels = rng.sample(range(len(LABELS)), len(opened))
     checks = [Check(i, check_text(c, want), agrees(c, want)) for i, (_, c) in zip(labels, opened, strict=True)]
     turn = render(Thought(str(want), (), tuple(checks), None))[:-1]
     contents = dict(zip(labels, (content for content, _ in opened), strict=True))
     turn = tuple(Full(s.index, contents[s.index]) if isinstance(s, Full) else s for s in turn)
     prompt = Prompt(query, (), (HEAD, *query_segments(query), ASSISTANT))
-    return processor.chunk((*prompt.segments, *turn), prompt)
+    content, caption = opened[-1]
+    described = (Full(labels[-1], content), DESCRIBE, Sampled(f" {caption}"))
+    return processor.chunk((*prompt.segments, *turn, *described), prompt)
 
 
 def sample_episode(processor: Processor, pool: Pool, rng: random.Random, siblings: dict[int, list[int]]) -> Chunk:
@@ -90,7 +98,11 @@ def sample_episode(processor: Processor, pool: Pool, rng: random.Random, sibling
         roll = rng.random()
         near = siblings[target]
         chosen.append(
-            target if roll < 0.4 else rng.choice(near) if roll < 0.8 else rng.choice(pool.by_modality[query.target_modality])
+            target
+            if roll < 0.4
+            else rng.choice(near)
+            if roll < 0.8
+            else rng.choice(pool.by_modality[query.target_modality])
         )
     opened = [(pool.items[i].content, Caption.of(pool.items[i].caption)) for i in chosen]
     return episode(processor, query.query, wanted(query), opened, rng)
@@ -145,7 +157,11 @@ def train_episodes(
 
 
 def comparison_loss(
-    model: RetrvR1ForConditionalGeneration, processor: Processor, captions: Sequence[str], count: int, rng: random.Random
+    model: RetrvR1ForConditionalGeneration,
+    processor: Processor,
+    captions: Sequence[str],
+    count: int,
+    rng: random.Random,
 ) -> tuple[Tensor, dict[str, float]]:
     """Also the rehearsal beside later stages: without it the comparison is forgotten."""
     drill = [comparison(processor, rng, captions) for _ in range(count)]
@@ -153,7 +169,11 @@ def comparison_loss(
 
 
 def _loss(
-    model: RetrvR1ForConditionalGeneration, processor: Processor, chunks: Sequence[Chunk], weights: TokenWeights, tag: str
+    model: RetrvR1ForConditionalGeneration,
+    processor: Processor,
+    chunks: Sequence[Chunk],
+    weights: TokenWeights,
+    tag: str,
 ) -> tuple[Tensor, dict[str, float]]:
     hidden, batch = hidden_states(model, processor, chunks)
     weight = token_weights(batch, processor, weights)

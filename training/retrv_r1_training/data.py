@@ -91,7 +91,9 @@ def _open(path: Path) -> Image.Image:
 
 def _with_image(query: LabelledQuery, root: Path) -> LabelledQuery:
     content = query.query.content
-    return query if content.image is None else _replace_content(query, Content(content.text, _open(root / content.image)))  # type: ignore[operator]
+    return (
+        query if content.image is None else _replace_content(query, Content(content.text, _open(root / content.image)))
+    )  # type: ignore[operator]
 
 
 def _replace_content(query: LabelledQuery, content: Content) -> LabelledQuery:

@@ -31,6 +31,13 @@ class Schedule:
         return self.lr * ramp * (self.final_lr_share + (1 - self.final_lr_share) * cosine)
 
 
+def _groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, object]]:
+    """Decay matrices only. The embedding table is no exception to be decayed: rows whose gradient is masked must not move."""
+    marked = [p for p in parameters if p.ndim >= 2 and not getattr(p, "no_decay", False)]
+    plain = [p for p in parameters if p.ndim < 2 or getattr(p, "no_decay", False)]
+    return [{"params": marked, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
 def train(
     name: str,
     schedule: Schedule,
@@ -43,7 +50,7 @@ def train(
 ) -> None:
     """Run `steps` updates of `loss_fn(step) -> (loss, metrics)`. A loss that is not finite stops the run."""
     trained = [p for p in parameters if p.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=schedule.lr, weight_decay=schedule.weight_decay, betas=(0.9, 0.98))
+    optimiser = torch.optim.AdamW(_groups(trained, schedule.weight_decay), lr=schedule.lr, betas=(0.9, 0.98))
     started = time.monotonic()
     with log_file.open("a", encoding="utf-8") as out:
         for step in range(schedule.steps):

@@ -80,7 +80,12 @@ def write_thought(
 
 
 def _choose(
-    kept: list[int], captions: Sequence[Caption], want: Caption, target: int | None, rng: random.Random, style: TeacherStyle
+    kept: list[int],
+    captions: Sequence[Caption],
+    want: Caption,
+    target: int | None,
+    rng: random.Random,
+    style: TeacherStyle,
 ) -> list[int]:
     """Ascending order always: a shuffled order taught the prototype to open candidates twice."""
     if not want.fine or not kept:

@@ -1,0 +1,3 @@
+from tests.tiny import checkpoint
+
+__all__ = ["checkpoint"]

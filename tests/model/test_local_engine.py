@@ -1,0 +1,161 @@
+"""The local engine against the plain forward pass of the same model: nothing differs, nothing is computed twice."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+import torch
+
+from retrv_r1_retriever.engines.base import Compressor, Engine
+from retrv_r1_retriever.engines.local import LocalEngine
+from retrv_r1_retriever.errors import EngineError, InputError
+from retrv_r1_retriever.model.embedding import encode_pictures
+from retrv_r1_retriever.model.processing import collate
+from retrv_r1_retriever.prompt import INSPECT_END, NONE, THINK_END, build_prompt
+from retrv_r1_retriever.session import GenerateParams
+from retrv_r1_retriever.trace import Forced, Full, Sampled
+from retrv_r1_retriever.types import Candidate, Content, Document, Query
+from tests.tiny import make_prompt, picture
+
+QUERIES = [Query.of("which card", instruction="find it"), Query.of(image=picture(99)), Query.of("red two", picture(98))]
+THINK = GenerateParams((INSPECT_END, THINK_END), 12)
+
+
+@pytest.fixture
+def engine(checkpoint) -> LocalEngine:
+    return LocalEngine(checkpoint)
+
+
+def plain_logits(checkpoint, prompt, segments) -> torch.Tensor:
+    """Logits after the last token of prompt + segments, in one uncached pass."""
+    chunk = checkpoint.processor.chunk((*prompt.segments, *segments), prompt)
+    batch = collate([chunk], checkpoint.processor)
+    model = checkpoint.model.model
+    with torch.inference_mode():
+        features = encode_pictures(model, checkpoint.processor, batch.pictures)
+        out = model(
+            batch.input_ids, batch.attention_mask, batch.positions,
+            image_features=features, image_mask=batch.image_mask, compressed=batch.compressed,
+        )  # fmt: skip
+        return checkpoint.model.lm_head(out.last_hidden_state[0, -1]).float()
+
+
+def plain_greedy(checkpoint, prompt, segments, params) -> list[int]:
+    stops = {checkpoint.processor.token_id(s) for s in params.stop}
+    ids: list[int] = []
+    while len(ids) < params.max_new_tokens:
+        logits = plain_logits(checkpoint, prompt, (*segments, Sampled("", tuple(ids))))
+        ids.append(int(logits.argmax()))
+        if ids[-1] in stops:
+            break
+    return ids
+
+
+def test_is_engine_and_compressor(engine):
+    assert isinstance(engine, Engine)
+    assert isinstance(engine, Compressor)
+
+
+@pytest.mark.parametrize("query", QUERIES, ids=["text", "image", "both"])
+async def test_steps_equal_one_plain_pass(engine, checkpoint, query):
+    prompt = make_prompt(engine, query, 5)
+    handle = await engine.open(prompt)
+    opener, opened = Forced("<think>"), Full(2, prompt.candidates[2].document.content)
+    await engine.append(handle, [opener])
+    first = await engine.generate(handle, THINK)
+    assert list(first.token_ids) == plain_greedy(checkpoint, prompt, [opener], THINK)
+    await engine.append(handle, [opened])
+    second = await engine.generate(handle, THINK)
+    turn = [opener, Sampled("", first.token_ids), opened]
+    assert list(second.token_ids) == plain_greedy(checkpoint, prompt, turn, THINK)
+    await engine.close(handle)
+
+
+async def test_probe_leaves_no_trace_and_reads_the_slots(engine, checkpoint):
+    prompt = make_prompt(engine, QUERIES[0], 4)
+    handle = await engine.open(prompt)
+    before = await engine.probe(handle, "<answer>")
+    slots = [checkpoint.processor.token_id(s) for s in prompt.slots]
+    want = torch.log_softmax(plain_logits(checkpoint, prompt, [Forced("<answer>")])[slots], -1)
+    assert torch.allclose(torch.tensor(before.logprobs), want, atol=1e-4)
+    await engine.append(handle, [Forced("<think>")])
+    generated = await engine.generate(handle, THINK)
+    assert list(generated.token_ids) == plain_greedy(checkpoint, prompt, [Forced("<think>")], THINK)
+    again = await engine.open(prompt)
+    assert (await engine.probe(again, "<answer>")).logprobs == pytest.approx(before.logprobs, abs=1e-5)
+
+
+async def test_nothing_is_read_twice(engine):
+    prompt = make_prompt(engine, QUERIES[2], 4)
+    handle = await engine.open(prompt)
+    await engine.probe(handle, "<answer>")
+    await engine.append(handle, [Forced("<think>")])
+    one = await engine.generate(handle, THINK)
+    await engine.append(handle, [Full(1, prompt.candidates[1].document.content)])
+    two = await engine.generate(handle, THINK)
+    full = prompt.candidates[1].memory.full_tokens
+    # the probe's suffix, the opener, the opened candidate; the very last sampled token is never read
+    assert engine.forward_tokens == handle.prompt_tokens + 1 + 1 + one.tokens + full + two.tokens - 1
+    assert engine.encoded_pictures == 2, "the query's picture and the opened candidate's, no other"
+
+
+async def test_batched_equals_single(engine):
+    prompts = [make_prompt(engine, q, n) for q, n in zip(QUERIES, (3, 6, 4), strict=True)]
+
+    async def run(prompt):
+        handle = await engine.open(prompt)
+        await engine.append(handle, [Forced("<think>")])
+        out = await engine.generate(handle, THINK)
+        read = await engine.probe(handle, "<answer>")
+        await engine.close(handle)
+        return out, read
+
+    single = [await run(p) for p in prompts]
+    together = await asyncio.gather(*(run(p) for p in prompts * 3))
+    for i, (out, read) in enumerate(together):
+        assert out.token_ids == single[i % 3][0].token_ids
+        assert out.logprobs == pytest.approx(single[i % 3][0].logprobs, abs=1e-4)
+        assert read.logprobs == pytest.approx(single[i % 3][1].logprobs, abs=1e-4)
+
+
+async def test_allowed_tokens_bound_the_answer_and_seeds_repeat(engine):
+    prompt = make_prompt(engine, QUERIES[0], 3)
+    seen = set()
+    for seed in range(12):
+        texts = []
+        for _ in range(2):
+            handle = await engine.open(prompt)
+            await engine.append(handle, [Forced("<answer>")])
+            out = await engine.generate(handle, GenerateParams((), 1, prompt.slots, temperature=5.0, seed=seed))
+            assert out.text in prompt.slots
+            assert len(out.slot_logprobs) == 4
+            texts.append(out.text)
+        assert texts[0] == texts[1], "same seed, same sample"
+        seen.add(texts[0])
+    assert len(seen) > 1
+    assert NONE in prompt.slots
+
+
+async def test_cancellation_leaves_the_engine_usable(engine):
+    prompt = make_prompt(engine, QUERIES[0], 3)
+    handle = await engine.open(prompt)
+    await engine.append(handle, [Forced("<think>")])
+    task = asyncio.create_task(engine.generate(handle, GenerateParams((THINK_END,), 3000)))
+    await asyncio.sleep(0.05)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await engine.close(handle)
+    fresh = await engine.open(prompt)
+    assert len((await engine.probe(fresh, "<answer>")).logprobs) == 4
+    with pytest.raises(EngineError, match="closed"):
+        await engine.generate(handle, THINK)
+
+
+async def test_missing_memory_and_overlong_prompt_are_named(engine):
+    candidate = Candidate(Document("a", Content("x")), None, 1)
+    with pytest.raises(InputError, match="candidate 0: expected memory"):
+        await engine.open(build_prompt(QUERIES[0], [candidate]))
+    with pytest.raises(InputError, match="expected fewer than"):
+        await engine.open(make_prompt(engine, Query.of("red " * 5000), 2))

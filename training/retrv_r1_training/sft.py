@@ -1,0 +1,236 @@
+"""Stage `sft`: the language model learns the thought over K compressed candidates, and the direct answer beside it.
+
+Both are trained in one pass: behind the last column of a sequence stands one more token, `<answer>`, that sees the prompt only. Its
+prediction is the direct read exactly as `Engine.probe` makes it, for the price of a single token.
+
+Frozen: tower, embedding table (slot rows excepted) and the module's in_proj, so that stored memories stay valid.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from retrv_r1_retriever.model.embedding import encode_pictures
+from retrv_r1_retriever.model.modeling import RetrvR1ForConditionalGeneration
+from retrv_r1_retriever.model.processing import Batch, Chunk, Processor, collate
+from retrv_r1_retriever.parser import Thought, render
+from retrv_r1_retriever.prompt import ADDED_TOKENS, ANSWER_START, Prompt, build_prompt
+from retrv_r1_retriever.trace import Full, Sampled, Segment
+from retrv_r1_retriever.types import Candidate, Document, Memory
+from retrv_r1_training.align import content_embeds
+from retrv_r1_training.base import comparison_loss
+from retrv_r1_training.data import Pool
+from retrv_r1_training.loop import Schedule, train
+from retrv_r1_training.loss import TokenWeights, accuracy, token_weights, weighted_ce
+from retrv_r1_training.teacher import Caption, TeacherStyle, wanted, write_thought
+
+
+@dataclass(frozen=True, slots=True)
+class ListConfig:
+    """How training lists are made from first-stage lists. top_k: K.
+
+    shuffle: share of lists in random order, so that rank alone decides nothing
+    inject: share of lists without the positive that get it put in at a random place; the others train `<|none|>`
+    """
+
+    top_k: int = 20
+    shuffle: float = 0.5
+    inject: float = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """prompt and turn as chunks; target: slot index of the direct read (K = none)."""
+
+    prompt: Chunk
+    turn: Chunk
+    target: int
+    slots: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Lists:
+    """A pool with its first-stage lists and every candidate's memory (frozen by now)."""
+
+    pool: Pool
+    ranked: np.ndarray
+    memories: Sequence[Memory]
+
+
+def make_lists(model: RetrvR1ForConditionalGeneration, processor: Processor, pool: Pool, ranked: np.ndarray) -> Lists:
+    memories = []
+    contents = [item.content for item in pool.items]
+    with torch.no_grad():
+        for start in range(0, len(contents), 256):
+            part = contents[start : start + 256]
+            for embeds in content_embeds(model, processor, part, {}):
+                rows = model.model.icm.memory(embeds).to(torch.float16).numpy()
+                memories.append(Memory(rows, "", "", 0))
+    return Lists(pool, ranked, memories)
+
+
+def make_example(
+    processor: Processor, lists: Lists, number: int, config: ListConfig, style: TeacherStyle | None, rng: random.Random
+) -> Example:
+    """One training example. style None: the turn ends after the elimination (the cheap first part of the curriculum)."""
+    query = lists.pool.queries[number]
+    chosen, target = _candidate_list(lists, number, config, rng)
+    candidates = tuple(
+        Candidate(Document(lists.pool.items[i].id, lists.pool.items[i].content), None, rank, lists.memories[i])
+        for rank, i in enumerate(chosen, start=1)
+    )
+    prompt = build_prompt(query.query, candidates)
+    captions = [Caption.of(lists.pool.items[i].caption) for i in chosen]
+    thought = write_thought(captions, wanted(query), target, rng, style or TeacherStyle())
+    turn = _elimination(thought) if style is None else _filled(render(thought), prompt)
+    head = processor.chunk(prompt.segments, prompt)
+    tail = processor.chunk(turn, prompt, head.next_position)
+    return Example(head, tail, len(chosen) if target is None else target, prompt.slots)
+
+
+def _candidate_list(lists: Lists, number: int, config: ListConfig, rng: random.Random) -> tuple[list[int], int | None]:
+    positive = lists.pool.target(lists.pool.queries[number])
+    chosen = lists.ranked[number, : config.top_k].tolist()
+    if positive not in chosen and rng.random() < config.inject:
+        chosen[rng.randrange(len(chosen))] = positive
+    if rng.random() < config.shuffle:
+        rng.shuffle(chosen)
+    return chosen, chosen.index(positive) if positive in chosen else None
+
+
+def _elimination(thought: Thought) -> tuple[Segment, ...]:
+    forced, sampled = render(replace(thought, checks=()))[:2]
+    assert isinstance(sampled, Sampled)
+    return forced, Sampled(sampled.text.removesuffix("</think>"))
+
+
+def _filled(turn: Sequence[Segment], prompt: Prompt) -> tuple[Segment, ...]:
+    contents = [c.document.content for c in prompt.candidates]
+    return tuple(Full(s.index, contents[s.index]) if isinstance(s, Full) else s for s in turn)
+
+
+def forward_with_direct_read(
+    model: RetrvR1ForConditionalGeneration, processor: Processor, examples: Sequence[Example]
+) -> tuple[Tensor, Tensor, Batch]:
+    """Hidden states of the sequences (B, L, H) and of the `<answer>` branch (B, H)."""
+    batch = collate([Chunk.join([e.prompt, e.turn]) for e in examples], processor, model.device)
+    features = encode_pictures(model.model, processor, batch.pictures)
+    embeds = model.model.embed(batch.input_ids, features, batch.image_mask, batch.compressed)
+    opener = torch.tensor([processor.token_id(ANSWER_START)], device=embeds.device)
+    branch = model.model.get_input_embeddings()(opener).expand(len(examples), 1, -1)
+    prompts = torch.tensor([len(e.prompt) for e in examples], device=embeds.device)
+    at = torch.tensor([e.prompt.next_position for e in examples], device=embeds.device)
+    length = embeds.shape[1]
+    columns = torch.arange(length + 1, device=embeds.device)
+    lengths = batch.attention_mask.sum(1)
+    mask = (columns[None] <= columns[:, None])[None] & (columns < lengths[:, None])[:, None]
+    mask[:, length] = (columns < prompts[:, None]) | (columns == length)
+    mask |= torch.eye(
+        length + 1, dtype=torch.bool, device=embeds.device
+    )  # padding rows see themselves: no empty softmax
+    out = model.model.language_model(
+        inputs_embeds=torch.cat([embeds, branch], dim=1),
+        position_ids=torch.cat([batch.positions, at[None, :, None].expand(3, -1, 1)], dim=2),
+        attention_mask={"full_attention": mask[:, None]},
+        use_cache=False,
+    ).last_hidden_state
+    return out[:, :length], out[:, length], batch
+
+
+def direct_read_loss(
+    model: RetrvR1ForConditionalGeneration, processor: Processor, branch: Tensor, examples: Sequence[Example]
+) -> tuple[Tensor, Tensor]:
+    """Mean -log p(target slot) over exactly the slots of each prompt, and whether the arg-max is right (B,)."""
+    logits = model.lm_head(branch).float()
+    losses, hits = [], []
+    for row, example in zip(logits, examples, strict=True):
+        slots = torch.tensor([processor.token_id(s) for s in example.slots], device=row.device)
+        losses.append(-F.log_softmax(row[slots], dim=0)[example.target])
+        hits.append(row[slots].argmax() == example.target)
+    return torch.stack(losses).mean(), torch.stack(hits)
+
+
+def train_sft(
+    model: RetrvR1ForConditionalGeneration, processor: Processor, lists: Sequence[Lists], held_out: Lists,
+    config: ListConfig, style: TeacherStyle | None, schedule: Schedule, rehearsal: int, direct_weight: float, seed: int,
+    log_file: Path, name: str,
+) -> None:  # fmt: skip
+    """rehearsal: text-only comparison sequences beside every batch, or the comparison is forgotten."""
+    rng = random.Random(seed)
+    captions = [item.caption for part in lists for item in part.pool.items]
+    weights = TokenWeights()
+    freeze_for_sft(model)
+
+    def loss_fn(step: int) -> tuple[Tensor, dict[str, float]]:
+        examples = []
+        for _ in range(schedule.batch_size):
+            part = rng.choice(lists)
+            examples.append(make_example(processor, part, rng.randrange(len(part.pool.queries)), config, style, rng))
+        loss, metrics, _ = _losses(model, processor, examples, weights, direct_weight)
+        drill, more = comparison_loss(model, processor, captions, rehearsal, rng)
+        return loss + drill, metrics | {"length": float(len(examples[0].turn) + len(examples[0].prompt))} | more
+
+    held = [make_example(processor, held_out, i, ListConfig(config.top_k, 0.0, 0.0), style, random.Random(i))
+            for i in range(0, len(held_out.pool.queries), 6)]  # fmt: skip
+    strata = [held_out.pool.queries[i].stratum for i in range(0, len(held_out.pool.queries), 6)]
+
+    @torch.no_grad()
+    def evaluate() -> dict[str, float]:
+        parts = [_losses(model, processor, held[i : i + 50], weights, direct_weight) for i in range(0, len(held), 50)]
+        out = {f"val_{k}": float(np.nanmean([p[1][k] for p in parts])) for k in parts[0][1]}
+        hits = torch.cat([p[2] for p in parts])
+        for stratum in ("coarse", "fine"):
+            rows = [h.item() for h, s in zip(hits, strata, strict=True) if s == stratum]
+            out[f"val_direct_{stratum}"] = float(np.mean(rows))
+        return out
+
+    train(
+        name,
+        schedule,
+        model.parameters(),
+        loss_fn,
+        log_file,
+        lambda: mask_embedding_gradient(model, processor),
+        evaluate,
+    )
+
+
+def _losses(
+    model: RetrvR1ForConditionalGeneration, processor: Processor, examples: Sequence[Example], weights: TokenWeights,
+    direct_weight: float,
+) -> tuple[Tensor, dict[str, float], Tensor]:  # fmt: skip
+    hidden, branch, batch = forward_with_direct_read(model, processor, examples)
+    weight = token_weights(batch, processor, weights)
+    direct, hits = direct_read_loss(model, processor, branch, examples)
+    roles = {"words": weights.default, "verdicts": weights.verdict, "inspect": weights.inspect, "marks": weights.mark,
+             "conclusion": weights.conclusion}  # fmt: skip
+    metrics = {k: accuracy(model, hidden, batch.input_ids, weight == v) for k, v in roles.items()}
+    after_answer = F.pad(batch.input_ids[:, :-1], (1, 0)) == processor.token_id(ANSWER_START)
+    metrics["answer"] = accuracy(model, hidden, batch.input_ids, after_answer & batch.sampled)
+    metrics["direct"] = hits.float().mean().item()
+    return weighted_ce(model, hidden, batch.input_ids, weight) + direct_weight * direct, metrics, hits
+
+
+def freeze_for_sft(model: RetrvR1ForConditionalGeneration) -> None:
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    for parameter in (*model.model.visual.parameters(), *model.model.icm.in_proj.parameters()):
+        parameter.requires_grad_(False)
+    model.get_input_embeddings().weight.no_decay = True
+
+
+def mask_embedding_gradient(model: RetrvR1ForConditionalGeneration, processor: Processor) -> None:
+    """Only the added tokens' rows learn: candidate memory is made from all the others."""
+    gradient = model.get_input_embeddings().weight.grad
+    if gradient is not None:
+        kept = torch.zeros(len(gradient), 1, device=gradient.device)
+        kept[[processor.token_id(t) for t in ADDED_TOKENS]] = 1
+        gradient.mul_(kept)
