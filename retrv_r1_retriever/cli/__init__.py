@@ -1,0 +1,5 @@
+"""The command line `retrv-r1`. The only place in this package that prints."""
+
+from retrv_r1_retriever.cli.main import main
+
+__all__ = ["main"]

@@ -1,0 +1,162 @@
+"""`retrv-r1 doctor`: is everything there, does it fit together, and what to change."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from retrv_r1_retriever import config as settings
+from retrv_r1_retriever._sync import run
+from retrv_r1_retriever.cli.search import load_config
+from retrv_r1_retriever.cli.show import describe
+from retrv_r1_retriever.cli.terminal import one_line, print_json, terminal_width
+from retrv_r1_retriever.config import Config
+from retrv_r1_retriever.errors import RetrvR1Error
+
+if TYPE_CHECKING:
+    from retrv_r1_retriever.model.checkpoint import Manifest
+
+Level = Literal["ok", "warn", "fail"]
+LIBRARIES = {
+    "numpy": None,
+    "pillow": None,
+    "qdrant-edge-py": "edge",
+    "qdrant-client": "qdrant",
+    "torch": "local",
+    "transformers": "local",
+    "safetensors": "local",
+}
+SAMPLE = 5
+#: Licences that do not allow commercial use, by a part of their name.
+RESTRICTED = ("research", "non-commercial", "noncommercial", "cc-by-nc")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at. fix: what to change, empty if nothing"""
+
+    level: Level
+    name: str
+    detail: str
+    fix: str = ""
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=main)
+
+
+def main(args: argparse.Namespace) -> int:
+    findings = list(_findings(args))
+    if args.json:
+        print_json([{"level": f.level, "name": f.name, "detail": f.detail, "fix": f.fix} for f in findings])
+    else:
+        for finding in findings:
+            print(f"{finding.level:<4}  {finding.name:<16}  {one_line(finding.detail, terminal_width() - 24)}")
+            if finding.fix:
+                print(f"{'':<24}{finding.fix}")
+    return 1 if any(f.level == "fail" for f in findings) else 0
+
+
+def _findings(args: argparse.Namespace) -> Iterator[Finding]:
+    yield Finding("ok", "python", sys.version.split()[0])
+    yield from _libraries()
+    config, finding = _guarded("config", lambda: load_config(args))
+    if finding or config is None:
+        yield finding or Finding("fail", "config", "unreadable")
+        return
+    where = args.config if Path(args.config).exists() else f"none at {args.config}: defaults"
+    yield Finding("ok", "config", f"{where}; top_k {config.rerank.top_k}, think {config.rerank.think}")
+    manifest, finding = _guarded("checkpoint", lambda: _manifest(config))
+    if manifest is None:
+        yield finding or Finding("fail", "checkpoint", "unreadable")
+    else:
+        yield from _checkpoint(config, manifest)
+    yield from _images(config)
+    yield from _store(config, manifest)
+
+
+def _libraries() -> Iterator[Finding]:
+    for name, extra in LIBRARIES.items():
+        try:
+            yield Finding("ok", name, version(name))
+        except PackageNotFoundError:
+            yield Finding("warn", name, "not installed", f"If needed: pip install 'retrv-r1-retriever[{extra}]'")
+
+
+def _guarded(name: str, look: Callable[[], Any]) -> tuple[Any, Finding | None]:
+    """What `look` finds, or a finding in place of an error: one broken part must not hide the others."""
+    try:
+        return look(), None
+    except (RetrvR1Error, ImportError, OSError) as error:
+        return None, Finding("fail", name, str(error), "The message says what to change.")
+
+
+def _manifest(config: Config) -> Manifest:
+    from retrv_r1_retriever.model.checkpoint import read_manifest
+
+    return read_manifest(Path(settings.checkpoint_path(config)))
+
+
+def _checkpoint(config: Config, manifest: Manifest) -> Iterator[Finding]:
+    yield Finding("ok", "checkpoint", f"{settings.checkpoint_path(config)}, digest {manifest.checkpoint_digest}")
+    licence = manifest.licence or "not stated"
+    restricted = not manifest.licence or any(word in licence.lower() for word in RESTRICTED)
+    fix = "Check the licence of the base before commercial use." if restricted else ""
+    yield Finding("warn" if restricted else "ok", "base", f"{manifest.base}, licence {licence}", fix)
+    if manifest.trained_top_k and config.rerank.top_k > manifest.trained_top_k:
+        detail = f"top_k {config.rerank.top_k}, but trained with lists of {manifest.trained_top_k}"
+        yield Finding(
+            "warn", "top_k", detail, f"Set top_k = {manifest.trained_top_k} in [rerank], or measure: retrv-r1 eval"
+        )
+    if manifest.think_margin is None and config.rerank.think_margin is None and config.rerank.think == "auto":
+        yield Finding("ok", "think", "auto without a calibrated margin: it always thinks")
+
+
+def _images(config: Config) -> Iterator[Finding]:
+    root = config.path(config.images.root)
+    if root.is_dir():
+        yield Finding("ok", "images", f"root {root}")
+    else:
+        yield Finding("fail", "images", f"root {root} is no folder", "Set root in [images].")
+
+
+def _store(config: Config, manifest: Manifest | None) -> Iterator[Finding]:
+    store, finding = _guarded("store", lambda: settings.open_store(config))
+    if store is None:
+        yield finding or Finding("fail", "store", "cannot be opened")
+        return
+    try:
+        count = run(store.count())
+        if count == 0:
+            yield Finding("fail", "store", "opened, but empty", "Run: retrv-r1 index SOURCE")
+            return
+        yield Finding("ok", "store", f"{count:,} documents")
+        sample = run(store.sample(SAMPLE))
+        if not sample:
+            yield Finding("fail", "payload", "no document could be read", "Check text and image in [store].")
+        for candidate in sample:
+            document = candidate.document
+            yield Finding("ok", "payload", f"{document.id}: {describe(document.content)}")
+        if manifest is not None:
+            yield _memory([c.document.id for c in sample], store, manifest)
+    except RetrvR1Error as error:
+        yield Finding("fail", "store", str(error), "The message says what to change.")
+    finally:
+        run(store.close())
+
+
+def _memory(ids: list[str], store: Any, manifest: Manifest) -> Finding:
+    digest = manifest.memory_digest
+    stored = [c.memory for c in run(store.get(ids)) if c.memory is not None]
+    fitting = sum(memory.digest == digest for memory in stored)
+    if fitting == len(ids):
+        return Finding("ok", "memory", f"digest {digest} on all {len(ids)} sampled documents")
+    detail = f"{fitting} of {len(ids)} sampled documents have memory {digest}; {len(stored) - fitting} have another"
+    return Finding(
+        "warn", "memory", detail, "Index again with this checkpoint; until then memory is recomputed per query."
+    )

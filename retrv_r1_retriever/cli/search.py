@@ -1,0 +1,178 @@
+"""`retrv-r1 search` and `retrv-r1 rerank`: ask, and see what the model read, opened and decided."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import get_args
+
+from retrv_r1_retriever import config as settings
+from retrv_r1_retriever._sync import run
+from retrv_r1_retriever.cli.show import print_results, results_json
+from retrv_r1_retriever.cli.terminal import print_json
+from retrv_r1_retriever.config import Config
+from retrv_r1_retriever.errors import InputError, explain
+from retrv_r1_retriever.images import ImageSource
+from retrv_r1_retriever.options import Ranking, RerankOptions, Think
+from retrv_r1_retriever.retriever import RetrvR1Retriever
+from retrv_r1_retriever.store import Equals, Filter, Scalar, VectorFirstStage
+from retrv_r1_retriever.types import Content, Document, Query, RankedResults
+
+ROWS_SHOWN = 20
+
+
+def add_search(parser: argparse.ArgumentParser) -> None:
+    _add_query(parser)
+    parser.add_argument("--top-k", type=int, metavar="K", help="candidates from the first stage")
+    parser.add_argument(
+        "--filter", action="append", default=[], metavar="FIELD=VALUE", help="only documents with it; repeatable"
+    )
+    add_options(parser)
+    parser.set_defaults(run=search)
+
+
+def add_rerank(parser: argparse.ArgumentParser) -> None:
+    _add_query(parser)
+    parser.add_argument(
+        "sources", nargs="+", type=Path, metavar="FILE", help="pictures, .txt files or a JSONL of documents"
+    )
+    add_options(parser)
+    parser.set_defaults(run=rerank)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--top-n", type=int, metavar="N", help="results shown")
+    parser.add_argument("--think", choices=get_args(Think), help="whether to reason and open candidates")
+    parser.add_argument("--ranking", choices=get_args(Ranking))
+    parser.add_argument("--max-inspections", type=int, metavar="N", help="candidates opened in full, at most")
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", dest="timeout_s")
+    parser.add_argument("--report", type=Path, metavar="PAGE.html", help="write a self-contained HTML page")
+
+
+def _add_query(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--text", help="the query in words")
+    parser.add_argument("--image", type=Path, metavar="FILE", help="the query's picture; with --text, both")
+    parser.add_argument("--instruction", help='the task in words, e.g. "Find the product after this change."')
+
+
+def options_of(args: argparse.Namespace, options: RerankOptions) -> RerankOptions:
+    """The config's options with what the command line says."""
+    names = ("top_k", "top_n", "think", "ranking", "max_inspections", "timeout_s")
+    given = {name: getattr(args, name, None) for name in names}
+    return options.with_options(**{name: value for name, value in given.items() if value is not None})
+
+
+def search(args: argparse.Namespace) -> int:
+    config = load_config(args)
+    query, options = _query(args), options_of(args, config.rerank)
+    with opened_retriever(config) as retriever:
+        results = retriever.retrieve(query, filter=_filter(args.filter), options=options)
+    return finish(args, results, retriever.images)
+
+
+def rerank(args: argparse.Namespace) -> int:
+    from retrv_r1_retriever.reranker import RetrvR1Reranker
+
+    config = load_config(args)
+    query, options = _query(args), options_of(args, config.rerank)
+    documents = [document for source in args.sources for document in _documents(source)]
+    # All of them are misses: nothing was indexed, and the caller has named every file.
+    options = options.with_options(on_stale="recompute", max_recompute=min(len(documents), 127))
+    images = settings.open_images(config)
+    results = RetrvR1Reranker(settings.open_engine(config), images=images).rerank(query, documents, options=options)
+    return finish(args, results, images)
+
+
+@contextmanager
+def opened_retriever(config: Config) -> Iterator[RetrvR1Retriever]:
+    """The config's retriever; the store's lock is given back at the end."""
+    retriever = settings.open_retriever(config)
+    try:
+        yield retriever
+    finally:
+        if isinstance(retriever.first_stage, VectorFirstStage):
+            run(retriever.first_stage.store.close())
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """The named file; without one, the defaults."""
+    return (
+        settings.read_config(args.config)
+        if Path(args.config).exists() or args.config != settings.FILE_NAME
+        else Config()
+    )
+
+
+def finish(args: argparse.Namespace, results: RankedResults, images: ImageSource) -> int:
+    if args.report:
+        from retrv_r1_retriever.report import ReportEntry, write_report
+
+        write_report(args.report, [ReportEntry(results)], images=images)
+    if args.json:
+        print_json(results_json(results))
+        return 0
+    print_results(results, limit=ROWS_SHOWN)
+    if args.report:
+        print(f"\nreport: {args.report}")
+    return 0
+
+
+def _query(args: argparse.Namespace) -> Query:
+    if not (args.text and args.text.strip()) and args.image is None:
+        raise InputError(
+            explain("query", expected="--text, --image or both", got="neither", fix="Say what to look for.")
+        )
+    return Query.of(args.text, read_picture(args.image) if args.image else None, args.instruction)
+
+
+def read_picture(path: Path) -> bytes:
+    """A file the caller named: not bound to the images' root, unlike a path out of a payload."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(explain(str(path), expected="a readable picture", got=error, fix="Fix the path.")) from None
+
+
+def _filter(conditions: Sequence[str]) -> Filter | None:
+    """`field=value`: numbers and true/false are taken as such, quotes make them text."""
+    must = []
+    for condition in conditions:
+        field, equals, value = condition.partition("=")
+        if not (field and equals):
+            raise InputError(
+                explain("--filter", expected="field=value", got=repr(condition), fix='E.g. modality="image".')
+            )
+        must.append(Equals(field, _scalar(value)))
+    return Filter(must=tuple(must)) if must else None
+
+
+def _scalar(text: str) -> Scalar:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, str | int | bool) else text
+
+
+def _documents(source: Path) -> Iterator[Document]:
+    from retrv_r1_retriever.readers import IMAGE_SUFFIXES, read_jsonl
+
+    suffix = source.suffix.lower()
+    if suffix in IMAGE_SUFFIXES:
+        yield Document(str(source), Content(image=read_picture(source)))
+    elif suffix == ".txt":
+        try:
+            yield Document(str(source), Content(source.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise InputError(explain(str(source), expected="a text", got=error, fix="Fix the file.")) from None
+    elif suffix in (".jsonl", ".json"):
+        for row in read_jsonl(source):
+            if not isinstance(row, Document):
+                raise InputError(row.reason)
+            yield row
+    else:
+        known = ", ".join(sorted({".txt", ".jsonl", *IMAGE_SUFFIXES}))
+        raise InputError(explain(str(source), expected=f"one of {known}", got=suffix or "no suffix", fix="Convert it."))

@@ -1,0 +1,182 @@
+"""Ranked results on a terminal and as JSON."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+from retrv_r1_retriever.cli.terminal import one_line, print_table, printable, terminal_width
+from retrv_r1_retriever.images import is_data_uri
+from retrv_r1_retriever.parser import parse
+from retrv_r1_retriever.prompt import KEEP, LABELS
+from retrv_r1_retriever.trace import ReasoningTrace
+from retrv_r1_retriever.types import Content, Query, RankedResult, RankedResults, Status
+
+OPENED = "◉"
+CHOSEN = "★"
+
+
+def print_results(results: RankedResults, *, limit: int | None = None, positives: frozenset[str] = frozenset()) -> None:
+    """Status, ranked table, reasoning."""
+    print(status_line(results))
+    print()
+    _print_ranking(results, limit, positives)
+    if results.trace is not None:
+        print()
+        _print_reasoning(results, results.trace)
+
+
+def status_line(results: RankedResults) -> str:
+    line = f"{results.status.value}"
+    trace = results.trace
+    if trace is not None:
+        if trace.stop_reason is not None:
+            line += f", {trace.stop_reason.value.replace('_', ' ')}"
+        line += f", {len(trace.inspected)} of {len(trace.candidates)} opened"
+        if trace.usage.uncompressed_tokens:
+            line += f", {trace.usage.prompt_tokens:,} prompt tokens (all in full: {trace.usage.uncompressed_tokens:,})"
+        if "total" in trace.timings:
+            line += f", {1000 * trace.timings['total']:.0f} ms"
+    if results.none_chosen:
+        line += ", the model says that none fits"
+    if results.reason:
+        line += f"\n{'NOT RERANKED: ' if results.status is Status.FALLBACK else ''}{printable(results.reason)}"
+    return line
+
+
+def describe(content: Content) -> str:
+    """A candidate or query in a few words: its text, and its picture's path if it has one."""
+    picture = ""
+    if isinstance(content.image, str) and not is_data_uri(content.image):
+        picture = f"[{content.image}]"
+    elif content.image is not None:
+        picture = "[picture]"
+    return " ".join(part for part in (content.text, picture) if part)
+
+
+def _print_ranking(results: RankedResults, limit: int | None, positives: frozenset[str]) -> None:
+    narrow = terminal_width() < 72
+    header = ["rank", "was", "score", "retrieval", "verdict", "", "document"]
+    rows = [_row(r, positives) for r in results.results[:limit]]
+    if narrow:  # the two that the status line and the report can stand in for
+        header = [header[i] for i in (0, 1, 2, 5, 6)]
+        rows = [[row[i] for i in (0, 1, 2, 5, 6)] for row in rows]
+    print_table(header, rows)
+    hidden = len(results.results) - len(rows)
+    if hidden > 0:
+        print(f"... and {hidden} more")
+    marks = [f"{CHOSEN} chosen", f"{OPENED} opened in full"] + (["✓ right answer"] if positives else [])
+    print("   ".join(marks))
+
+
+def _row(result: RankedResult, positives: frozenset[str]) -> list[str]:
+    before, after = result.candidate.rank, result.rank
+    arrow = "↑" if after < before else "↓" if after > before else " "
+    marks = (CHOSEN if result.selected else "") + (OPENED if result.signals.opened else "")
+    marks += "✓" if result.document.id in positives else ""
+    return [
+        f"{after}",
+        f"{before}{arrow}",
+        "–" if result.score is None else f"{result.score:.3f}",
+        "–" if result.retrieval_score is None else f"{result.retrieval_score:.3f}",
+        one_line(_verdict(result), 20),
+        marks,
+        f"{result.document.id}  {describe(result.document.content)}",
+    ]
+
+
+def _verdict(result: RankedResult) -> str:
+    if result.signals.opened and result.signals.match is not None:
+        return "match" if result.signals.match else "differs"
+    return result.signals.verdict or ""
+
+
+def _print_reasoning(results: RankedResults, trace: ReasoningTrace) -> None:
+    """The thought in plain words; `#n` is a candidate's first-stage rank."""
+    thought = parse(trace.turn)
+    if not (thought.hypothesis or thought.verdicts or trace.inspected):
+        return
+    ranks = {r.document.id: r.candidate.rank for r in results.results}
+    names = {i: f"#{ranks.get(id, i + 1)}" for i, id in enumerate(trace.candidates)}
+    kept = [names.get(v.index, "?") for v in thought.verdicts if v.text == KEEP]
+    out = [f"{names.get(v.index, '?')} {v.text}" for v in thought.verdicts if v.text != KEEP]
+    checks = {c.index: c for c in thought.checks}
+    print("reasoning (#n: rank before)")
+    _paragraph("looks for", thought.hypothesis)
+    _paragraph("keeps", ", ".join(kept))
+    _paragraph("rejects", ", ".join(out))
+    for index in trace.inspected:
+        words = checks[index].text if index in checks else "(no words)"
+        _paragraph(f"opens {names.get(index, '?')}", words)
+    if trace.answer is not None and trace.answer < len(LABELS):
+        _paragraph("answers", names.get(trace.answer, "?"))
+    else:
+        _paragraph("answers", "none fits" if results.none_chosen else "")
+    for note in trace.notes:
+        _paragraph("note", note)
+
+
+def _paragraph(name: str, words: str) -> None:
+    if words:
+        indent = " " * 14
+        text = f"  {name:<10}  {' '.join(printable(words).split())}"
+        print(textwrap.fill(text, terminal_width(), subsequent_indent=indent, break_on_hyphens=False))
+
+
+# -- JSON --------------------------------------------------------------------------------------------------------------
+
+
+def results_json(results: RankedResults) -> dict[str, Any]:
+    """Plain values for programs; pictures that are not references are left out."""
+    return {
+        "query": _query_json(results.query),
+        "status": results.status.value,
+        "reason": results.reason,
+        "none_chosen": results.none_chosen,
+        "unranked": list(results.unranked),
+        "results": [_result_json(r) for r in results.results],
+        "trace": None if results.trace is None else _trace_json(results.trace),
+    }
+
+
+def _query_json(query: Query) -> dict[str, Any]:
+    return {"id": query.id, "instruction": query.instruction, **_content_json(query.content)}
+
+
+def _content_json(content: Content) -> dict[str, Any]:
+    reference = content.image if isinstance(content.image, str) and not is_data_uri(content.image) else None
+    return {"text": content.text, "image": reference}
+
+
+def _result_json(result: RankedResult) -> dict[str, Any]:
+    signals = result.signals
+    return {
+        "rank": result.rank,
+        "id": result.document.id,
+        "score": result.score,
+        "retrieval_score": result.retrieval_score,
+        "retrieval_rank": result.candidate.rank,
+        "selected": result.selected,
+        "opened": signals.opened,
+        "match": signals.match,
+        "verdict": signals.verdict,
+        "keep_logprob": signals.keep_logprob,
+        "slot_logprob": signals.slot_logprob,
+        **_content_json(result.document.content),
+        "metadata": dict(result.document.metadata),
+    }
+
+
+def _trace_json(trace: ReasoningTrace) -> dict[str, Any]:
+    usage = trace.usage
+    return {
+        "thought": trace.thought,
+        "candidates": list(trace.candidates),
+        "inspected": list(trace.inspected),
+        "answer": trace.answer,
+        "stop_reason": trace.stop_reason.value if trace.stop_reason else None,
+        "usage": {name: getattr(usage, name) for name in usage.__dataclass_fields__},
+        "timings": dict(trace.timings),
+        "versions": dict(trace.versions),
+        "notes": list(trace.notes),
+    }

@@ -1,0 +1,83 @@
+"""What the commands share in front of a terminal: safe text, tables that fit, progress."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, TextIO
+
+ELLIPSIS = "…"
+
+
+def printable(text: str) -> str:
+    """Foreign text with control characters removed: a candidate must not move the cursor or recolour the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+
+
+def one_line(text: str, width: int) -> str:
+    text = " ".join(printable(text).split())
+    return text if len(text) <= width else text[: max(0, width - 1)] + ELLIPSIS
+
+
+def terminal_width() -> int:
+    return max(40, shutil.get_terminal_size((100, 24)).columns)
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False, indent=2, default=str))
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, indent: str = "") -> None:
+    """Columns aligned, numbers to the right; the last column takes what is left of the line."""
+    cells = [[one_line(cell, 400) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    left = terminal_width() - len(indent) - sum(widths[:-1]) - 2 * (len(widths) - 1)
+    widths[-1] = min(widths[-1], max(8, left))
+    right = [all(_is_number(row[i]) for row in cells[1:]) for i in range(len(header))]
+    for row in cells:
+        parts = [
+            one_line(cell, width).rjust(width) if flush_right else one_line(cell, width).ljust(width)
+            for cell, width, flush_right in zip(row, widths, right, strict=True)
+        ]
+        print((indent + "  ".join(parts)).rstrip())
+
+
+def _is_number(cell: str) -> bool:
+    return not cell.strip("–+-.,%0123456789 ")
+
+
+class Progress:
+    """`progress(what, done, total)`: a bar that is redrawn on a terminal, a line every few seconds elsewhere. Writes to stderr."""
+
+    def __init__(self, stream: TextIO | None = None, *, every_s: float = 5.0) -> None:
+        self._stream = stream or sys.stderr
+        self._live = self._stream.isatty()
+        self._every_s = 0.1 if self._live else every_s
+        self._started: dict[str, float] = {}
+        self._last = 0.0
+
+    def __call__(self, what: str, done: int, total: int | None = None) -> None:
+        now = time.monotonic()
+        started = self._started.setdefault(what, now)
+        finished = total is not None and done >= total
+        if not finished and now - self._last < self._every_s:
+            return
+        self._last = now
+        line = self._line(what, done, total, now - started)
+        self._stream.write(f"\r\x1b[K{line}" if self._live else f"{line}\n")
+        if finished and self._live:
+            self._stream.write("\n")
+        self._stream.flush()
+
+    def _line(self, what: str, done: int, total: int | None, seconds: float) -> str:
+        rate = f"{done / seconds:,.0f}/s" if seconds > 0.5 else ""
+        if not total:
+            return f"{what:<24} {done:,}  {rate}"
+        filled = round(24 * min(1.0, done / total))
+        bar = f"{'█' * filled}{'·' * (24 - filled)} " if self._live else ""
+        left = (total - done) * seconds / done if done and seconds > 1 else 0.0
+        remaining = f"  {left:.0f} s left" if left >= 1 else ""
+        return f"{what:<24} {bar}{done:,}/{total:,}  {rate}{remaining}"

@@ -1,0 +1,285 @@
+"""`retrv.toml`: one file that says which store, model, pictures and options a command or a service works with.
+
+    [store]                    # where the documents are
+    kind = "edge"              # "edge": a folder, in this process. "qdrant": a server
+    path = "retrv-index"       # edge; relative to this file
+    url = "..."                # qdrant, with collection = "..." and, if needed, api_key_env = "QDRANT_API_KEY"
+
+    [model]
+    checkpoint = "miniature"   # the one in the wheel, a folder, or a hub id
+
+    [images]
+    root = "."                 # the only folder pictures are read from; relative to this file
+
+    [rerank]                   # every field of RerankOptions
+    top_k = 50
+
+Every key has a default; an unknown one is an error. Secrets are named, never written: `api_key_env` is the name of an
+environment variable. Nothing is opened by reading a config; the functions below build the real parts from it.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from retrv_r1_retriever.errors import OptionsError, explain
+from retrv_r1_retriever.options import BALANCED, RerankOptions
+from retrv_r1_retriever.store import Scalar, Store
+
+if TYPE_CHECKING:
+    from retrv_r1_retriever.engines.local import LocalEngine
+    from retrv_r1_retriever.images import LocalImages
+    from retrv_r1_retriever.model.embedding import BackboneEmbedder
+    from retrv_r1_retriever.points import CollectionSpec
+    from retrv_r1_retriever.retriever import RetrvR1Retriever
+
+FILE_NAME = "retrv.toml"
+MINIATURE = "miniature"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class StoreConfig:
+    """path: edge only; url, collection, api_key_env: qdrant only.
+
+    text, image, id, vector: how a collection of somebody else's is laid out, see `PayloadSchema`; none of them = our own layout
+    tenant_field, tenant_value: if given, ANDed into every read and write
+    """
+
+    kind: Literal["edge", "qdrant"] = "edge"
+    path: str = "retrv-index"
+    url: str | None = None
+    collection: str | None = None
+    api_key_env: str | None = None
+    text: str | None = None
+    image: str | None = None
+    id: str | None = None
+    vector: str | None = None
+    tenant_field: str | None = None
+    tenant_value: str | int | bool | None = None
+    read_only: bool = False
+
+    @property
+    def tenant(self) -> tuple[str, Scalar] | None:
+        if (self.tenant_field is None) != (self.tenant_value is None):
+            raise OptionsError(
+                explain("[store] tenant", expected="tenant_field and tenant_value", got="one of them", fix="Give both.")
+            )
+        return (
+            None if self.tenant_field is None or self.tenant_value is None else (self.tenant_field, self.tenant_value)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """checkpoint: "miniature", a folder, or a hub id; device, dtype: None = CUDA in bfloat16 if there is one, else CPU."""
+
+    checkpoint: str = MINIATURE
+    device: str | None = None
+    dtype: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ImagesConfig:
+    """See `images.LocalImages`."""
+
+    root: str = "."
+    max_bytes: int = 20_000_000
+    max_pixels: int = 50_000_000
+    max_frames: int = 1_000
+    timeout_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """folder: what relative paths start from."""
+
+    store: StoreConfig = StoreConfig()
+    model: ModelConfig = ModelConfig()
+    images: ImagesConfig = ImagesConfig()
+    rerank: RerankOptions = BALANCED
+    folder: Path = field(default_factory=Path.cwd)
+
+    def path(self, relative: str) -> Path:
+        return self.folder / Path(relative).expanduser()
+
+
+def read_config(path: str | os.PathLike[str]) -> Config:
+    """Raises `OptionsError` naming the key, the file and the known keys."""
+    path = Path(path)
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise OptionsError(
+            explain(str(path), expected="a config file", got="no such file", fix="See docs/config.md.")
+        ) from None
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise OptionsError(explain(str(path), expected="TOML", got=error, fix="Fix the file.")) from error
+    _check_keys(data, ("store", "model", "images", "rerank"), "", path)
+    return Config(
+        _section(StoreConfig, data.get("store", {}), "store", path),
+        _section(ModelConfig, data.get("model", {}), "model", path),
+        _section(ImagesConfig, data.get("images", {}), "images", path),
+        _section(RerankOptions, data.get("rerank", {}), "rerank", path),
+        folder=path.parent.resolve(),
+    )
+
+
+def _section(kind: type[T], values: object, name: str, path: Path) -> T:
+    if not isinstance(values, dict):
+        raise OptionsError(
+            explain(f"{path}: {name}", expected=f"a table [{name}]", got=repr(values), fix="Fix the file.")
+        )
+    hints = get_type_hints(kind)
+    _check_keys(values, tuple(f.name for f in fields(kind)), f"[{name}] ", path)  # type: ignore[arg-type]
+    for key, value in values.items():
+        if not _fits(value, hints[key]):
+            expected = str(hints[key]).replace("typing.", "") if get_args(hints[key]) else hints[key].__name__
+            raise OptionsError(
+                explain(f"{path}: [{name}] {key}", expected=expected, got=repr(value), fix="Fix the value.")
+            )
+    try:
+        return kind(**values)
+    except OptionsError as error:
+        raise OptionsError(f"{path}: [{name}] {error}") from None
+
+
+def _check_keys(values: Mapping[str, object], known: tuple[str, ...], where: str, path: Path) -> None:
+    for key in values:
+        if key not in known:
+            raise OptionsError(
+                explain(
+                    f"{path}: {where}{key}",
+                    expected=f"one of {', '.join(known)}",
+                    got="an unknown key",
+                    fix="Fix the name.",
+                )
+            )
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a TOML value may stand for a field of this type; an int may stand for a float, a bool for nothing else."""
+    if get_origin(hint) is UnionType:
+        return any(_fits(value, option) for option in get_args(hint) if option is not NoneType)
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if isinstance(value, bool) or hint is bool:
+        return isinstance(value, bool) and hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+# -- the real parts ----------------------------------------------------------------------------------------------------
+
+
+def checkpoint_path(config: Config) -> str:
+    """A folder that exists, or a hub id as it is."""
+    name = config.model.checkpoint
+    if name == MINIATURE:
+        folder = Path(__file__).parent / "demo" / "checkpoint"
+        if not folder.is_dir():
+            raise OptionsError(
+                explain(
+                    "checkpoint 'miniature'", expected=f"the folder {folder}", got="none", fix="Run: make miniature"
+                )
+            )
+        return str(folder)
+    local = config.path(name)
+    return str(local) if local.exists() else name
+
+
+def open_engine(config: Config) -> LocalEngine:
+    from retrv_r1_retriever.engines.local import LocalEngine
+
+    return LocalEngine.from_pretrained(checkpoint_path(config), device=config.model.device, dtype=config.model.dtype)
+
+
+def open_embedder(config: Config) -> BackboneEmbedder:
+    from retrv_r1_retriever.model.embedding import BackboneEmbedder
+
+    return BackboneEmbedder.from_pretrained(
+        checkpoint_path(config), device=config.model.device, dtype=config.model.dtype
+    )
+
+
+def open_images(config: Config) -> LocalImages:
+    from retrv_r1_retriever.images import LocalImages
+
+    limits = config.images
+    return LocalImages(
+        config.path(limits.root),
+        max_bytes=limits.max_bytes,
+        max_pixels=limits.max_pixels,
+        max_frames=limits.max_frames,
+        timeout_s=limits.timeout_s,
+    )
+
+
+def open_store(config: Config, spec: CollectionSpec | None = None) -> Store:
+    """`spec` makes the collection if there is none; without it there must be one."""
+    if config.store.kind == "qdrant":
+        return _open_qdrant(config.store, spec)
+    from retrv_r1_retriever.edge import EdgeStore
+
+    store = config.store
+    return EdgeStore(config.path(store.path), spec=spec, tenant=store.tenant, read_only=store.read_only)
+
+
+def _open_qdrant(store: StoreConfig, spec: CollectionSpec | None) -> Store:
+    from retrv_r1_retriever.qdrant import QdrantStore
+    from retrv_r1_retriever.schema import PayloadSchema
+
+    if store.url is None or store.collection is None:
+        raise OptionsError(
+            explain("[store] kind = 'qdrant'", expected="url and collection", got="not both", fix="Name both.")
+        )
+    foreign = store.text is not None or store.image is not None
+    vector = "dense" if store.vector is None else store.vector
+    return QdrantStore(
+        store.collection,
+        url=store.url,
+        api_key=_api_key(store),
+        spec=None if foreign else spec,
+        schema=PayloadSchema(store.text, store.image, store.id, vector) if foreign else None,
+        tenant=store.tenant,
+        read_only=store.read_only,
+    )
+
+
+def open_retriever(config: Config) -> RetrvR1Retriever:
+    from retrv_r1_retriever.retriever import RetrvR1Retriever
+
+    store = open_store(config)  # the quick part first: a wrong path should not wait for a model
+    return RetrvR1Retriever(
+        store=store,
+        embedder=open_embedder(config),
+        engine=open_engine(config),
+        images=open_images(config),
+        options=config.rerank,
+    )
+
+
+def _api_key(store: StoreConfig) -> str | None:
+    if store.api_key_env is None:
+        return None
+    key = os.environ.get(store.api_key_env)
+    if key is None:
+        raise OptionsError(
+            explain(f"environment variable {store.api_key_env}", expected="the API key", got="nothing", fix="Set it.")
+        )
+    return key
+
+
+def collection_spec(engine: LocalEngine, embedder: BackboneEmbedder) -> CollectionSpec:
+    """What a collection for this model is made with."""
+    from retrv_r1_retriever.points import CollectionSpec
+
+    return CollectionSpec(
+        vector_size=embedder.dim, memory_width=engine.memory_shape[1], memory_digest=engine.memory_digest
+    )

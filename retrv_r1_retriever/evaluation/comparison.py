@@ -1,0 +1,63 @@
+"""A reranking measured against the first stage it was given: both orders over the same candidates."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from retrv_r1_retriever.evaluation.metrics import mean_reciprocal_rank, recall_at
+from retrv_r1_retriever.types import Query, RankedResults
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A query with the ids of its right answers."""
+
+    query: Query
+    positives: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Over all queries; those whose right answer is not among the candidates count as misses."""
+
+    recall_at_1: float
+    recall_at_5: float
+    mrr: float
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """ceiling: share of queries with a right answer among the candidates; opened: candidates opened per query."""
+
+    queries: int
+    first_stage: Scores
+    reranked: Scores
+    ceiling: float
+    opened: float
+    statuses: Mapping[str, int]
+
+
+def compare(positives: Sequence[Collection[str]], results: Sequence[RankedResults]) -> Comparison:
+    """`results` must be whole lists (`top_n=None`): what was cut away would count as not found."""
+    qrels = {str(i): dict.fromkeys(ids, 1) for i, ids in enumerate(positives)}
+    after = {str(i): [r.document.id for r in ranked.results] for i, ranked in enumerate(results)}
+    before = {
+        str(i): [r.document.id for r in sorted(ranked.results, key=lambda r: r.candidate.rank)]
+        for i, ranked in enumerate(results)
+    }
+    longest = max(len(ranked.results) for ranked in results)
+    opened = [len(ranked.trace.inspected) if ranked.trace else 0 for ranked in results]
+    return Comparison(
+        queries=len(results),
+        first_stage=_scores(before, qrels),
+        reranked=_scores(after, qrels),
+        ceiling=recall_at(before, qrels, longest),
+        opened=sum(opened) / len(opened),
+        statuses=Counter(ranked.status.value for ranked in results),
+    )
+
+
+def _scores(run: Mapping[str, Sequence[str]], qrels: Mapping[str, Mapping[str, int]]) -> Scores:
+    return Scores(recall_at(run, qrels, 1), recall_at(run, qrels, 5), mean_reciprocal_rank(run, qrels))
