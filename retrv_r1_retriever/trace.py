@@ -126,7 +126,7 @@ class ReasoningTrace:
         try:
             data = json.loads(text)
             version = data.pop("trace_version", None)
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, TypeError) as error:
             raise InputError(
                 explain("trace", expected="a trace as JSON", got=error, fix="Pass to_json()'s text.")
             ) from None

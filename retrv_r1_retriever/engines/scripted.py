@@ -67,16 +67,6 @@ class ScriptedEngine:
         self.opened: list[ScriptedHandle] = []
         self.closed: list[ScriptedHandle] = []
 
-    @classmethod
-    def fuzz(cls, seed: int, *, errors: float = 0.0) -> ScriptedEngine:
-        """Answers with random soup of tags, labels, words and broken numbers; `errors` = share of replies that raise."""
-        rng = random.Random(seed)
-        return cls(
-            lambda prompt: _soup_replies(rng, errors),
-            slots=lambda prompt: [rng.gauss(0, 4) for _ in prompt.slots],
-            max_context=rng.choice((None, 50, 2000)),
-        )
-
     @property
     def leaked(self) -> int:
         """Handles opened and not closed."""
@@ -147,17 +137,35 @@ def soup(rng: random.Random) -> str:
     return "".join(rng.choices(_PIECES, k=rng.choice((0, 1, 1, 3, 12, 40))))
 
 
-def _soup_replies(rng: random.Random, errors: float) -> Iterator[Reply]:
-    numbers = (0.0, -0.1, -7.0, 1.0, math.inf, -math.inf, math.nan)
-    while True:
-        if rng.random() < errors:
-            yield rng.choice((EngineError("no answer"), RuntimeError("CUDA error"), TimeoutError(), ValueError()))
-        text = soup(rng)
-        honest = next((tag for tag in (INSPECT_END, "</think>") if text.endswith(tag)), None)
-        yield Generation(
+class FuzzEngine(ScriptedEngine):
+    """Answers at random: soup, lies about where it stopped, broken numbers, and now and then an error or a proper answer."""
+
+    def __init__(self, seed: int, *, errors: float = 0.0) -> None:
+        self.rng = random.Random(seed)
+        self.errors = errors
+        offers_slots = self.rng.random() < 0.7
+        super().__init__(slots=self._scores if offers_slots else None, max_context=self.rng.choice((None, 50, 2000)))
+
+    async def generate(self, handle: ScriptedHandle, params: GenerateParams) -> Generation:
+        rng = self.rng
+        if rng.random() < self.errors:
+            raise rng.choice((EngineError("no answer"), RuntimeError("CUDA error"), TimeoutError(), ValueError()))
+        text = rng.choice(params.allowed) if params.allowed and rng.random() < 0.9 else soup(rng)
+        if params.stop and rng.random() < 0.5:
+            text += rng.choice(params.stop)
+        honest = next((tag for tag in params.stop if text.endswith(tag)), None)
+        generation = Generation(
             text,
             tokens=rng.choice((0, 1, 5, 50)),
-            stop=honest if rng.random() < 0.7 else rng.choice((None, INSPECT_END, "</think>", "?")),
+            stop=honest if rng.random() < 0.7 else rng.choice((None, *params.stop, "?")),
             token_ids=rng.choice((None, (), (1, 2, 3))),
-            tracked=tuple((rng.randrange(-2, 140), rng.choice(numbers)) for _ in range(rng.choice((0, 1, 5)))),
+            tracked=tuple((rng.randrange(-2, 140), rng.choice(_NUMBERS)) for _ in range(rng.choice((0, 1, 5)))),
         )
+        handle.segments.append(Sampled(generation.text, generation.token_ids))
+        return generation
+
+    def _scores(self, prompt: Prompt) -> list[float]:
+        return [self.rng.gauss(0, 4) for _ in prompt.slots]
+
+
+_NUMBERS = (0.0, -0.1, -7.0, 1.0, math.inf, -math.inf, math.nan)

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from retrv_r1_retriever.errors import OptionsError, RetrvR1Error
+from retrv_r1_retriever.options import BALANCED, FAST, THOROUGH, RerankOptions
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("top_k", 0), ("top_k", 128), ("top_k", True), ("top_k", 5.0), ("top_n", 0), ("think", "maybe"), ("ranking", ""),
+        ("max_inspections", -1), ("max_new_tokens", 0), ("max_recompute", -1), ("timeout_s", 0), ("timeout_s", math.nan),
+        ("max_think_share", 1.1), ("max_think_share", math.nan), ("temperature", -1), ("temperature", math.nan),
+        ("think_margin", -0.1), ("think_margin", math.nan), ("on_failure", None), ("on_stale", "ignore"),
+    ],
+)  # fmt: skip
+def test_a_bad_value_is_named(name: str, value: Any) -> None:
+    with pytest.raises(OptionsError, match=f"{name}: expected .*, got "):
+        RerankOptions(**{name: value})
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(OptionsError, match=r"top_k.*got 'top_m'"):
+        BALANCED.with_options(top_m=3)
+
+
+def test_with_options_leaves_the_original() -> None:
+    assert BALANCED.with_options(top_n=3).top_n == 3
+    assert BALANCED.top_n is None
+
+
+def test_errors_are_the_builtin_ones_too() -> None:
+    assert issubclass(OptionsError, ValueError)
+    assert issubclass(OptionsError, RetrvR1Error)
+
+
+def test_presets_differ_in_effort() -> None:
+    assert (FAST.think, FAST.ranking, THOROUGH.think) == ("never", "logits", "always")
