@@ -25,7 +25,7 @@ from retrv_r1_retriever.errors import ImageError, explain
 from retrv_r1_retriever.types import Content, ImageInput
 
 #: File formats that are opened. Pillow knows more; the rest (EPS runs Ghostscript, ICO hides a second size) is not worth its risk.
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 _CONTENT_HASH_VERSION = "c1"  # part of stored data: a new number makes every stored memory stale
 _IMAGE_HASH_VERSION = "i1"

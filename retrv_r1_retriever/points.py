@@ -303,7 +303,9 @@ def _bools(value: object, path: str = "") -> Iterator[tuple[str, bool]]:
 def _checked_json(payload: dict[str, Any], id: str) -> dict[str, Any]:
     """The payload as any store gives it back: plain JSON, tuples as lists."""
     try:
-        plain: dict[str, Any] = json.loads(json.dumps(payload, allow_nan=False))
+        text = json.dumps(payload, allow_nan=False, ensure_ascii=False)
+        text.encode("utf-8")  # half a surrogate pair passes json, and no store takes it
+        plain: dict[str, Any] = json.loads(text)
     except (TypeError, ValueError) as error:
         raise InputError(
             explain(

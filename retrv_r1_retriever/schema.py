@@ -206,3 +206,5 @@ def _remove(payload: dict[str, Any], path: str) -> None:
         del payload[path]
     elif dot and isinstance(payload.get(head), dict):
         _remove(payload[head], rest)
+        if not payload[head]:
+            del payload[head]

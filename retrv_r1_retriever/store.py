@@ -81,8 +81,8 @@ class Store(Protocol):
 
     async def upsert(self, points: Sequence[Point]) -> None: ...
 
-    async def content_hashes(self, ids: Sequence[str]) -> dict[str, str]:
-        """id -> content hash of what is stored with memory of the present digest; drives resuming an index run."""
+    async def content_hashes(self, ids: Sequence[str], *, memory_digest: str | None = None) -> dict[str, str]:
+        """id -> content hash of what is stored with memory of this digest (None: with or without any); for resuming."""
 
     async def count(self) -> int: ...
 

@@ -1,0 +1,220 @@
+"""Fills a store: load, compress, embed, write, in batches; safe to stop at any moment and to run again."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+from retrv_r1_retriever import _sync
+from retrv_r1_retriever.embedders import Embedder, embed
+from retrv_r1_retriever.engines.base import Compressor
+from retrv_r1_retriever.errors import InputError, OptionsError, SchemaError, StoreError, explain
+from retrv_r1_retriever.images import ImageSource, LocalImages, content_hash, image_reference, load_content
+from retrv_r1_retriever.store import Point, Store
+from retrv_r1_retriever.types import Content, Document, Memory
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class IndexFailure:
+    """One item that is not in the index. id: the document's, or file and line of a row that is no document"""
+
+    id: str
+    reason: str
+
+
+#: What readers yield: a bad row is a value, so that it cannot end the stream.
+Row: TypeAlias = Document | IndexFailure
+Rows: TypeAlias = Iterable[Row] | AsyncIterable[Row]
+
+
+@dataclass(frozen=True, slots=True)
+class IndexReport:
+    """indexed: written now; skipped: there already, unchanged"""
+
+    indexed: int
+    skipped: int
+    failed: tuple[IndexFailure, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """One document on its way. document: as it is stored; content: with its picture decoded"""
+
+    document: Document
+    hash: str
+    content: Content
+    image_hash: str | None
+
+
+class Indexer:
+    """Documents into a store. Memory in use is bounded by two things: one batch, and the list of failures.
+
+    A document that is stored already with the same text, picture reference and memory digest is skipped; a picture that
+    changed under the same path is not noticed then: pass `force`. Of several documents with one id the last one wins.
+    One bad item is reported and skipped. A store that cannot be written to, or vectors of the wrong size, end the run.
+
+    compressor: None = an index without memory, for engines that read candidates directly
+    images: where pictures come from; None = no files, only data URIs, bytes and Pillow images
+    progress: called after every batch with the counts so far
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        embedder: Embedder,
+        compressor: Compressor | None = None,
+        images: ImageSource | None = None,
+        *,
+        batch_size: int = 32,
+        progress: Callable[[IndexReport], None] | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise OptionsError(explain("batch_size", expected="1 or more", got=batch_size, fix="Raise it."))
+        self.store, self.embedder, self.compressor = store, embedder, compressor
+        self.images = images if images is not None else LocalImages()
+        self.batch_size, self.progress = batch_size, progress
+
+    def index(self, documents: Rows, *, force: bool = False) -> IndexReport:
+        return _sync.run(self.aindex(documents, force=force))
+
+    async def aindex(self, documents: Rows, *, force: bool = False) -> IndexReport:
+        """force: write everything again, also what looks unchanged."""
+        started = time.monotonic()
+        report = IndexReport(0, 0, (), 0.0)
+        async for rows in _batches(documents, self.batch_size):
+            wanted, skipped, failures = await self._select(rows, force)
+            loaded, unreadable = await self._load(wanted)
+            unwritten = await self._write(loaded)
+            report = IndexReport(
+                report.indexed + len(loaded) - len(unwritten),
+                report.skipped + skipped,
+                (*report.failed, *failures, *unreadable, *unwritten),
+                time.monotonic() - started,
+            )
+            if self.progress is not None:
+                self.progress(report)
+        _logger.info("indexed %d, skipped %d, failed %d", report.indexed, report.skipped, len(report.failed))
+        return replace(report, seconds=time.monotonic() - started)
+
+    async def _select(self, rows: Sequence[Row], force: bool) -> tuple[list[Document], int, list[IndexFailure]]:
+        """Documents to be written, in the form in which they will be stored; how many need no work; what is no document."""
+        documents, failures = await asyncio.to_thread(_as_stored, rows)
+        if force:
+            return documents, 0, failures
+        digest = self.compressor.memory_digest if self.compressor is not None else None
+        stored = await self.store.content_hashes([document.id for document in documents], memory_digest=digest)
+        wanted = [d for d in documents if stored.get(d.id) != content_hash(d.content)]
+        return wanted, len(documents) - len(wanted), failures
+
+    async def _load(self, documents: Sequence[Document]) -> tuple[list[_Loaded], list[IndexFailure]]:
+        async def load(document: Document) -> _Loaded | IndexFailure:
+            try:
+                content, image_hash = await load_content(self.images, document.content)
+            except InputError as error:
+                return IndexFailure(document.id, str(error))
+            return _Loaded(document, content_hash(document.content), content, image_hash)
+
+        outcomes = await asyncio.gather(*(load(document) for document in documents))
+        return [o for o in outcomes if isinstance(o, _Loaded)], [o for o in outcomes if isinstance(o, IndexFailure)]
+
+    async def _write(self, items: Sequence[_Loaded]) -> list[IndexFailure]:
+        """All at once; if that fails, one by one, so that only the bad ones are left out.
+
+        Where every single one has the wrong shape, the setup is wrong and not an item: that ends the run.
+        """
+        try:
+            await self._write_batch(items)
+        except StoreError:
+            raise
+        except Exception as error:
+            if len(items) == 1:
+                if isinstance(error, SchemaError):
+                    raise
+                return [IndexFailure(items[0].document.id, _reason(error))]
+            return await self._write_singly(items)
+        return []
+
+    async def _write_singly(self, items: Sequence[_Loaded]) -> list[IndexFailure]:
+        failures: list[IndexFailure] = []
+        misfits: list[SchemaError] = []
+        for item in items:
+            try:
+                failures += await self._write([item])
+            except SchemaError as error:
+                misfits.append(error)
+                failures.append(IndexFailure(item.document.id, _reason(error)))
+        if len(misfits) == len(items):
+            raise misfits[0]
+        return failures
+
+    async def _write_batch(self, items: Sequence[_Loaded]) -> None:
+        if not items:
+            return
+        contents = [item.content for item in items]
+        memories = await asyncio.to_thread(self._compress, items)
+        vectors = await embed(self.embedder, contents)
+        await self.store.upsert(
+            [
+                Point(item.document, vector, memory)
+                for item, vector, memory in zip(items, vectors, memories, strict=True)
+            ]
+        )
+
+    def _compress(self, items: Sequence[_Loaded]) -> list[Memory | None]:
+        if self.compressor is None:
+            return [None] * len(items)
+        digest = self.compressor.memory_digest
+        compressed = self.compressor.compress([item.content for item in items])
+        return [
+            Memory(one.rows, digest, item.hash, one.full_tokens, item.image_hash)
+            for item, one in zip(items, compressed, strict=True)
+        ]
+
+
+def _as_stored(rows: Sequence[Row]) -> tuple[list[Document], list[IndexFailure]]:
+    """Pictures as the references that are kept, so that hashes taken now and from the store are of the same thing."""
+    failures = [row for row in rows if isinstance(row, IndexFailure)]
+    last = {row.id: row for row in rows if isinstance(row, Document)}  # a later one replaces an earlier one
+    documents = []
+    for document in last.values():
+        image = document.content.image
+        try:
+            if not isinstance(document.id, str) or not document.id:
+                raise InputError(
+                    explain("document id", expected="a non-empty str", got=repr(document.id), fix="Use str().")
+                )
+            if image is not None and not isinstance(image, str):
+                document = replace(document, content=replace(document.content, image=image_reference(image)))
+            documents.append(document)
+        except InputError as error:
+            failures.append(IndexFailure(str(document.id), str(error)))
+    return documents, failures
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, InputError | SchemaError) else f"{type(error).__name__}: {error}"
+
+
+async def _batches(rows: Rows, size: int) -> AsyncIterator[list[Row]]:
+    if isinstance(rows, AsyncIterable):
+        batch: list[Row] = []
+        async for row in rows:
+            batch.append(row)
+            if len(batch) == size:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+        return
+    iterator: Iterator[Row] = iter(rows)
+    # Pulled in a thread: readers open files.
+    while batch := await asyncio.to_thread(lambda: list(itertools.islice(iterator, size))):
+        yield batch
