@@ -99,12 +99,42 @@ def from_backbone(
     return model.eval()
 
 
+def create_checkpoint(
+    base: str, *, icm: IcmConfig | None = None, revision: str | None = None, licence: str = "", max_text_tokens: int = 512,
+    max_pixels: int | None = None, device: str | None = None, dtype: str | None = None,
+) -> Checkpoint:  # fmt: skip
+    """An untrained Retrv-R1 around a released backbone: where training starts.
+
+    base: hub id or directory, e.g. "Qwen/Qwen2.5-VL-7B-Instruct" (Apache-2.0; the 3B is under a research licence)
+    max_pixels: largest picture after resizing, in pixels; None = the backbone's own limit
+    """
+    device, torch_dtype = _placement(device, dtype)
+    backbone = Qwen2_5_VLForConditionalGeneration.from_pretrained(base, revision=revision, dtype=torch_dtype).to(device)  # type: ignore[arg-type]
+    tokenizer = AutoTokenizer.from_pretrained(base, revision=revision)
+    images = Qwen2VLImageProcessorPil.from_pretrained(base, revision=revision)
+    if max_pixels is not None:
+        images.size = {"shortest_edge": images.size["shortest_edge"], "longest_edge": max_pixels}
+    first_ours = len(tokenizer)
+    add_tokens(tokenizer, backbone.config.text_config.vocab_size)
+    _init_rows(backbone, first_ours, len(tokenizer))
+    model = from_backbone(backbone, icm or IcmConfig.fast())
+    manifest = Manifest(base, revision or "", licence, icm=asdict(model.config.icm_config))
+    return Checkpoint(model, Processor(tokenizer, images, max_text_tokens), manifest)
+
+
+def _init_rows(backbone: Qwen2_5_VLForConditionalGeneration, start: int, end: int) -> None:
+    """Our rows begin near the mean row, with a little noise to tell them apart; input table and head (when untied)."""
+    for table in {id(t): t for t in (backbone.get_input_embeddings(), backbone.get_output_embeddings())}.values():
+        weight = table.weight.data
+        noise = torch.randn(end - start, weight.shape[1], generator=torch.Generator().manual_seed(0))
+        weight[start:end] = weight[:start].mean(0) + (0.1 * weight[:start].std() * noise.to(weight.device)).to(weight.dtype)
+
+
 def load_checkpoint(path: str | Path, *, device: str | None = None, dtype: str | None = None) -> Checkpoint:
     """Load a checkpoint directory. device None = CUDA if there is one; dtype None = bfloat16 on CUDA, float32 on CPU."""
     folder = Path(path)
     manifest = read_manifest(folder)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    torch_dtype = getattr(torch, dtype) if dtype else (torch.bfloat16 if device.startswith("cuda") else torch.float32)
+    device, torch_dtype = _placement(device, dtype)
     backbone = _load_backbone(folder, torch_dtype, device)
     model = from_backbone(backbone, IcmConfig(**manifest.icm), load_file(folder / "retrv" / "icm.safetensors"))
     processor = load_processor(folder, manifest)
@@ -121,8 +151,7 @@ def load_embedder_checkpoint(path: str | Path, *, device: str | None = None, dty
                 str(folder), expected="an embedder inside", got="none", fix="Pass another embedder to the retriever."
             )
         )
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    torch_dtype = getattr(torch, dtype) if dtype else (torch.bfloat16 if device.startswith("cuda") else torch.float32)
+    device, torch_dtype = _placement(device, dtype)
     backbone = _load_backbone(folder / "retrv" / "embedder", torch_dtype, device)
     return Checkpoint(from_backbone(backbone, IcmConfig(**manifest.icm)), load_processor(folder, manifest), manifest)
 
@@ -203,8 +232,13 @@ def _digest(parts: Iterable[tuple[str, Tensor]], facts: str = "") -> str:
     out = hashlib.blake2b(facts.encode(), digest_size=8)
     for name, tensor in sorted(parts, key=lambda part: part[0]):
         out.update(name.encode())
-        out.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        out.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return out.hexdigest()
+
+
+def _placement(device: str | None, dtype: str | None) -> tuple[str, torch.dtype]:
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return device, getattr(torch, dtype) if dtype else torch.bfloat16 if device.startswith("cuda") else torch.float32
 
 
 def _load_backbone(folder: Path, dtype: torch.dtype, device: str) -> Qwen2_5_VLForConditionalGeneration:

@@ -1,0 +1,177 @@
+"""All stages of the miniature in order, each resumable: a finished stage leaves its weights and is not run again.
+
+captions -> episodes -> embedder -> align -> eliminate -> sft -> export
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+
+from retrv_r1_retriever.demo.catalogue import write_catalogue
+from retrv_r1_retriever.model.checkpoint import Manifest, save_checkpoint
+from retrv_r1_retriever.model.modeling import RetrvR1ForConditionalGeneration
+from retrv_r1_retriever.model.processing import Processor
+from retrv_r1_retriever.types import Content
+from retrv_r1_training import align, base, embedder, sft
+from retrv_r1_training.backbone import build_model, build_processor, build_tokenizer
+from retrv_r1_training.data import Pool, encode_pool, load_pool
+from retrv_r1_training.recipe import Recipe
+from retrv_r1_training.teacher import TeacherStyle
+
+log = logging.getLogger(__name__)
+TRAIN = ("train0", "train1", "train2")
+
+
+class Miniature:
+    """One run in one folder. Validation data are looked at, the test split is not even written."""
+
+    def __init__(self, recipe: Recipe, run: Path) -> None:
+        self.recipe = recipe
+        self.run = run
+        self.data = run / "catalogue"
+        self.log_file = run / "log.jsonl"
+        run.mkdir(parents=True, exist_ok=True)
+
+    def train(self, out: Path) -> None:
+        """Run what is left and write the checkpoint to `out`."""
+        for stage in (self.captions, self.episodes, self.embedder, self.align, self.eliminate, self.sft):
+            self._once(stage.__name__, stage)
+        self.export(out)
+
+    # -- stages --------------------------------------------------------------------------------------------------------
+
+    def captions(self) -> RetrvR1ForConditionalGeneration:
+        model = self._fresh()
+        pictures = [p for pool in self.raw_pools[:-1] for p in _captioned(pool)]
+        held_out = _captioned(self.raw_pools[-1])
+        Random(0).shuffle(held_out)
+        schedule = self.recipe.stages.captions
+        base.train_captions(model, self.processor, pictures, held_out, schedule, self.recipe.seed + 1, self.log_file)
+        return model
+
+    def episodes(self) -> RetrvR1ForConditionalGeneration:
+        model = self._load("captions")
+        base.train_episodes(
+            model, self.processor, self.pools[:-1], self.pools[-1], self.recipe.stages.episodes,
+            self.recipe.comparisons, self.recipe.seed + 2, self.log_file,
+        )  # fmt: skip
+        return model
+
+    def embedder(self) -> RetrvR1ForConditionalGeneration:
+        model = self._load("episodes")
+        dim = self.recipe.embedder_dim
+        embedder.train_embedder(
+            model, self.processor, self.pools[:-1], self.pools[-1], dim, self.recipe.stages.embedder,
+            self.recipe.seed + 3, self.log_file,
+        )  # fmt: skip
+        lists = [embedder.first_stage_lists(model, self.processor, p, dim, self.recipe.top_k) for p in self.pools]
+        np.savez(self.run / "lists.npz", *lists)
+        return model
+
+    def align(self) -> RetrvR1ForConditionalGeneration:
+        model = self._load("episodes")
+        align.train_align(
+            model, self.processor, self.pools[:-1], self.pools[-1], self.recipe.stages.align,
+            self.recipe.pairs_per_query, self.recipe.seed + 4, self.log_file,
+        )  # fmt: skip
+        return model
+
+    def eliminate(self) -> RetrvR1ForConditionalGeneration:
+        """First half of the SFT curriculum: sequences end after the elimination, so three times as many fit."""
+        return self._sft("align", "eliminate", None)
+
+    def sft(self) -> RetrvR1ForConditionalGeneration:
+        return self._sft("eliminate", "sft", TeacherStyle())
+
+    def export(self, out: Path) -> None:
+        model, first_stage = self._load("sft"), self._load("embedder")
+        manifest = Manifest(
+            "retrv-r1-miniature (from scratch)", base_revision=f"seed {self.recipe.seed}", licence="Apache-2.0",
+            trained_top_k=self.recipe.top_k, embedder_dim=self.recipe.embedder_dim,
+        )  # fmt: skip
+        saved = save_checkpoint(out, model, self.processor, manifest, first_stage)
+        size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
+        log.info("checkpoint %s, %.2f MB, memory %s", saved.checkpoint_digest, size / 1e6, saved.memory_digest)
+
+    # -- shared parts --------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def raw_pools(self) -> list[Pool]:
+        """Three training pools, then validation, pictures as Pillow images."""
+        write_catalogue(self.data, (*TRAIN, "val"))
+        return [load_pool(self.data, split) for split in (*TRAIN, "val")]
+
+    @cached_property
+    def processor(self) -> Processor:
+        return build_processor(build_tokenizer(base.vocabulary(self.raw_pools)), self.recipe.backbone)
+
+    @cached_property
+    def pools(self) -> list[Pool]:
+        """The same after the tower, which is frozen from here on."""
+        model = self._load("captions").eval()
+        return [encode_pool(model.model, self.processor, pool) for pool in self.raw_pools]
+
+    @cached_property
+    def lists(self) -> list[sft.Lists]:
+        model = self._load("align")
+        with np.load(self.run / "lists.npz") as ranked:
+            return [
+                sft.make_lists(model, self.processor, pool, ranked[f"arr_{i}"]) for i, pool in enumerate(self.pools)
+            ]
+
+    def _sft(self, start: str, name: str, style: TeacherStyle | None) -> RetrvR1ForConditionalGeneration:
+        model, recipe = self._load(start), self.recipe
+        schedule = getattr(recipe.stages, name)
+        sft.train_sft(
+            model, self.processor, self.lists[:-1], self.lists[-1], sft.ListConfig(recipe.top_k), style, schedule,
+            recipe.rehearsal, recipe.direct_weight, recipe.seed + 5, self.log_file, name,
+        )  # fmt: skip
+        return model
+
+    def _fresh(self) -> RetrvR1ForConditionalGeneration:
+        tokenizer = self.processor.tokenizer
+        return build_model(tokenizer, self.recipe.backbone, self.recipe.icm, self.recipe.seed)  # type: ignore[arg-type]
+
+    def _load(self, stage: str) -> RetrvR1ForConditionalGeneration:
+        model = self._fresh()
+        model.load_state_dict(torch.load(self.run / f"{stage}.pt", weights_only=True))
+        return model
+
+    def _once(self, name: str, stage: Callable[[], RetrvR1ForConditionalGeneration]) -> None:
+        file = self.run / f"{name}.pt"
+        if file.exists():
+            log.info("%s: done before, %s", name, file)
+            return
+        started = time.monotonic()
+        torch.manual_seed(self.recipe.seed)
+        model = stage()
+        torch.save(model.state_dict(), file.with_suffix(".tmp"))
+        file.with_suffix(".tmp").rename(file)
+        minutes = (time.monotonic() - started) / 60
+        with (self.run / "stages.jsonl").open("a", encoding="utf-8") as out:
+            schedule = asdict(getattr(self.recipe.stages, name))
+            out.write(json.dumps({"stage": name, "minutes": round(minutes, 2), **schedule}) + "\n")
+        log.info("%s: %.1f minutes", name, minutes)
+
+
+def _captioned(pool: Pool) -> list[tuple[Content, str]]:
+    """Cards and query pictures that show their target, with captions."""
+    pictures = [(Content(image=i.content.image), i.caption) for i in pool.items if i.modality == "image"]
+    pictures += [(Content(image=q.query.content.image), q.target_text) for q in pool.queries if q.task == "i2t"]
+    return pictures
+
+
+def with_fewer_steps(recipe: Recipe, steps: int) -> Recipe:
+    """The same recipe cut short: a smoke test of every stage, no model worth having."""
+    stages = {name: replace(getattr(recipe.stages, name), steps=steps) for name in asdict(recipe.stages)}
+    return replace(recipe, stages=replace(recipe.stages, **stages))

@@ -1,0 +1,65 @@
+"""Recipes: YAML into frozen values; an unknown key is an error that names the known ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import yaml
+
+from retrv_r1_retriever.errors import OptionsError, explain
+from retrv_r1_retriever.model.configuration import IcmConfig
+from retrv_r1_training.backbone import BackboneSize
+from retrv_r1_training.loop import Schedule
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    captions: Schedule
+    episodes: Schedule
+    embedder: Schedule
+    align: Schedule
+    eliminate: Schedule
+    sft: Schedule
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """top_k: K of the training lists; embedder_dim: of the first stage, small on purpose; pairs_per_query: candidates that
+    `align` describes per query; comparisons, rehearsal: text-only sequences beside `episodes` and beside `eliminate`, `sft`;
+    direct_weight: of the direct read's loss
+    """
+
+    seed: int
+    top_k: int
+    embedder_dim: int
+    pairs_per_query: int
+    comparisons: int
+    rehearsal: int
+    direct_weight: float
+    stages: Stages
+    backbone: BackboneSize = field(default_factory=BackboneSize)
+    icm: IcmConfig = field(default_factory=IcmConfig)
+
+
+def load_recipe(path: Path) -> Recipe:
+    return build(Recipe, yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+
+
+def build(kind: type[T], data: dict[str, Any], where: str) -> T:
+    """A nested frozen dataclass from nested dictionaries."""
+    hints = get_type_hints(kind)
+    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    unknown = sorted(set(data) - known)
+    if unknown:
+        raise OptionsError(
+            explain(where, expected=f"keys {sorted(known)}", got=unknown[0], fix="Fix or remove the key.")
+        )
+    values = {k: build(hints[k], v, f"{where}: {k}") if is_dataclass(hints[k]) else v for k, v in data.items()}
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise OptionsError(f"{where}: {error}") from None
