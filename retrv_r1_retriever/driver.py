@@ -151,9 +151,8 @@ class _Run:
             return
         task = asyncio.ensure_future(self.engine.close(self.handle))
         task.add_done_callback(_log_failure)
-        await asyncio.wait(
-            {task}, timeout=CLOSE_GRACE_S
-        )  # unlike awaiting it, a cancelled caller leaves the task running
+        # `wait`, because cancelling it leaves the task running: a second Ctrl-C must not leak the handle.
+        await asyncio.wait({task}, timeout=CLOSE_GRACE_S)
 
     def reading(self) -> Reading:
         outcome = self.session.outcome() if self.session else None

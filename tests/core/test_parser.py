@@ -76,6 +76,11 @@ def test_text_after_a_closed_thought_is_no_answer() -> None:
     assert parse(turn).answer == 5
 
 
+def test_one_opening_has_one_check_however_often_the_thought_is_closed() -> None:
+    turn = (Forced("<think>"), Sampled("x"), Full(2), Sampled(" a match</think><think> it differs</think>"))
+    assert parse(turn).checks == (Check(2, "a match", True),)
+
+
 def test_refused_requests_are_no_part_of_what_was_said() -> None:
     request = f"{INSPECT_START}{label(9)}{INSPECT_END}"
     turn = (Forced("<think>"), Sampled(f" red{label(1)} keep{request}"), Sampled(f"{label(2)} blue</think>"))

@@ -164,6 +164,11 @@ def test_broken_numbers_still_give_an_order(logprobs: list[float]) -> None:
     assert sorted(rank(candidates(2), SlotRead(tuple(logprobs)), None).indices) == [0, 1]
 
 
+def test_a_number_that_is_none_counts_as_impossible() -> None:
+    assert rank(candidates(4), SlotRead((math.nan, -2.0, math.nan, -1.0, -9.0)), None).indices == (3, 1, 0, 2)
+    assert rank(candidates(3), None, outcome(2, keep={0: math.nan, 1: -50.0})).indices == (2, 1, 0)
+
+
 def test_raw_signals_are_kept() -> None:
     said = outcome(0, keep={0: -0.5}, verdicts={0: "keep"}, checks={0: True})
     signals = rank(candidates(1), SlotRead((-0.1, -2.0)), said).signals[0]

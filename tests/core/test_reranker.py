@@ -209,6 +209,15 @@ async def test_candidates_without_memory_go_last_and_are_named() -> None:
     assert len(set(scores)) == 5
 
 
+async def test_one_of_two_equal_ids_may_lack_memory() -> None:
+    fitting = with_memory(Document("same", Content("a")), 1)
+    found = [fitting, Candidate(Document("same", Content("b")), None, 2)]
+    reranker = RetrvR1Reranker(ScriptedEngine(slots=(0.0, 1.0)), compressor=FakeCompressor(), options=FAST)
+    results = await reranker.arerank("q", found, options=FAST.with_options(on_stale="first_stage"))
+    assert [r.candidate for r in results] == found
+    assert results.none_chosen
+
+
 async def test_recompute_is_bounded() -> None:
     compressor = FakeCompressor()
     options = FAST.with_options(max_recompute=1)

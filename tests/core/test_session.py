@@ -142,6 +142,17 @@ def test_spent_tokens_force_the_answer_before_anything_is_opened() -> None:
     assert (outcome.inspected, outcome.stop_reason) == ((), StopReason.FORCED_BY_BUDGET)
 
 
+def test_an_engine_that_reports_no_tokens_still_runs_out_of_them() -> None:
+    machine = session(max_new_tokens=5)
+    step = machine.begin()
+    for _ in range(5):
+        assert step.generate is not None
+        assert not step.generate.allowed
+        step = machine.receive(said(INSPECT_END, tokens=0))
+    assert step.generate is not None
+    assert step.generate.allowed
+
+
 def test_the_context_budget_is_checked_before_a_candidate_is_opened() -> None:
     fits = 100 + 1 + 10 + ANSWER_RESERVE + 1
     _, outcome = run(session(max_context=fits), request(2), said("x"), said(label(0)))
