@@ -185,7 +185,7 @@ def train_sft(
     @torch.no_grad()
     def evaluate() -> dict[str, float]:
         parts = [_losses(model, processor, held[i : i + 50], weights, direct_weight) for i in range(0, len(held), 50)]
-        out = {f"val_{k}": float(np.nanmean([p[1][k] for p in parts])) for k in parts[0][1]}
+        out = {f"val_{k}": _mean([p[1][k] for p in parts]) for k in parts[0][1]}
         hits = torch.cat([p[2] for p in parts])
         for stratum in ("coarse", "fine"):
             rows = [h.item() for h, s in zip(hits, strata, strict=True) if s == stratum]
@@ -217,6 +217,12 @@ def _losses(
     metrics["answer"] = accuracy(model, hidden, batch.input_ids, after_answer & batch.sampled)
     metrics["direct"] = hits.float().mean().item()
     return weighted_ce(model, hidden, batch.input_ids, weight) + direct_weight * direct, metrics, hits
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Over the batches that had such tokens at all."""
+    known = [v for v in values if not np.isnan(v)]
+    return float(np.mean(known)) if known else float("nan")
 
 
 def freeze_for_sft(model: RetrvR1ForConditionalGeneration) -> None:

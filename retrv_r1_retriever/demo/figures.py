@@ -1,0 +1,143 @@
+"""The quality table of the README: the test (or validation) split of the catalogue through the real index and reranker.
+
+    python -m retrv_r1_retriever.demo.figures --split test
+
+Every mode reranks the same candidates, fetched once with their memory. A positive missing from the list counts as a miss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from retrv_r1_retriever import config as settings
+from retrv_r1_retriever._sync import run
+from retrv_r1_retriever.config import Config, ModelConfig
+from retrv_r1_retriever.demo import run as demo
+from retrv_r1_retriever.demo.catalogue import TASKS, LabelledQuery, read_queries
+from retrv_r1_retriever.evaluation.comparison import Comparison, compare
+from retrv_r1_retriever.images import LocalImages, load_content
+from retrv_r1_retriever.options import RerankOptions
+from retrv_r1_retriever.reranker import RetrvR1Reranker
+from retrv_r1_retriever.store import Equals, Filter, VectorFirstStage
+from retrv_r1_retriever.types import Candidate, Query, RankedResults
+
+K = 20
+_THINK = RerankOptions(top_k=K, think="always", timeout_s=None)
+MODES = {
+    "logits, think=never": RerankOptions(top_k=K, think="never", ranking="logits", timeout_s=None),
+    "promote, think=always": _THINK.with_options(ranking="promote"),
+    "hybrid, think=always": _THINK,
+    "hybrid, think=always, max_inspections=0": _THINK.with_options(max_inspections=0),
+}
+STRATA = ("coarse", "fine", "all")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A labelled query with its first stage's candidates."""
+
+    labelled: LabelledQuery
+    query: Query
+    candidates: tuple[Candidate, ...]
+
+
+async def ask(folder: Path, split: str, first_stage: VectorFirstStage, limit: int | None) -> list[Asked]:
+    """Candidates of all queries of a split; `limit` per task and stratum."""
+    images, asked = LocalImages(folder), []
+    for task in TASKS:
+        queries = read_queries(folder, split, task)
+        for stratum in ("coarse", "fine"):
+            for labelled in [q for q in queries if q.stratum == stratum][:limit]:
+                content, _ = await load_content(images, labelled.query.content)
+                query = Query(content, labelled.query.instruction, labelled.query.id)
+                only = Filter(must=(Equals("modality", labelled.target_modality),))
+                asked.append(Asked(labelled, query, tuple(await first_stage(query, top_k=K, filter=only))))
+    return asked
+
+
+def measure(
+    reranker: RetrvR1Reranker, asked: Sequence[Asked], progress: Callable[[str, int, int], None], batch: int = 50
+) -> dict[str, dict[str, Comparison]]:
+    """mode -> stratum -> comparison."""
+    out = {}
+    for name, options in MODES.items():
+        results: list[RankedResults] = []
+        for start in range(0, len(asked), batch):
+            part = asked[start : start + batch]
+            results += reranker.rerank_batch(
+                [a.query for a in part], [a.candidates for a in part], options=options, concurrency=batch
+            )
+            progress(name, len(results), len(asked))
+        out[name] = {stratum: _compare(asked, results, stratum) for stratum in STRATA}
+    return out
+
+
+def markdown(table: dict[str, dict[str, Comparison]], split: str) -> str:
+    """One row per mode and stratum; the first stage on top."""
+    any_mode = next(iter(table.values()))
+    lines = [
+        f"Split `{split}`, {any_mode['all'].queries} queries ({any_mode['coarse'].queries} coarse, "
+        f"{any_mode['fine'].queries} fine), K = {K}.",
+        "",
+        "| order | stratum | R@1 | R@5 | MRR | opened per query |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for stratum in STRATA:
+        c = any_mode[stratum]
+        s = c.first_stage
+        name = f"first stage (R@{K} {c.ceiling:.3f})"
+        lines.append(f"| {name} | {stratum} | {s.recall_at_1:.3f} | {s.recall_at_5:.3f} | {s.mrr:.3f} | |")
+    for mode, strata in table.items():
+        for stratum in STRATA:
+            c, s = strata[stratum], strata[stratum].reranked
+            cells = f"{s.recall_at_1:.3f} | {s.recall_at_5:.3f} | {s.mrr:.3f} | {c.opened:.2f}"
+            lines.append(f"| {mode} | {stratum} | {cells} |")
+    return "\n".join(lines)
+
+
+def _compare(asked: Sequence[Asked], results: Sequence[RankedResults], stratum: str) -> Comparison:
+    pairs = [
+        (a.labelled.positives, r) for a, r in zip(asked, results, strict=True) if stratum in (a.labelled.stratum, "all")
+    ]
+    return compare([p for p, _ in pairs], [r for _, r in pairs])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--split", default="val", choices=("val", "test"), help="choices are made on val; test is read once"
+    )
+    parser.add_argument("--checkpoint", default="miniature", help="a checkpoint folder; default: the shipped miniature")
+    parser.add_argument("--dir", type=Path, default=Path("demo-data"), help="where catalogue and index are kept")
+    parser.add_argument("--limit", type=int, help="queries per task and stratum")
+    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    args = parser.parse_args(argv)
+
+    def progress(what: str, done: int, total: int) -> None:
+        if done == total:
+            sys.stderr.write(f"{what}: {done}/{total}\n")
+
+    base = Config(model=ModelConfig(checkpoint=args.checkpoint))
+    demo.prepare(args.dir, progress, args.split)
+    engine, embedder = settings.open_engine(base), settings.open_embedder(base)
+    config = demo.demo_config(args.dir, base, engine.versions["checkpoint"], args.split)
+    store = settings.open_store(config, settings.collection_spec(engine, embedder))
+    try:
+        demo.build_index(config, store, embedder, engine, progress, args.split)
+        asked = run(ask(args.dir, args.split, VectorFirstStage(store, embedder), args.limit))
+    finally:
+        run(store.close())
+    table = measure(RetrvR1Reranker(engine, images=LocalImages(args.dir)), asked, progress)
+    sys.stdout.write(markdown(table, args.split) + "\n")
+    if args.json:
+        args.json.write_text(json.dumps({m: {s: asdict(c) for s, c in t.items()} for m, t in table.items()}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

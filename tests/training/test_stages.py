@@ -1,0 +1,166 @@
+"""The miniature's stages: the losses see what the engine sees, frozen things stay frozen, every stage runs and resumes."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from retrv_r1_training import cli, sft
+from retrv_r1_training.loop import Schedule, train
+from retrv_r1_training.loss import TokenWeights, hidden_states, token_weights
+from retrv_r1_training.miniature import Miniature, with_fewer_steps
+from retrv_r1_training.recipe import Recipe, build, load_recipe
+from retrv_r1_training.teacher import TeacherStyle
+
+from retrv_r1_retriever.demo import catalogue
+from retrv_r1_retriever.engines.local import LocalEngine
+from retrv_r1_retriever.errors import OptionsError
+from retrv_r1_retriever.model.checkpoint import Checkpoint, Manifest, load_checkpoint, memory_digest
+from retrv_r1_retriever.model.embedding import BackboneEmbedder
+from retrv_r1_retriever.model.processing import collate
+from retrv_r1_retriever.prompt import ADDED_TOKENS, ANSWER_START, build_prompt
+from retrv_r1_retriever.types import Candidate, Document, Memory
+
+RECIPE = cli.RECIPES / "miniature.yaml"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Two steps of every stage on a shrunken catalogue, through the command line."""
+    patch = pytest.MonkeyPatch()
+    small = {n: catalogue.Split(n, "val", s.seed, 6) for n, s in catalogue.SPLITS.items()}
+    patch.setattr(catalogue, "SPLITS", small)
+    patch.setattr(catalogue, "combos", lambda part: _FEW)
+    folder = tmp_path_factory.mktemp("run")
+    recipe = folder / "recipe.yaml"
+    text = RECIPE.read_text().replace("batch_size: 128", "batch_size: 8").replace("batch_size: 64", "batch_size: 8")
+    recipe.write_text(text)
+    argv = ["miniature", "--recipe", str(recipe), "--run", str(folder), "--steps", "2", "--threads", "1"]
+    assert cli.main(argv) == 0
+    patch.undo()
+    return folder
+
+
+_FEW = catalogue.combos("val")[:24]
+
+
+def test_every_stage_leaves_a_checkpoint_that_serves(run):
+    stages = [json.loads(line)["stage"] for line in (run / "stages.jsonl").read_text().splitlines()]
+    assert stages == ["captions", "episodes", "embedder", "align", "eliminate", "sft"]
+    loaded = load_checkpoint(run / "checkpoint", device="cpu")
+    assert loaded.manifest.trained_top_k == 20
+    assert len(loaded.manifest.memory_digest) == 16
+    assert BackboneEmbedder.from_pretrained(run / "checkpoint", device="cpu").dim == loaded.manifest.embedder_dim
+
+
+def test_finished_stages_are_not_run_again(run, monkeypatch):
+    monkeypatch.setattr("retrv_r1_training.sft.train_sft", lambda *a: pytest.fail("ran again"))
+    miniature = Miniature(with_fewer_steps(load_recipe(RECIPE), 2), run)
+    monkeypatch.setattr(miniature, "export", lambda out: None)
+    miniature.train(run / "again")
+
+
+def test_sft_keeps_what_memory_is_made_of(run):
+    before, after = (torch.load(run / f"{s}.pt", weights_only=True) for s in ("align", "sft"))
+    processor = load_checkpoint(run / "checkpoint", device="cpu").processor
+    manifest = Manifest("x")
+    assert memory_digest(before, processor, manifest) == memory_digest(after, processor, manifest)
+    rows = [processor.token_id(t) for t in ADDED_TOKENS]
+    table = "model.language_model.embed_tokens.weight"
+    moved = (before[table] != after[table]).any(1)
+    assert moved[rows].any()
+    assert not moved[: min(rows)].any()
+    assert not moved[max(rows) + 1 :].any()
+
+
+def test_direct_read_branch_is_the_engines_probe(run):
+    """What training reads behind the last column is what serving reads at `<answer>`."""
+    import asyncio
+
+    loaded = load_checkpoint(run / "checkpoint", device="cpu")
+    miniature = Miniature(with_fewer_steps(load_recipe(RECIPE), 2), run)
+    miniature.__dict__["processor"] = loaded.processor
+    lists = miniature.lists[-1]
+    examples = [
+        sft.make_example(loaded.processor, lists, n, sft.ListConfig(6, 0.0, 0.0), TeacherStyle(), random.Random(n))
+        for n in range(0, len(lists.pool.queries), 4)
+    ]
+    with torch.no_grad():
+        hidden, branch, batch = sft.forward_with_direct_read(loaded.model, loaded.processor, examples)
+        logits = loaded.model.lm_head(branch)
+    engine = LocalEngine(Checkpoint(loaded.model, loaded.processor, loaded.manifest))
+
+    async def probe(number: int):
+        query = lists.pool.queries[number]
+        chosen = lists.ranked[number, :6].tolist()
+        items = [lists.pool.items[i] for i in chosen]
+        prompt = build_prompt(
+            query.query,
+            [Candidate(Document(x.id, x.content), None, r, lists.memories[i])
+             for r, (i, x) in enumerate(zip(chosen, items, strict=True), 1)],
+        )  # fmt: skip
+        handle = await engine.open(prompt)
+        return (await engine.probe(handle, ANSWER_START)).logprobs
+
+    for row, example, number in zip(logits, examples, range(0, len(lists.pool.queries), 4), strict=True):
+        slots = [loaded.processor.token_id(s) for s in example.slots]
+        want = torch.tensor(asyncio.run(probe(number)))
+        torch.testing.assert_close(torch.log_softmax(row[slots], -1), want, atol=1e-3, rtol=1e-3)
+    chunks = [type(e.prompt).join([e.prompt, e.turn]) for e in examples]
+    with torch.no_grad():
+        plain, _ = hidden_states(loaded.model, loaded.processor, chunks)
+    for b, chunk in enumerate(chunks):
+        torch.testing.assert_close(hidden[b, : len(chunk)], plain[b, : len(chunk)], atol=1e-3, rtol=1e-3)
+    assert batch.sampled.any()
+
+
+def test_weights_follow_the_role_of_a_token(run):
+    loaded = load_checkpoint(run / "checkpoint", device="cpu")
+    miniature = Miniature(with_fewer_steps(load_recipe(RECIPE), 2), run)
+    miniature.__dict__["processor"] = loaded.processor
+    lists = miniature.lists[-1]
+    fine = next(i for i, q in enumerate(lists.pool.queries) if q.stratum == "fine")
+    config, style = sft.ListConfig(20, 0.0, 1.0), TeacherStyle(extra=1.0, careful=1.0)
+    example = sft.make_example(loaded.processor, lists, fine, config, style, random.Random(1))
+    batch = collate([type(example.prompt).join([example.prompt, example.turn])], loaded.processor)
+    weights = token_weights(batch, loaded.processor, TokenWeights())[0]
+    assert (weights[: len(example.prompt)] == 0).all(), "the prompt carries no loss"
+    words = loaded.processor.tokenizer.convert_ids_to_tokens(batch.input_ids[0].tolist())
+    by_word = {w: weights[i].item() for i, w in enumerate(words) if weights[i] > 0}
+    assert by_word["Ġkeep"] == TokenWeights().verdict
+    assert by_word["<inspection-index-start>"] == TokenWeights().inspect
+    answer = max(i for i, w in enumerate(words) if w == ANSWER_START) + 1
+    assert weights[answer] == TokenWeights().answer
+    injected = [i for i, w in enumerate(words) if w == "<|image_pad|>"]
+    assert all(weights[i] == 0 for i in injected), "opened candidates carry no loss"
+
+
+def test_memory_of_lists_is_what_the_engine_compresses(run):
+    loaded = load_checkpoint(run / "checkpoint", device="cpu")
+    miniature = Miniature(with_fewer_steps(load_recipe(RECIPE), 2), run)
+    miniature.__dict__["processor"] = loaded.processor
+    lists: sft.Lists = miniature.lists[-1]
+    memory: Memory = lists.memories[0]
+    got = LocalEngine(loaded).compress([miniature.raw_pools[-1].items[0].content])[0].rows
+    assert memory.rows.shape == got.shape
+    assert abs(memory.rows.astype(float) - got.astype(float)).max() < 0.1, "bfloat16 weights, same memory"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    weight = torch.nn.Parameter(torch.ones(1))
+    with pytest.raises(FloatingPointError, match="loss is nan at step 0"):
+        train("x", Schedule(2, 0.1, 1), [weight], lambda s: (weight.sum() * float("nan"), {}), tmp_path / "log")
+
+
+@pytest.mark.parametrize(("change", "message"), [({"sed": 1}, "got sed"), ({"icm": {"wide": 1}}, "got wide")])
+def test_unknown_recipe_keys_are_named(change, message):
+    with pytest.raises(OptionsError, match=message):
+        build(Recipe, {"seed": 0, **change}, "recipe")
+
+
+def test_shipped_recipe_loads():
+    assert load_recipe(RECIPE).top_k == 20
+    assert Path(RECIPE).name == "miniature.yaml"
