@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from retrv_r1_retriever.edge import EdgeStore
     from retrv_r1_retriever.embedders import Embedder, TextEmbedder
     from retrv_r1_retriever.engines.base import CompressedContent, Compressor, Engine, SlotRead
     from retrv_r1_retriever.errors import (
@@ -25,9 +26,13 @@ if TYPE_CHECKING:
         StoreError,
     )
     from retrv_r1_retriever.images import ImageSource, LocalImages
+    from retrv_r1_retriever.indexing import Indexer, IndexReport
     from retrv_r1_retriever.options import BALANCED, FAST, THOROUGH, RerankOptions
+    from retrv_r1_retriever.points import CollectionSpec
+    from retrv_r1_retriever.qdrant import QdrantStore
     from retrv_r1_retriever.reranker import RetrvR1Reranker
     from retrv_r1_retriever.retriever import RetrvR1Retriever
+    from retrv_r1_retriever.schema import PayloadSchema
     from retrv_r1_retriever.store import Equals, Filter, FirstStage, OneOf, Range, Store, VectorFirstStage
     from retrv_r1_retriever.trace import ReasoningTrace
     from retrv_r1_retriever.types import (
@@ -51,10 +56,12 @@ __all__ = [
     "THOROUGH",
     "Candidate",
     "CheckpointError",
+    "CollectionSpec",
     "CompressedContent",
     "Compressor",
     "Content",
     "Document",
+    "EdgeStore",
     "Embedder",
     "Engine",
     "EngineError",
@@ -63,12 +70,16 @@ __all__ = [
     "FirstStage",
     "ImageError",
     "ImageSource",
+    "IndexReport",
+    "Indexer",
     "InputError",
     "LocalImages",
     "Memory",
     "MissingExtraError",
     "OneOf",
     "OptionsError",
+    "PayloadSchema",
+    "QdrantStore",
     "Query",
     "Range",
     "RankedResult",
@@ -91,7 +102,7 @@ __all__ = [
     "VectorFirstStage",
 ]
 
-#: Where the names above are defined; those that need an optional dependency go last.
+#: Where the names above are defined, looked through in this order. None of these modules imports an optional dependency.
 _MODULES = (
     "errors",
     "types",
@@ -103,6 +114,11 @@ _MODULES = (
     "store",
     "reranker",
     "retriever",
+    "schema",
+    "points",
+    "edge",
+    "qdrant",
+    "indexing",
 )
 
 

@@ -163,7 +163,7 @@ class RetrvR1Reranker:
 
 def fallback(query: Query, candidates: Sequence[Candidate], options: RerankOptions, reason: str) -> RankedResults:
     """First-stage order, unscored, with the reason."""
-    results = tuple(RankedResult(c, place, None) for place, c in enumerate(candidates, 1))
+    results = tuple(RankedResult(c, place, None) for place, c in enumerate(_as_retrieved(candidates), 1))
     return RankedResults(query, results[: options.top_n], Status.FALLBACK, reason=reason)
 
 
@@ -219,7 +219,7 @@ def _decide(
 ) -> RankedResults:
     """Order what was read; put what was not read last, in first-stage order; say which is which."""
     read = [candidates[i] for i in readable.positions]  # the caller's own objects, not the copies with fresh memory
-    skipped = [c for i, c in enumerate(candidates) if i not in set(readable.positions)]
+    skipped = _as_retrieved([c for i, c in enumerate(candidates) if i not in set(readable.positions)])
     order = rank(read, reading.direct, reading.outcome, options.ranking)
     unreadable = reading.outcome.unreadable if reading.outcome else ()
     half_judged = [read[i] for i in sorted({*unreadable, *reading.stale})]
@@ -242,6 +242,10 @@ def _decide(
         unranked=unranked,
         trace=replace(reading.trace, answer=order.answer, timings=timings, notes=notes),
     )
+
+
+def _as_retrieved(candidates: Sequence[Candidate]) -> list[Candidate]:
+    return sorted(candidates, key=lambda c: c.rank)
 
 
 def _deadline(options: RerankOptions) -> float | None:

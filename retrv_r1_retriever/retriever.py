@@ -56,9 +56,10 @@ class RetrvR1Retriever:
         images: ImageSource | None = None,
         options: RerankOptions = BALANCED,
     ) -> None:
-        self.first_stage = _first_stage(store, embedder, first_stage)
         self.images = images or LocalImages()
         self.reranker = _reranker(engine, compressor, reranker, self.images, options)
+        reads_memory = not isinstance(self.reranker, RetrvR1Reranker) or self.reranker.compressor is not None
+        self.first_stage = _first_stage(store, embedder, first_stage, reads_memory)
         self.options = options
 
     async def aretrieve(
@@ -150,11 +151,13 @@ def _query(query: Query | str, image: ImageInput | None) -> Query:
     return Query.of(query if query.strip() else None, image)
 
 
-def _first_stage(store: Store | None, embedder: Embedder | None, first_stage: FirstStage | None) -> FirstStage:
+def _first_stage(
+    store: Store | None, embedder: Embedder | None, first_stage: FirstStage | None, with_memory: bool
+) -> FirstStage:
     if first_stage is not None and store is None and embedder is None:
         return first_stage
     if first_stage is None and store is not None and embedder is not None:
-        return VectorFirstStage(store, embedder)
+        return VectorFirstStage(store, embedder, with_memory)
     given = [n for n, v in (("store", store), ("embedder", embedder), ("first_stage", first_stage)) if v is not None]
     fix = "Pass one or the other."
     raise OptionsError(explain("first stage", expected="store and embedder, or first_stage", got=given, fix=fix))

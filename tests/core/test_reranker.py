@@ -113,6 +113,12 @@ async def test_a_model_failure_is_a_fallback_nobody_can_mistake(step: str) -> No
     assert engine.leaked == 0
 
 
+async def test_first_stage_order_is_by_rank_whatever_the_lists_order() -> None:
+    engine = ScriptedEngine(failing={"open": EngineError("down")})
+    results = await RetrvR1Reranker(engine).arerank("q", candidates(4)[::-1])
+    assert ids(results) == ["doc-0", "doc-1", "doc-2", "doc-3"]
+
+
 async def test_a_failed_thought_is_partial_in_the_direct_reads_order() -> None:
     engine = ScriptedEngine(THOUGHT, slots=SLOTS, failing={"generate": EngineError("server is down")})
     results = await RetrvR1Reranker(engine).arerank("q", candidates(4))
@@ -129,7 +135,7 @@ class SlowThought(ScriptedEngine):
 
 
 async def test_a_timeout_is_named() -> None:
-    options = BALANCED.with_options(timeout_s=0.05)
+    options = BALANCED.with_options(timeout_s=0.3)
     results = await RetrvR1Reranker(SlowThought(slots=SLOTS), options=options).arerank("q", candidates(4))
     assert results.status is Status.PARTIAL
     assert "timed out while thinking" in (results.reason or "")

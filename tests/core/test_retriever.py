@@ -57,6 +57,7 @@ async def test_a_store_and_an_embedder_are_a_first_stage() -> None:
     class Store:
         async def search(self, vector: np.ndarray, top_k: int, *, filter: Any = None, with_memory: bool = True) -> Any:
             assert vector.tolist() == [8.0]
+            assert not with_memory  # this engine reads none
             return candidates(top_k)
 
     embedder = TextEmbedder(lambda texts: [[len(t)] for t in texts])
@@ -98,11 +99,11 @@ async def test_no_candidates() -> None:
 
 @pytest.mark.parametrize("on_failure", ["fallback", "raise"])
 async def test_first_stage_failures_are_always_raised(on_failure: Any) -> None:
-    options = BALANCED.with_options(on_failure=on_failure, timeout_s=0.02)
+    options = BALANCED.with_options(on_failure=on_failure, timeout_s=0.2)
     for first_stage, kind, message in (
         (FirstStage(error=ConnectionError("no server")), ConnectionError, "no server"),
         (FirstStage(error=TimeoutError("its own")), TimeoutError, "its own"),
-        (FirstStage(delay_s=60), RerankTimeout, "the first stage took longer than timeout_s=0.02"),
+        (FirstStage(delay_s=60), RerankTimeout, "the first stage took longer than timeout_s=0.2"),
     ):
         retriever = RetrvR1Retriever(first_stage=first_stage, engine=ScriptedEngine(), options=options)
         with pytest.raises(kind, match=message):
@@ -115,14 +116,14 @@ async def test_the_timeout_covers_the_whole_call() -> None:
             await asyncio.sleep(60)
 
     retriever = RetrvR1Retriever(
-        first_stage=FirstStage(delay_s=0.1),
+        first_stage=FirstStage(delay_s=0.4),
         engine=SlowThought(slots=SLOTS),
-        options=BALANCED.with_options(timeout_s=0.2),
+        options=BALANCED.with_options(timeout_s=0.5),
     )
     started = asyncio.get_running_loop().time()
     results = await retriever.aretrieve("q")
     assert results.status is Status.PARTIAL
-    assert asyncio.get_running_loop().time() - started < 0.29
+    assert asyncio.get_running_loop().time() - started < 0.85
 
 
 async def test_time_the_first_stage_used_is_not_given_to_the_reranker() -> None:
