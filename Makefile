@@ -48,8 +48,9 @@ check: setup
 	$(VENV)/bin/lint-imports
 	$(PY) tests/style.py
 
+RUN ?= runs/miniature
 miniature: setup
-	$(PY) -m retrv_r1_training.miniature
+	$(PY) -m retrv_r1_training.cli miniature --run $(RUN) --out retrv_r1_retriever/demo/checkpoint
 
 clean:
 	rm -rf demo-data build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

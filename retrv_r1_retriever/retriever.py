@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -61,6 +62,13 @@ class RetrvR1Retriever:
         reads_memory = not isinstance(self.reranker, RetrvR1Reranker) or self.reranker.compressor is not None
         self.first_stage = _first_stage(store, embedder, first_stage, reads_memory)
         self.options = options
+
+    @classmethod
+    def from_config(cls, path: str | os.PathLike[str] = "retrv.toml") -> RetrvR1Retriever:
+        """Store, model, pictures and options as a `retrv.toml` says (docs/config.md)."""
+        from retrv_r1_retriever import config
+
+        return config.open_retriever(config.read_config(path))
 
     async def aretrieve(
         self,

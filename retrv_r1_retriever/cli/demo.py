@@ -9,7 +9,7 @@ from pathlib import Path
 from retrv_r1_retriever import config as settings
 from retrv_r1_retriever.cli.search import load_config
 from retrv_r1_retriever.cli.show import describe, print_results, results_json
-from retrv_r1_retriever.cli.terminal import Progress, print_json, print_table, printable
+from retrv_r1_retriever.cli.terminal import Progress, print_json, print_table, print_wrapped, printable
 from retrv_r1_retriever.demo import run as demo
 from retrv_r1_retriever.evaluation.comparison import Comparison
 from retrv_r1_retriever.images import LocalImages
@@ -67,7 +67,7 @@ def _print(scan: demo.Scan) -> None:
         print_results(shown.results, limit=ROWS_SHOWN, positives=frozenset(shown.query.positives))
     print(f"\n=== all {scan.comparison.queries} scanned queries")
     print_table(HEADER, _rows(scan))
-    print(HONESTY)
+    print_wrapped(HONESTY)
 
 
 def _rows(scan: demo.Scan) -> list[tuple[str, ...]]:

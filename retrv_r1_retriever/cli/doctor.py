@@ -14,7 +14,7 @@ from retrv_r1_retriever import config as settings
 from retrv_r1_retriever._sync import run
 from retrv_r1_retriever.cli.search import load_config
 from retrv_r1_retriever.cli.show import describe
-from retrv_r1_retriever.cli.terminal import one_line, print_json, terminal_width
+from retrv_r1_retriever.cli.terminal import one_line, print_json, print_wrapped, printable, terminal_width
 from retrv_r1_retriever.config import Config
 from retrv_r1_retriever.errors import RetrvR1Error
 
@@ -38,7 +38,7 @@ RESTRICTED = ("research", "non-commercial", "noncommercial", "cc-by-nc")
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing looked at. fix: what to change, empty if nothing"""
+    """One thing looked at. fix: what to change; empty if there is nothing, or the detail says it"""
 
     level: Level
     name: str
@@ -56,10 +56,16 @@ def main(args: argparse.Namespace) -> int:
         print_json([{"level": f.level, "name": f.name, "detail": f.detail, "fix": f.fix} for f in findings])
     else:
         for finding in findings:
-            print(f"{finding.level:<4}  {finding.name:<16}  {one_line(finding.detail, terminal_width() - 24)}")
-            if finding.fix:
-                print(f"{'':<24}{finding.fix}")
+            _print(finding)
     return 1 if any(f.level == "fail" for f in findings) else 0
+
+
+def _print(finding: Finding) -> None:
+    head, room = f"{finding.level:<4}  {finding.name:<14}  ", terminal_width() - 22
+    if finding.level == "ok":
+        print(head + one_line(finding.detail, room))
+        return
+    print_wrapped(head + printable(". ".join(filter(None, (finding.detail, finding.fix)))), indent=len(head))
 
 
 def _findings(args: argparse.Namespace) -> Iterator[Finding]:
@@ -93,7 +99,7 @@ def _guarded(name: str, look: Callable[[], Any]) -> tuple[Any, Finding | None]:
     try:
         return look(), None
     except (RetrvR1Error, ImportError, OSError) as error:
-        return None, Finding("fail", name, str(error), "The message says what to change.")
+        return None, Finding("fail", name, str(error))
 
 
 def _manifest(config: Config) -> Manifest:
@@ -145,7 +151,7 @@ def _store(config: Config, manifest: Manifest | None) -> Iterator[Finding]:
         if manifest is not None:
             yield _memory([c.document.id for c in sample], store, manifest)
     except RetrvR1Error as error:
-        yield Finding("fail", "store", str(error), "The message says what to change.")
+        yield Finding("fail", "store", str(error))
     finally:
         run(store.close())
 

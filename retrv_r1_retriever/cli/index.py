@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from retrv_r1_retriever import config as settings
 from retrv_r1_retriever._sync import run
+from retrv_r1_retriever.cli.search import load_config
 from retrv_r1_retriever.cli.terminal import Progress, one_line, print_json, terminal_width
-from retrv_r1_retriever.config import Config, ImagesConfig, StoreConfig
+from retrv_r1_retriever.config import Config
 from retrv_r1_retriever.errors import InputError, explain
 from retrv_r1_retriever.types import Content, Document
 
@@ -42,6 +43,9 @@ def main(args: argparse.Namespace) -> int:
     progress = Progress()
     engine, embedder = settings.open_engine(config), settings.open_embedder(config)
     store = settings.open_store(config, settings.collection_spec(engine, embedder))
+
+    if not Path(args.config).exists():
+        _write_config(Path(args.config), config)
 
     def show(report: IndexReport) -> None:
         progress("indexing", report.indexed + report.skipped + len(report.failed), total)
@@ -82,25 +86,32 @@ def _print(args: argparse.Namespace, report: IndexReport, count: int) -> None:
 
 
 def _config(args: argparse.Namespace) -> Config:
-    """The config file, or a new one beside the caller that later commands find."""
+    """The config file, with what the command line says; without one, what is to be written into a new one."""
     path = Path(args.config)
     if path.exists():
-        config = settings.read_config(path)
-        if args.store:
-            config = replace(config, store=replace(config.store, path=os.path.abspath(args.store)))
-        if args.images:
-            config = replace(config, images=replace(config.images, root=os.path.abspath(args.images)))
-        return config
-    root = Path(args.images) if args.images else _guess_root(args.source)
-    folder = path.parent.resolve()
-    store_path = os.path.relpath(args.store, folder) if args.store else StoreConfig().path
-    root_path = os.path.relpath(root.resolve(), folder)
+        config = load_config(args)
+        root = args.images
+    else:
+        config = Config(folder=path.parent.resolve())
+        root = args.images or _guess_root(args.source)
+    if args.store:
+        config = replace(config, store=replace(config.store, path=os.path.relpath(args.store, config.folder)))
+    if root:
+        config = replace(config, images=replace(config.images, root=os.path.relpath(root, config.folder)))
+    return config
+
+
+def _write_config(path: Path, config: Config) -> None:
+    """So that later commands find what this one made, with lists as long as the model was trained on."""
+    from retrv_r1_retriever.model.checkpoint import read_manifest
+
+    trained = read_manifest(Path(settings.checkpoint_path(config))).trained_top_k
     path.write_text(
         "# Written by `retrv-r1 index`; every key is explained in docs/config.md.\n"
-        f"[store]\npath = {json.dumps(store_path)}\n\n[images]\nroot = {json.dumps(root_path)}\n",
+        f"[store]\npath = {json.dumps(config.store.path)}\n\n[images]\nroot = {json.dumps(config.images.root)}\n"
+        + (f"\n[rerank]\ntop_k = {trained}\n" if trained else ""),
         encoding="utf-8",
     )
-    return Config(store=StoreConfig(path=store_path), images=ImagesConfig(root=root_path), folder=folder)
 
 
 def _guess_root(source: Path) -> Path:

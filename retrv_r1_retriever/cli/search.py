@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from retrv_r1_retriever.images import ImageSource
 from retrv_r1_retriever.options import Ranking, RerankOptions, Think
 from retrv_r1_retriever.retriever import RetrvR1Retriever
 from retrv_r1_retriever.store import Equals, Filter, Scalar, VectorFirstStage
-from retrv_r1_retriever.types import Content, Document, Query, RankedResults
+from retrv_r1_retriever.types import Content, Document, Query, RankedResults, Status
 
 ROWS_SHOWN = 20
 
@@ -99,25 +100,26 @@ def opened_retriever(config: Config) -> Iterator[RetrvR1Retriever]:
 
 def load_config(args: argparse.Namespace) -> Config:
     """The named file; without one, the defaults."""
-    return (
-        settings.read_config(args.config)
-        if Path(args.config).exists() or args.config != settings.FILE_NAME
-        else Config()
-    )
+    named = Path(args.config).exists() or args.config != settings.FILE_NAME
+    config = settings.read_config(args.config) if named else Config()
+    if config.model.checkpoint == settings.MINIATURE or config.path(config.model.checkpoint).exists():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # loading from disk takes seconds; a download keeps its bars
+    return config
 
 
 def finish(args: argparse.Namespace, results: RankedResults, images: ImageSource) -> int:
+    """1 for a fallback: a script that looks only at the exit code must not take it for a reranking."""
     if args.report:
         from retrv_r1_retriever.report import ReportEntry, write_report
 
         write_report(args.report, [ReportEntry(results)], images=images)
     if args.json:
         print_json(results_json(results))
-        return 0
-    print_results(results, limit=ROWS_SHOWN)
-    if args.report:
-        print(f"\nreport: {args.report}")
-    return 0
+    else:
+        print_results(results, limit=ROWS_SHOWN)
+        if args.report:
+            print(f"\nreport: {args.report}")
+    return 1 if results.status is Status.FALLBACK else 0
 
 
 def _query(args: argparse.Namespace) -> Query:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import textwrap
 from typing import Any
 
-from retrv_r1_retriever.cli.terminal import one_line, print_table, printable, terminal_width
+from retrv_r1_retriever.cli.terminal import one_line, print_table, print_wrapped, printable, terminal_width
 from retrv_r1_retriever.images import is_data_uri
 from retrv_r1_retriever.parser import parse
 from retrv_r1_retriever.prompt import KEEP, LABELS
@@ -18,11 +17,11 @@ CHOSEN = "★"
 
 def print_results(results: RankedResults, *, limit: int | None = None, positives: frozenset[str] = frozenset()) -> None:
     """Status, ranked table, reasoning."""
-    print(status_line(results))
+    for line in status_line(results).splitlines():
+        print_wrapped(line)
     print()
     _print_ranking(results, limit, positives)
     if results.trace is not None:
-        print()
         _print_reasoning(results, results.trace)
 
 
@@ -101,7 +100,7 @@ def _print_reasoning(results: RankedResults, trace: ReasoningTrace) -> None:
     kept = [names.get(v.index, "?") for v in thought.verdicts if v.text == KEEP]
     out = [f"{names.get(v.index, '?')} {v.text}" for v in thought.verdicts if v.text != KEEP]
     checks = {c.index: c for c in thought.checks}
-    print("reasoning (#n: rank before)")
+    print("\nreasoning (#n: rank before)")
     _paragraph("looks for", thought.hypothesis)
     _paragraph("keeps", ", ".join(kept))
     _paragraph("rejects", ", ".join(out))
@@ -117,10 +116,8 @@ def _print_reasoning(results: RankedResults, trace: ReasoningTrace) -> None:
 
 
 def _paragraph(name: str, words: str) -> None:
-    if words:
-        indent = " " * 14
-        text = f"  {name:<10}  {' '.join(printable(words).split())}"
-        print(textwrap.fill(text, terminal_width(), subsequent_indent=indent, break_on_hyphens=False))
+    if words := " ".join(printable(words).split()):
+        print_wrapped(f"  {name:<10}  {words}", indent=14)
 
 
 # -- JSON --------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from typing import Any, TextIO
@@ -28,6 +29,11 @@ def terminal_width() -> int:
 
 def print_json(value: Any) -> None:
     print(json.dumps(value, ensure_ascii=False, indent=2, default=str))
+
+
+def print_wrapped(text: str, *, indent: int = 0) -> None:
+    """Filled to the terminal; lines after the first are indented."""
+    print(textwrap.fill(text, terminal_width(), subsequent_indent=" " * indent, break_on_hyphens=False))
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, indent: str = "") -> None:

@@ -1,6 +1,7 @@
 """Commands, exit codes and error messages of `retrv-r1`.
 
-Exit codes: 0 done, 1 something failed while working, 2 the input or the usage is wrong, 130 interrupted.
+Exit codes: 0 done, 1 something failed while working (a fallback to first-stage order included), 2 the input or the usage is
+wrong, 130 interrupted.
 Other packages add a command through the entry-point group `retrv_r1.commands`: its name is the command, its object a function
 `add(parser)` that declares arguments and sets `run`, a function from the parsed arguments to an exit code.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -36,6 +38,8 @@ COMMANDS: dict[str, tuple[str, AddArguments]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = _parser(arguments).parse_args(arguments)
+    # What it warns about, a fallback, is the first line of what is printed.
+    logging.getLogger("retrv_r1_retriever.reranker").setLevel(logging.ERROR)
     try:
         code: int = args.run(args)
         sys.stdout.flush()

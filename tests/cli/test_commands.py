@@ -1,0 +1,209 @@
+"""Every command over a real store and a real (untrained) model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from retrv_r1_retriever import _sync
+from retrv_r1_retriever.cli import index as index_command
+from retrv_r1_retriever.config import read_config
+from retrv_r1_retriever.evaluation.runs import read_run
+from retrv_r1_retriever.retriever import RetrvR1Retriever
+from retrv_r1_retriever.store import VectorFirstStage
+from tests.cli.conftest import Run
+from tests.tiny import picture
+
+
+def test_index_search_and_again(workplace: Path, run: Run) -> None:
+    first = run("index", "items", "--json")
+    assert first.code == 0
+    assert first.json["indexed"] == 4
+    assert [f["id"] for f in first.json["failed"]] == ["broken"]
+    assert run("index", "items", "--json").json["skipped"] == 4
+
+    found = run("search", "--text", "red circle", "--json")
+    assert found.code == 0
+    ids = [r["id"] for r in found.json["results"]]
+    assert sorted(ids) == ["card0", "card1", "card2", "note"]
+    assert [r["rank"] for r in found.json["results"]] == [1, 2, 3, 4]
+    assert sorted(r["retrieval_rank"] for r in found.json["results"]) == [1, 2, 3, 4]
+    assert found.json["status"] == "reranked"
+    assert found.json["trace"]["usage"]["uncompressed_tokens"] > 0
+
+
+def test_search_by_picture_filters_and_writes_a_report(workplace: Path, run: Run) -> None:
+    run("index", "items")
+    query = ["--image", "items/card2.png", "--text", "two", "--filter", "modality=image"]
+    found = run("search", *query, "--report", "page.html")
+    assert found.code == 0
+    assert "reranked" in found.out
+    assert "card0 [card0.png]" in found.out
+    assert "note" not in found.out
+    page = (workplace / "page.html").read_text()
+    assert page.count("<img") >= 3  # the query and two candidates
+    direct = run("search", *query, "--think", "never", "--ranking", "logits", "--top-n", 1, "--json")
+    assert len(direct.json["results"]) == 1
+    assert direct.json["trace"]["stop_reason"] is None
+
+
+def test_terminal_output_stays_within_a_narrow_terminal(
+    workplace: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (workplace / "items" / "long.txt").write_text("red circle " * 40)
+    run("index", "items")
+    monkeypatch.setenv("COLUMNS", "50")
+    lines = run("search", "--text", "red").out.splitlines()
+    assert len(lines) > 8
+    assert max(map(len, lines)) <= 50
+
+
+def test_foreign_text_cannot_drive_the_terminal(workplace: Path, run: Run) -> None:
+    (workplace / "items" / "evil.txt").write_text("red \x1b[2J\x1b]0;owned\x07 circle")
+    run("index", "items")
+    found = run("search", "--text", "red")
+    assert "evil" in found.out
+    assert "\x1b" not in found.out
+
+
+def test_rerank_files_and_jsonl(workplace: Path, run: Run) -> None:
+    (workplace / "docs.jsonl").write_text('{"id": 7, "text": "two red"}\n{"id": "p", "image": "card0.png"}\n')
+    found = run("rerank", "--text", "red", "items/card0.png", "items/note.txt", "docs.jsonl", "--json")
+    assert found.code == 0
+    assert {r["id"] for r in found.json["results"]} == {"items/card0.png", "items/note.txt", "7", "p"}
+    assert found.json["unranked"] == []
+
+
+def test_a_fallback_is_said_and_is_no_success(workplace: Path, run: Run) -> None:
+    found = run("rerank", "--text", "red", "items/broken.png")
+    assert found.code == 1
+    assert found.out.startswith("fallback")
+    assert "NOT RERANKED: no candidate has usable memory" in found.out
+    assert found.err == ""
+
+
+def test_eval_compares_with_the_first_stage(workplace: Path, run: Run) -> None:
+    run("index", "items")
+    queries = [
+        {"id": "a", "text": "two red circle", "positives": ["card1"]},
+        {"query_txt": None, "query_img_path": "card0.png", "qid": "90:1", "pos_cand_list": ["card0"]},
+        {"text": "nothing of the kind", "positives": ["elsewhere"]},
+    ]
+    Path("queries.jsonl").write_text("\n".join(map(json.dumps, queries)))
+    measured = run("eval", "queries.jsonl", "--json", "--run", "run.txt", "--report", "eval.html").json
+    assert measured["queries"] == 3
+    assert measured["recall@k"] == pytest.approx(2 / 3)
+    assert measured["statuses"] == {"reranked": 3}
+    assert read_run(Path("run.txt")).keys() == {"a", "90:1", "queries.jsonl:3"}
+    shown = run("eval", "queries.jsonl", "--limit", 1).out
+    assert "first stage" in shown
+    assert "1 queries, K = 20, ranking hybrid" in shown
+    assert "Evaluation" in Path("eval.html").read_text()
+
+
+def test_doctor_says_what_fits_and_what_to_change(workplace: Path, run: Run) -> None:
+    before = run("doctor", "--json")
+    assert before.code == 1
+    assert {f["name"]: f["level"] for f in before.json}["store"] == "fail"
+    run("index", "items")
+    after = {f["name"]: f for f in run("doctor", "--json").json}
+    assert {f["level"] for f in after.values()} == {"ok"}
+    assert after["base"]["detail"] == "tiny-random, licence Apache-2.0"
+    assert "on all 4 sampled documents" in after["memory"]["detail"]
+    manifest = read_config("retrv.toml").path(read_config("retrv.toml").model.checkpoint) / "retrv" / "manifest.json"
+    original = manifest.read_text()
+    try:
+        values = json.loads(original)
+        manifest.write_text(json.dumps({**values, "memory_digest": "other", "licence": "Qwen Research License"}))
+        changed = run("doctor")
+    finally:
+        manifest.write_text(original)
+    assert "0 of 4 sampled documents have memory other; 4 have another" in " ".join(changed.out.split())
+    assert "Check the licence of the base before commercial use." in " ".join(changed.out.split())
+
+
+def test_index_without_a_config_writes_one_that_search_uses(
+    workplace: Path, run: Run, checkpoint_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("retrv.toml").unlink()
+    monkeypatch.setattr(index_command.settings, "checkpoint_path", lambda config: str(checkpoint_folder))
+    folder = workplace / "mbeir"
+    (folder / "cand_pool").mkdir(parents=True)
+    (folder / "images").mkdir()
+    picture(5).save(folder / "images" / "a.png")
+    row = {"did": "9:1", "txt": None, "img_path": "images/a.png", "modality": "image", "src_content": None}
+    (folder / "cand_pool" / "pool.jsonl").write_text(json.dumps(row) + "\n")
+    assert run("index", "mbeir/cand_pool/pool.jsonl", "--json").json["indexed"] == 1
+    config = read_config("retrv.toml")
+    assert config.images.root == "mbeir"
+    assert config.rerank.top_k == 20
+    assert [r["id"] for r in run("search", "--text", "red", "--max-inspections", 0, "--json").json["results"]] == [
+        "9:1"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["search"], 2, "query: expected --text, --image or both, got neither"),
+        (["search", "--text", "  "], 2, "query: expected --text, --image or both, got neither"),
+        (["search", "--text", "x", "--top-k", "128"], 2, "top_k: expected an integer from 1 to 127, got 128"),
+        (["search", "--text", "x", "--filter", "red"], 2, "--filter: expected field=value, got 'red'"),
+        (["search", "--image", "none.png"], 2, "none.png: expected a readable picture"),
+        (["search", "--image", "items/broken.png"], 2, "expected a readable PNG"),
+        (["search", "--text", "x", "--config", "none.toml"], 2, "none.toml: expected a config file, got no such file"),
+        (["rerank", "--text", "x", "a.pdf"], 2, "a.pdf: expected one of"),
+        (["index", "none"], 2, "none: expected a readable file"),
+        (["index", "."], 2, "expected a folder below [images] root"),
+        (["eval", "none.jsonl"], 2, "none.jsonl: expected a JSONL of queries"),
+        (["eval", "bad.jsonl"], 2, "bad.jsonl:2: positives: expected a list of document ids, got None"),
+    ],
+)
+def test_wrong_input_is_one_message_and_exit_code_2(
+    workplace: Path, run: Run, arguments: list[str], code: int, message: str
+) -> None:
+    Path("bad.jsonl").write_text('{"text": "x", "positives": ["a"]}\n{"text": "y"}\n')
+    run("index", "items")
+    ran = run(*arguments)
+    assert ran.code == code
+    assert message in ran.err
+    assert len(ran.err.strip().splitlines()) == 1
+    as_json = run(*arguments, "--json")
+    assert message in as_json.json["error"]["message"]
+    assert as_json.code == code
+
+
+def test_searching_without_an_index_is_a_failure_and_says_what_to_do(workplace: Path, run: Run) -> None:
+    ran = run("search", "--text", "x")
+    assert ran.code == 1
+    assert "expected an index made by this package, got none there" in ran.err
+
+
+def test_usage_errors_and_help(run: Run) -> None:
+    assert run("serach").code == 2
+    assert "COMMAND" in run("--help").out
+    assert run("search", "--help").code == 0
+
+
+def test_help_does_not_load_torch() -> None:
+    code = (
+        "import sys\nfrom retrv_r1_retriever.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\nprint('torch' in sys.modules, 'transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False False"
+
+
+def test_a_retriever_from_the_same_config(workplace: Path, run: Run) -> None:
+    run("index", "items")
+    retriever = RetrvR1Retriever.from_config("retrv.toml")
+    assert retriever.options.top_k == 20
+    assert isinstance(retriever.first_stage, VectorFirstStage)
+    try:
+        assert len(retriever.retrieve("red circle", image=(workplace / "items" / "card0.png").read_bytes())) == 4
+    finally:
+        _sync.run(retriever.first_stage.store.close())

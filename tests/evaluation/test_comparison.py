@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+import pytest
+
+from retrv_r1_retriever.evaluation.comparison import compare
+from retrv_r1_retriever.trace import ReasoningTrace
+from retrv_r1_retriever.types import Candidate, Content, Document, Query, RankedResult, RankedResults, Status
+
+
+def ranked(order: list[int], opened: int, status: Status = Status.RERANKED) -> RankedResults:
+    """`order`: first-stage ranks in their new order; document `d<rank>`."""
+    results = tuple(
+        RankedResult(Candidate(Document(f"d{was}", Content("x")), None, was), place, None)
+        for place, was in enumerate(order, 1)
+    )
+    trace = ReasoningTrace(inspected=tuple(range(opened)))
+    return RankedResults(Query.of("q"), results, status, trace=trace if opened else None)
+
+
+def test_both_orders_over_the_same_candidates() -> None:
+    results = [ranked([3, 1, 2], 2), ranked([1, 2, 3], 1), ranked([2, 1, 3], 0, Status.FALLBACK)]
+    found = compare([{"d3"}, {"d2", "d3"}, {"absent"}], results)
+    assert found.first_stage.mrr == pytest.approx((1 / 3 + 1 / 2 + 0) / 3)
+    assert found.reranked.mrr == pytest.approx((1 + 1 / 2 + 0) / 3)
+    assert (found.first_stage.recall_at_1, found.reranked.recall_at_1) == (0, pytest.approx(1 / 3))
+    assert found.ceiling == pytest.approx(2 / 3)
+    assert found.opened == 1
+    assert found.statuses == {"reranked": 2, "fallback": 1}
