@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from retrv_r1_retriever.errors import InputError, explain
-from retrv_r1_retriever.trace import Compressed, QueryImage, Segment, Text
+from retrv_r1_retriever.trace import Compressed, Full, QueryImage, Segment, Text
 from retrv_r1_retriever.types import MAX_CANDIDATES, Candidate, Content, Query
 
 PROMPT_VERSION = 1
@@ -85,10 +85,18 @@ def build_prompt(query: Query, candidates: Sequence[Candidate]) -> Prompt:
         raise InputError(
             explain("candidates", expected=f"1 to {MAX_CANDIDATES}", got=len(candidates), fix="Lower top_k.")
         )
-    head = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\nCandidates:\n"
-    segments: list[Segment] = [Text(head)]
-    for index in range(len(candidates)):
-        segments += [Text(label(index)), Compressed(index)]
+    return _prompt(query, candidates, [Compressed(index) for index in range(len(candidates))])
+
+
+def build_full_prompt(query: Query, candidates: Sequence[Candidate]) -> Prompt:
+    """The same prompt with every candidate in full, pictures decoded: the yardstick of speed, no mode to serve with."""
+    return _prompt(query, candidates, [Full(i, c.document.content, cue=False) for i, c in enumerate(candidates)])
+
+
+def _prompt(query: Query, candidates: Sequence[Candidate], shown: Sequence[Segment]) -> Prompt:
+    segments: list[Segment] = [Text(f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\nCandidates:\n")]
+    for index, segment in enumerate(shown):
+        segments += [Text(label(index)), segment]
     segments += [Text("\n"), *query_segments(query), Text("<|im_end|>\n<|im_start|>assistant\n")]
     return Prompt(query, tuple(candidates), tuple(segments))
 

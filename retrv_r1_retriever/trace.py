@@ -38,10 +38,14 @@ class Compressed:
 
 @dataclass(frozen=True, slots=True)
 class Full:
-    """Candidate `index` opened in full. The driver fills in `content` with the decoded picture."""
+    """Candidate `index` opened in full. The driver fills in `content` with the decoded picture.
+
+    cue: end in the visible words that ask for a check; False only in the uncompressed yardstick prompt
+    """
 
     index: int
     content: Content | None = field(default=None, compare=False, repr=False)
+    cue: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,25 +54,30 @@ class Scan:
     shown: tuple[Shown, ...]
 
 
-def prepare(folder: Path, progress: ProgressFn) -> None:
-    """Write the catalogue's test pool; a second call finds it there."""
-    write_catalogue(folder, (SPLIT,), progress)
+def prepare(folder: Path, progress: ProgressFn, split: str = SPLIT) -> None:
+    """Write one pool of the catalogue; a second call finds it there."""
+    write_catalogue(folder, (split,), progress)
 
 
-def demo_config(folder: Path, base: Config, checkpoint_digest: str) -> Config:
+def demo_config(folder: Path, base: Config, checkpoint_digest: str, split: str = SPLIT) -> Config:
     """One index per checkpoint: vectors of two embedders cannot be told apart by looking at them."""
     return replace(
         base,
-        store=StoreConfig(path=f"index-{checkpoint_digest[:8]}"),
+        store=StoreConfig(path=f"index-{split}-{checkpoint_digest[:8]}"),
         images=ImagesConfig(root="."),
         folder=folder.resolve(),
     )
 
 
 def build_index(
-    config: Config, store: Store, embedder: Embedder, compressor: Compressor, progress: ProgressFn
+    config: Config,
+    store: Store,
+    embedder: Embedder,
+    compressor: Compressor,
+    progress: ProgressFn,
+    split: str = SPLIT,
 ) -> IndexReport:
-    pool = pool_path(config.folder, SPLIT)
+    pool = pool_path(config.folder, split)
     with pool.open("rb") as file:
         total = sum(1 for _ in file)
 

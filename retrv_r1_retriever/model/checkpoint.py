@@ -96,7 +96,8 @@ def from_backbone(
     if weights is not None:
         model.model.icm.load_state_dict(dict(weights))
     model.model.icm.to(backbone.device, backbone.dtype)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def create_checkpoint(
@@ -109,7 +110,7 @@ def create_checkpoint(
     max_pixels: largest picture after resizing, in pixels; None = the backbone's own limit
     """
     device, torch_dtype = _placement(device, dtype)
-    backbone = Qwen2_5_VLForConditionalGeneration.from_pretrained(base, revision=revision, dtype=torch_dtype).to(device)  # type: ignore[arg-type]
+    backbone = Qwen2_5_VLForConditionalGeneration.from_pretrained(base, revision=revision, dtype=torch_dtype).to(device)
     tokenizer = AutoTokenizer.from_pretrained(base, revision=revision)
     images = Qwen2VLImageProcessorPil.from_pretrained(base, revision=revision)
     if max_pixels is not None:
@@ -127,7 +128,9 @@ def _init_rows(backbone: Qwen2_5_VLForConditionalGeneration, start: int, end: in
     for table in {id(t): t for t in (backbone.get_input_embeddings(), backbone.get_output_embeddings())}.values():
         weight = table.weight.data
         noise = torch.randn(end - start, weight.shape[1], generator=torch.Generator().manual_seed(0))
-        weight[start:end] = weight[:start].mean(0) + (0.1 * weight[:start].std() * noise.to(weight.device)).to(weight.dtype)
+        weight[start:end] = weight[:start].mean(0) + (0.1 * weight[:start].std() * noise.to(weight.device)).to(
+            weight.dtype
+        )
 
 
 def load_checkpoint(path: str | Path, *, device: str | None = None, dtype: str | None = None) -> Checkpoint:
@@ -243,7 +246,7 @@ def _placement(device: str | None, dtype: str | None) -> tuple[str, torch.dtype]
 
 def _load_backbone(folder: Path, dtype: torch.dtype, device: str) -> Qwen2_5_VLForConditionalGeneration:
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype)
-    return model.to(device)  # type: ignore[return-value, arg-type]
+    return model.to(device)
 
 
 def _save_backbone(folder: Path, model: RetrvR1ForConditionalGeneration, dtype: torch.dtype) -> None:

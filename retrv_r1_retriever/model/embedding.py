@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +77,7 @@ def encode_pictures(model: RetrvR1Model, processor: Processor, pictures: Sequenc
     if not pictures:
         return None
     raw = [p for p in pictures if not isinstance(p, EncodedImage)]
-    encoded = iter(())
+    encoded: Iterator[Tensor] = iter(())
     if raw:
         pixels, grids = processor.pixels(raw)
         encoded = iter(model.encode_images(pixels.to(model.device, model.dtype), grids.to(model.device)))

@@ -139,7 +139,8 @@ class Processor:
                 builder.compressed(segment.index, memory.rows)
             elif isinstance(segment, Full):
                 builder.content(segment.content or prompt.candidates[segment.index].document.content)
-                builder.text(CHECK_CUE)
+                if segment.cue:
+                    builder.text(CHECK_CUE)
             elif isinstance(segment, Sampled):
                 ids = segment.token_ids if segment.token_ids is not None else self.tokenise(segment.text)
                 builder.ids(ids, sampled=True)
@@ -164,7 +165,7 @@ class Processor:
         height, width = smart_resize(
             picture.height, picture.width, p.patch_size * self.merge, p.size["shortest_edge"], p.size["longest_edge"]
         )
-        return 1, height // p.patch_size, width // p.patch_size
+        return 1, int(height // p.patch_size), int(width // p.patch_size)
 
     def pixels(self, pictures: Sequence[Image]) -> tuple[Tensor, Tensor]:
         """pixel_values (patches, dim) and grids (n, 3) for the tower."""
@@ -276,11 +277,9 @@ def _compressed(
     label = [processor.token_id(LABELS[i]) for c in chunks for i in c.candidates]
     at = [np.flatnonzero(c.ids == processor.token_id(CONTENT_PAD)) + b * length for b, c in enumerate(chunks)]
     content_at = np.concatenate(at) if at else np.zeros(0, dtype=np.int64)
-    to = lambda array: torch.as_tensor(array, device=device)  # noqa: E731
-    return CompressedInputs(
-        to(memory), to(mask), to(row.astype(np.int64)), to(np.asarray(label, dtype=np.int64)),
-        to(content_at), to(content_at + 1), query_mask,
-    )  # fmt: skip
+    label_ids = np.asarray(label, dtype=np.int64)
+    arrays = (memory, mask, row.astype(np.int64), label_ids, content_at, content_at + 1)
+    return CompressedInputs(*(torch.as_tensor(a, device=device) for a in arrays), query_mask)
 
 
 def _picture(content: Content) -> Picture:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from retrv_r1_training.backbone import BackboneSize, build_model, build_tokenizer
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from retrv_r1_retriever.engines.local import LocalEngine
@@ -16,7 +18,6 @@ from retrv_r1_retriever.model.configuration import IcmConfig
 from retrv_r1_retriever.model.embedding import BackboneEmbedder
 from retrv_r1_retriever.prompt import LABELS
 from retrv_r1_retriever.types import Query
-from retrv_r1_training.backbone import BackboneSize, build_model, build_tokenizer
 from tests.tiny import contents, make_prompt
 
 
@@ -51,8 +52,8 @@ def test_embedder_is_normalised_and_batch_free(saved):
     assert together.shape == (7, 16)
     assert together.dtype.name == "float32"
     torch.testing.assert_close(torch.tensor(together).norm(dim=1), torch.ones(7))
-    alone = [embedder.embed([item])[0] for item in items]
-    torch.testing.assert_close(torch.tensor(together), torch.tensor(alone), atol=1e-5, rtol=1e-4)
+    alone = np.stack([embedder.embed([item])[0] for item in items])
+    np.testing.assert_allclose(together, alone, atol=1e-5, rtol=1e-4)
 
 
 def digests(checkpoint, tmp_path, change):
@@ -95,7 +96,7 @@ def test_other_versions_are_refused(saved, tmp_path, field):
 
 
 def test_plain_directory_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="expected a Retrv-R1 checkpoint, got no retrv/manifest.json"):
+    with pytest.raises(CheckpointError, match=r"expected a Retrv-R1 checkpoint, got no retrv/manifest\.json"):
         load_checkpoint(tmp_path)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -69,9 +71,9 @@ def test_pool_is_means_of_equal_chunks(n, rows):
         torch.testing.assert_close(got, x)
         return
     bounds = [-(-n * k // rows) for k in range(rows + 1)]
-    want = torch.stack([x[a:b].mean(0) for a, b in zip(bounds, bounds[1:], strict=False)])
+    want = torch.stack([x[a:b].mean(0) for a, b in itertools.pairwise(bounds)])
     torch.testing.assert_close(got, want)
-    sizes = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+    sizes = [b - a for a, b in itertools.pairwise(bounds)]
     assert max(sizes) - min(sizes) <= 1
 
 
@@ -83,7 +85,9 @@ def test_paper_preset_keeps_every_row():
 @pytest.mark.parametrize(("name", "vocab", "layers", "hidden", "heads", "kv", "inter", "tied", "billions"), [
     ("3B", 151936, 36, 2048, 16, 2, 11008, True, 3.75), ("7B", 152064, 28, 3584, 28, 4, 18944, False, 8.29),
 ])  # fmt: skip
-def test_real_sizes_construct_and_have_spare_rows(name, vocab, layers, hidden, heads, kv, inter, tied, billions, capsys):
+def test_real_sizes_construct_and_have_spare_rows(
+    name, vocab, layers, hidden, heads, kv, inter, tied, billions, capsys
+):
     """Published shapes of Qwen2.5-VL on the meta device: parameters, and room for our 136 tokens beyond the 151,665 used."""
     config = RetrvR1Config(
         text_config={

@@ -75,7 +75,7 @@ def test_padding_does_not_change_a_row(checkpoint, prompt):
     with torch.inference_mode():
         outs = []
         for batch in (alone, padded):
-            pictures = [p for p in batch.pictures]
+            pictures = list(batch.pictures)
             pixels, grids = processor.pixels(pictures)
             features = torch.cat(model.encode_images(pixels, grids))
             out = model(
@@ -112,9 +112,8 @@ def test_undecoded_picture_is_named(checkpoint):
 
 
 def test_tokenizer_without_our_tokens_is_refused(checkpoint):
-    from transformers import AutoTokenizer  # noqa: F401  (the class under test needs any fast tokenizer)
-
     from retrv_r1_training.backbone import build_tokenizer
+    from transformers import AutoTokenizer  # noqa: F401  (the class under test needs any fast tokenizer)
 
     tokenizer = build_tokenizer(["red"])
     vocab = {k: v for k, v in tokenizer.get_vocab().items() if k != CONTENT_PAD}

@@ -15,8 +15,8 @@ class KvPool:
     def __init__(
         self, config: Any, device: torch.device, dtype: torch.dtype, rows: int = 4, capacity: int = 512
     ) -> None:
-        self._shape = (config.num_key_value_heads, config.hidden_size // config.num_attention_heads)
-        self._like = {"device": device, "dtype": dtype}
+        self._shape: tuple[int, int] = (config.num_key_value_heads, config.hidden_size // config.num_attention_heads)
+        self._device, self._dtype = device, dtype
         self._rows, self._capacity = rows, capacity
         # zeros, not empty: masked columns are multiplied by 0, and 0 * NaN is NaN
         self.layers = [self._zeros(rows, capacity) for _ in range(2 * config.num_hidden_layers)]
@@ -38,7 +38,7 @@ class KvPool:
 
     def _zeros(self, rows: int, capacity: int) -> Tensor:
         heads, head_dim = self._shape
-        return torch.zeros(rows, heads, capacity, head_dim, **self._like)
+        return torch.zeros(rows, heads, capacity, head_dim, device=self._device, dtype=self._dtype)
 
     def _resize(self, rows: int, capacity: int) -> None:
         for i, old in enumerate(self.layers):

@@ -1,0 +1,1 @@
+"""What is measured: see `__main__`."""

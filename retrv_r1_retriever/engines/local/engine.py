@@ -1,0 +1,145 @@
+"""`LocalEngine`: `Engine` and `Compressor` on one model in this process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import transformers
+from PIL.Image import Image
+from torch import Tensor
+
+from retrv_r1_retriever.engines.base import CompressedContent, SlotRead
+from retrv_r1_retriever.engines.local.batcher import Batcher, Handle, Job
+from retrv_r1_retriever.errors import InputError, explain
+from retrv_r1_retriever.model.checkpoint import Checkpoint, load_checkpoint
+from retrv_r1_retriever.model.embedding import encode_pictures
+from retrv_r1_retriever.model.processing import Chunk, EncodedImage, collate
+from retrv_r1_retriever.prompt import Prompt
+from retrv_r1_retriever.session import GenerateParams, Generation
+from retrv_r1_retriever.trace import Segment
+from retrv_r1_retriever.types import Content
+
+
+class LocalEngine:
+    """CPU or CUDA; float32 on CPU and bfloat16 on CUDA unless told otherwise.
+
+    max_batch_tokens: most prompt tokens read in one forward pass
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, max_batch_tokens: int = 8192) -> None:
+        self._checkpoint = checkpoint
+        self._model = checkpoint.model.eval()
+        self._processor = checkpoint.processor
+        self._batcher = Batcher(checkpoint, max_batch_tokens)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, device: str | None = None, dtype: str | None = None, max_batch_tokens: int = 8192
+    ) -> LocalEngine:
+        """path: a checkpoint directory (`retrv/` inside). device None = CUDA if there is one."""
+        return cls(load_checkpoint(path, device=device, dtype=dtype), max_batch_tokens=max_batch_tokens)
+
+    @property
+    def max_context(self) -> int | None:
+        return int(self._model.config.text_config.max_position_embeddings)
+
+    @property
+    def think_margin(self) -> float | None:
+        return self._checkpoint.manifest.think_margin
+
+    @property
+    def versions(self) -> dict[str, str]:
+        manifest = self._checkpoint.manifest
+        return {
+            "engine": "local", "checkpoint": manifest.checkpoint_digest, "memory": manifest.memory_digest,
+            "base": manifest.base, "torch": torch.__version__, "transformers": transformers.__version__,
+        }  # fmt: skip
+
+    @property
+    def memory_digest(self) -> str:
+        return self._checkpoint.manifest.memory_digest
+
+    @property
+    def memory_shape(self) -> tuple[int, int]:
+        icm = self._model.config.icm_config
+        return icm.memory_rows or int(self._model.config.text_config.max_position_embeddings), icm.width
+
+    @property
+    def forward_tokens(self) -> int:
+        """Tokens read so far over all handles (tests count them: nothing is read twice)."""
+        return self._batcher.forward_tokens
+
+    @property
+    def forward_seconds(self) -> float:
+        """Time spent in forward passes so far; the rest of a call is ours."""
+        return self._batcher.forward_seconds
+
+    @property
+    def encoded_pictures(self) -> int:
+        """Pictures passed through the tower at query time so far."""
+        return self._batcher.encoded_pictures
+
+    def compress(self, contents: Sequence[Content], batch_size: int = 64) -> list[CompressedContent]:
+        """Candidate memory, exactly `pool(in_proj(T_c) + P)`; pictures must be decoded."""
+        out: list[CompressedContent] = []
+        for start in range(0, len(contents), batch_size):
+            part = contents[start : start + batch_size]
+            with torch.inference_mode():
+                chunks = [self._processor.content_chunk(c) for c in part]
+                embeds = self._embed(chunks)
+                rows = [self._model.model.icm.memory(e[: len(c)]) for c, e in zip(chunks, embeds, strict=True)]
+            out += [
+                CompressedContent(r.to(torch.float16).cpu().numpy(), self._processor.full_tokens(c))
+                for c, r in zip(part, rows, strict=True)
+            ]
+        return out
+
+    def encode_picture(self, picture: Image) -> EncodedImage:
+        """A decoded picture after the tower; stands for the picture in any `Content` this engine reads."""
+        with torch.inference_mode():
+            features = encode_pictures(self._model.model, self._processor, [picture])
+        assert features is not None
+        return EncodedImage(self._processor.grid(picture), features)
+
+    async def open(self, prompt: Prompt) -> Handle:
+        chunk = await asyncio.to_thread(self._processor.chunk, prompt.segments, prompt)
+        limit = self.max_context
+        if limit is not None and len(chunk) >= limit:
+            raise InputError(
+                explain("prompt", expected=f"fewer than {limit} tokens", got=len(chunk), fix="Lower top_k.")
+            )
+        return Handle(prompt, len(chunk), [chunk], chunk.next_position)
+
+    async def append(self, handle: Handle, segments: Sequence[Segment]) -> None:
+        if segments:
+            chunk = await asyncio.to_thread(self._processor.chunk, segments, handle.prompt, handle.next_position)
+            handle.pending.append(chunk)
+            handle.next_position = chunk.next_position
+            handle.recent = (-1, -1)
+
+    async def generate(self, handle: Handle, params: GenerateParams) -> Generation:
+        if params.temperature > 0 and handle.generator is None:
+            handle.generator = torch.Generator().manual_seed(params.seed)
+        allowed = self._token_ids(params.allowed) if params.allowed else None
+        generation: Generation = await self._batcher.run(Job(handle, params, allowed))
+        return generation
+
+    async def probe(self, handle: Handle, suffix: str) -> SlotRead:
+        chunk = Chunk.plain(self._processor.tokenise(suffix), handle.next_position)
+        read: SlotRead = await self._batcher.run(Job(handle, None, self._token_ids(handle.prompt.slots), chunk))
+        return read
+
+    async def close(self, handle: Handle) -> None:
+        self._batcher.close(handle)
+
+    def _embed(self, chunks: Sequence[Chunk]) -> Tensor:
+        batch = collate(chunks, self._processor, self._model.device)
+        features = encode_pictures(self._model.model, self._processor, batch.pictures)
+        embeds: Tensor = self._model.model.embed(batch.input_ids, features, batch.image_mask, None)
+        return embeds
+
+    def _token_ids(self, tokens: Sequence[str]) -> Tensor:
+        return torch.tensor([self._processor.token_id(t) for t in tokens], device=self._model.device)
