@@ -112,7 +112,7 @@ class Processor:
         return tuple(self._special[s] for s in SLOTS)
 
     def token_id(self, token: str) -> int:
-        return self._special[token]
+        return int(self._special[token])
 
     def tokenise(self, text: str) -> list[int]:
         if text in self._special:
@@ -279,7 +279,8 @@ def _compressed(
     content_at = np.concatenate(at) if at else np.zeros(0, dtype=np.int64)
     label_ids = np.asarray(label, dtype=np.int64)
     arrays = (memory, mask, row.astype(np.int64), label_ids, content_at, content_at + 1)
-    return CompressedInputs(*(torch.as_tensor(a, device=device) for a in arrays), query_mask)
+    tensors = [torch.as_tensor(a, device=device) for a in arrays]
+    return CompressedInputs(tensors[0], tensors[1], tensors[2], tensors[3], tensors[4], tensors[5], query_mask)
 
 
 def _picture(content: Content) -> Picture:
