@@ -24,6 +24,7 @@ from retrv_r1_retriever.model.processing import Processor
 from retrv_r1_retriever.types import Content
 from retrv_r1_training import align, base, embedder, sft
 from retrv_r1_training.backbone import build_model, build_processor, build_tokenizer
+from retrv_r1_training.card import write_card
 from retrv_r1_training.data import Pool, encode_pool, load_pool
 from retrv_r1_training.recipe import Recipe
 from retrv_r1_training.teacher import TeacherStyle
@@ -99,7 +100,9 @@ class Miniature:
             "retrv-r1-miniature (from scratch)", base_revision=f"seed {self.recipe.seed}", licence="Apache-2.0",
             trained_top_k=self.recipe.top_k, embedder_dim=self.recipe.embedder_dim,
         )  # fmt: skip
-        saved = save_checkpoint(out, model, self.processor, manifest, first_stage)
+        saved = save_checkpoint(out, model, self.processor, manifest, first_stage, torch.float16)
+        parameters = sum(p.numel() for p in model.parameters())
+        write_card(out, self.run, self.recipe, saved, parameters)
         size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
         log.info("checkpoint %s, %.2f MB, memory %s", saved.checkpoint_digest, size / 1e6, saved.memory_digest)
 
