@@ -120,7 +120,9 @@ def _reasoning(trace: ReasoningTrace, entry: ReportEntry, load: PictureLoader) -
     thought = parse(trace.turn)
     shown = _by_label(trace, entry.results)
     steps = [
-        _step("Looks for", html("<p class='hypothesis'>{}</p>", thought.hypothesis)) if thought.hypothesis else EMPTY,
+        _step("Looks for", html("<p class='hypothesis'>{}</p>", _short(thought.hypothesis)))
+        if thought.hypothesis
+        else EMPTY,
         _elimination(thought, trace, shown),
         join(_opened(check, shown, load) for check in _checks(thought, trace)),
         _answer(trace, shown, load),
@@ -185,7 +187,7 @@ def _opened(check: Check, shown: Mapping[int, RankedResult], load: PictureLoader
         picture,
         css_class,
         word,
-        check.text or "no words were written",
+        _short(check.text) or "no words were written",
     )
     return _step(f"◉ Opens {_name(check.index, shown)} in full", body, f"opened {css_class}")
 
@@ -304,6 +306,13 @@ def _cost(trace: ReasoningTrace) -> Html:
     ]
     facts = [html("<span>{} <b>{}</b></span>", f"tokens {name}", f"{value:,}") for name, value in counts[:2] if value]
     facts += [html("<span>{} <b>{}</b></span>", name, value) for name, value in counts[2:] if value]
-    facts += [html("<span>{} <b>{} ms</b></span>", name, f"{1000 * s:.1f}") for name, s in trace.timings.items()]
+    facts += [html("<span>{} <b>{} ms</b></span>", name, f"{1000 * s:.1f}") for name, s in _stages(trace.timings)]
     notes = join(html("<p class='note'>{}</p>", note) for note in trace.notes)
     return html("<div class='cost'>{}<p class='facts'>{}</p>{}</div>", join(parts), join(facts), notes)
+
+
+def _stages(timings: Mapping[str, float]) -> list[tuple[str, float]]:
+    """In the order of the pipeline, the sum last."""
+    place = {"first_stage": -1, "total": 1}
+    ordered = sorted(timings.items(), key=lambda item: place.get(item[0], 0))
+    return [(name.replace("_", " "), seconds) for name, seconds in ordered]

@@ -71,7 +71,7 @@ def rescued() -> ReportEntry:
         inspected=(0, 2),
         stop_reason=StopReason.ANSWERED,
         usage=Usage(92, 588, 61, 44),
-        timings={"first stage": 0.0021, "model": 0.0184, "total": 0.0213},
+        timings={"direct_read": 0.0184, "total": 0.0213, "first_stage": 0.0021},
         versions=VERSIONS,
         notes=("think=auto means always here: the checkpoint is not calibrated",),
     )

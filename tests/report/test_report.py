@@ -92,6 +92,11 @@ def test_opened_candidates_show_picture_check_and_verdict() -> None:
     assert "sha256:7c1d09be" in text
 
 
+def test_timings_follow_the_pipeline() -> None:
+    text = Elements(render_report([rescued()])).text
+    assert "first stage 2.1 msdirect read 18.4 mstotal 21.3 ms" in text
+
+
 def test_scores_stand_beside_each_other() -> None:
     text = Elements(render_report([rescued()])).text
     assert "0.970 retrieval 0.878" in text
