@@ -79,15 +79,26 @@ class _FeedForward(nn.Module):
 
 
 class _Output(nn.Module):
-    """To LM width, at the norm of the LM's own embeddings (`scale`, set by `RetrvR1Model.init_icm`)."""
+    """To LM width, starting at the norm of the LM's own embeddings and free to leave it.
+
+    A norm fixed there was tried: the miniature's image tokens are 20 times as long as its words, and what two word-sized
+    tokens said of a picture was drowned (docs/experiments.md).
+    """
 
     def __init__(self, width: int, hidden_size: int) -> None:
         super().__init__()
+        self.norm = nn.LayerNorm(width)
         self.proj = nn.Linear(width, hidden_size)
-        self.scale = nn.Parameter(torch.ones(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(self.proj(x), dim=-1) * self.scale
+        return self.proj(self.norm(x))  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def start_at(self, norm: float) -> None:
+        """Make outputs as long as `norm`, on average."""
+        hidden_size, width = self.proj.weight.shape
+        self.proj.weight.normal_(0.0, norm / (hidden_size * width) ** 0.5)
+        self.proj.bias.zero_()
 
 
 def pool(rows: Tensor, memory_rows: int) -> Tensor:

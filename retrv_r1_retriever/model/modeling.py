@@ -44,12 +44,15 @@ class RetrvR1Model(Qwen2_5_VLModel):
         super().__init__(config)
         self.icm = Icm(config.icm_config, config.text_config.hidden_size)
 
-    def init_icm(self) -> None:
-        """Scale both outputs to the mean norm of the embedding table, once, when a module is made anew."""
-        with torch.no_grad():
-            norm = self.get_input_embeddings().weight.norm(dim=-1).mean()
-            self.icm.content_out.scale.fill_(norm)
-            self.icm.relation_out.scale.fill_(norm)
+    def init_icm(self, norm: float | None = None) -> None:
+        """Let both outputs start at `norm` (None = the embedding table's mean); once, when a module is made anew."""
+        table = self.get_input_embeddings().weight
+        if table.is_meta:
+            return
+        if norm is None:
+            norm = float(table.detach().float().norm(dim=-1).mean())
+        self.icm.content_out.start_at(norm)
+        self.icm.relation_out.start_at(norm)
 
     def encode_images(self, pixel_values: Tensor, image_grid_thw: Tensor) -> tuple[Tensor, ...]:
         """The tower's tokens, one (n, H) tensor per image."""

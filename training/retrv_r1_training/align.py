@@ -12,8 +12,8 @@ from torch import Tensor
 
 from retrv_r1_retriever.model.embedding import encode_pictures
 from retrv_r1_retriever.model.modeling import RetrvR1ForConditionalGeneration
-from retrv_r1_retriever.model.processing import Chunk, Processor, collate
-from retrv_r1_retriever.prompt import CHECK_CUE, LABELS, Prompt, query_segments
+from retrv_r1_retriever.model.processing import VISION_END, VISION_START, Chunk, Processor, collate
+from retrv_r1_retriever.prompt import CHECK_CUE, CONTENT_PAD, Prompt, query_segments
 from retrv_r1_retriever.trace import Compressed, Sampled, Segment, Text
 from retrv_r1_retriever.types import Candidate, Content, Document, Memory
 from retrv_r1_training.base import DESCRIBE
@@ -33,6 +33,8 @@ def train_align(
         parameter.requires_grad_(False)
     for parameter in model.model.icm.parameters():
         parameter.requires_grad_(True)
+    sample = content_embeds(model, processor, [i.content for i in random.Random(0).sample(pools[0].items, 64)], {})
+    model.model.init_icm(float(torch.cat(sample).norm(dim=-1).mean()))  # as long as what the LM reads in full
     cache: dict[int, Tensor] = {}
 
     def run(pool: Pool, rng: random.Random, size: int) -> tuple[Tensor, dict[str, float]]:
@@ -83,15 +85,23 @@ def _pick(pool: Pool, target: int, modality: str, count: int, rng: random.Random
 
 
 def _chunk(processor: Processor, pool: Pool, query: object, picks: Sequence[int]) -> tuple[Chunk, list[int]]:
-    """query, then per candidate: label, two tokens, "Describe:", its caption. Also the columns of the fine words."""
-    labels = random.sample(range(len(LABELS)), len(picks))
+    """Per candidate: two tokens where the full ones would stand, "Describe:", its caption; the query last. Also the columns of
+    the fine words.
+
+    No labels here: the frozen LM has learned nothing about them yet, and their rows would be noise on the two tokens.
+    """
     nothing = Memory(np.zeros((1, 1), np.float16), "", "", 0)  # rows are filled in below, with gradient
     empty = Candidate(Document("", Content(" .")), None, 1, nothing)
-    candidates = tuple(empty for _ in range(len(LABELS)))
-    segments: list[Segment] = [*query_segments(query)]  # type: ignore[arg-type]
-    for label, pick in zip(labels, picks, strict=True):
-        caption = pool.items[pick].caption
-        segments += [Text(LABELS[label]), Compressed(label), Text(CHECK_CUE), DESCRIBE, Sampled(f" {caption}")]
+    candidates = tuple(empty for _ in picks)
+    segments: list[Segment] = []
+    for i, pick in enumerate(picks):
+        shown = (
+            (Text(VISION_START), Compressed(i), Text(VISION_END))
+            if pool.items[pick].modality == "image"
+            else (Compressed(i),)
+        )
+        segments += [*shown, Text(CHECK_CUE), DESCRIBE, Sampled(f" {pool.items[pick].caption}")]
+    segments += query_segments(query)  # type: ignore[arg-type]
     chunk = processor.chunk(segments, Prompt(query, candidates, ()))  # type: ignore[arg-type]
     fine_ids = {
         i for pick in picks for w in Caption.of(pool.items[pick].caption).fine for i in processor.tokenise(f" {w}")
@@ -107,6 +117,7 @@ def _forward(
     batch = collate(chunks, processor, model.device)
     memories = [model.model.icm.memory(e) for e in content_embeds(model, processor, contents, cache)]
     batch.compressed.memory = nn_pad(memories)
+    batch.compressed.label = torch.full_like(batch.compressed.label, processor.token_id(CONTENT_PAD))
     lengths = torch.tensor([len(m) for m in memories])
     batch.compressed.memory_mask = torch.arange(batch.compressed.memory.shape[1]) < lengths[:, None]
     features = encode_pictures(model.model, processor, batch.pictures)

@@ -53,7 +53,16 @@ def _is_validation(name: str) -> bool:
     return name.startswith("val_") or name in _CAPTION_WORDS or "_R@" in name
 
 
-_CAPTION_WORDS = {"count", "colour", "shape", "pattern", "frame", "a", "b", "c"}  # `captions` evaluates on validation pictures only
+_CAPTION_WORDS = {
+    "count",
+    "colour",
+    "shape",
+    "pattern",
+    "frame",
+    "a",
+    "b",
+    "c",
+}  # `captions` evaluates on validation pictures only
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
