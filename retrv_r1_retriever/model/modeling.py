@@ -66,27 +66,30 @@ class RetrvR1Model(Qwen2_5_VLModel):
         compressed: CompressedInputs | None,
     ) -> Tensor:
         """LM input embeddings (B, L, H): token rows, image tokens scattered where `image_mask`, ICM output at placeholders."""
-        table = self.get_input_embeddings()
-        embeds: Tensor = table(input_ids)
+        embeds: Tensor = self.get_input_embeddings()(input_ids)
         if image_features is not None and image_mask is not None:
             embeds = embeds.masked_scatter(image_mask[..., None], image_features.to(embeds.dtype))
         if compressed is None or len(compressed.row) == 0:
             return embeds
-        query, query_mask = self._query_rows(embeds, compressed.query_mask)
-        content, relation = self.icm(
-            compressed.memory.to(embeds.dtype), compressed.memory_mask, query, query_mask, compressed.row
-        )
-        tag = table(compressed.label)
-        flat = embeds.flatten(0, 1)
-        flat = flat.index_copy(0, compressed.content_at, (content + tag).to(flat.dtype))
-        flat = flat.index_copy(0, compressed.relation_at, (relation + tag).to(flat.dtype))
-        return flat.view_as(embeds)
+        query, query_mask = self.query_rows(embeds, compressed.query_mask)
+        memory = compressed.memory.to(embeds.dtype)
+        tokens = self.icm(memory, compressed.memory_mask, query, query_mask, compressed.row)
+        return self.place(embeds, compressed, *tokens)
 
-    def _query_rows(self, embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def query_rows(self, embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """T_q of each row, projected: (B, q, w), padded, with its mask."""
         rows = [self.icm.rows(embeds[b, mask[b]]) for b in range(len(embeds))]
         padded = pad_sequence(rows, batch_first=True)
         lengths = torch.tensor([len(r) for r in rows], device=embeds.device)
         return padded, torch.arange(padded.shape[1], device=embeds.device) < lengths[:, None]
+
+    def place(self, embeds: Tensor, compressed: CompressedInputs, content: Tensor, relation: Tensor) -> Tensor:
+        """Content and relation tokens (N, H), tagged with their label's row, over the placeholders of `embeds` (B, L, H)."""
+        tag = self.get_input_embeddings()(compressed.label)
+        flat = embeds.flatten(0, 1)
+        flat = flat.index_copy(0, compressed.content_at, (content + tag).to(flat.dtype))
+        flat = flat.index_copy(0, compressed.relation_at, (relation + tag).to(flat.dtype))
+        return flat.view_as(embeds)
 
     def forward(
         self,

@@ -9,15 +9,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from retrv_r1_retriever.model.embedding import encode_pictures
 from retrv_r1_retriever.model.modeling import RetrvR1ForConditionalGeneration
-from retrv_r1_retriever.model.processing import VISION_END, VISION_START, Chunk, Processor, collate
+from retrv_r1_retriever.model.processing import VISION_END, VISION_START, Batch, Chunk, Processor, collate
 from retrv_r1_retriever.prompt import CHECK_CUE, CONTENT_PAD, Prompt, query_segments
 from retrv_r1_retriever.trace import Compressed, Sampled, Segment, Text
-from retrv_r1_retriever.types import Candidate, Content, Document, Memory
+from retrv_r1_retriever.types import Candidate, Content, Document, Memory, Query
 from retrv_r1_training.base import DESCRIBE
-from retrv_r1_training.data import Pool
+from retrv_r1_training.data import Item, Pool
 from retrv_r1_training.loop import Schedule, train
 from retrv_r1_training.loss import accuracy, weighted_ce
 from retrv_r1_training.teacher import Caption
@@ -40,17 +41,14 @@ def train_align(
     def run(pool: Pool, rng: random.Random, size: int) -> tuple[Tensor, dict[str, float]]:
         queries = [rng.choice(pool.queries) for _ in range(size)]
         picks = [_pick(pool, pool.target(q), q.target_modality, per_query, rng) for q in queries]
-        chunks, fines = zip(
-            *(_chunk(processor, pool, q.query, p) for q, p in zip(queries, picks, strict=True)), strict=True
-        )
-        items = [pool.items[i].content for p in picks for i in p]
-        hidden, ids, sampled = _forward(model, processor, chunks, items, cache)
-        fine = torch.zeros_like(sampled)
-        for row, columns in enumerate(fines):
-            fine[row, columns] = True
-        weight = sampled.float() * torch.where(fine, 0.5, 1.0)
-        metrics = {"coarse": accuracy(model, hidden, ids, sampled & ~fine), "fine": accuracy(model, hidden, ids, fine)}
-        return weighted_ce(model, hidden, ids, weight), metrics
+        items = [pool.items[i] for part in picks for i in part]
+        hidden, batch = _forward(model, processor, [q.query for q in queries], items, cache)
+        fine_ids = {i for item in items for w in Caption.of(item.caption).fine for i in processor.tokenise(f" {w}")}
+        fine = torch.isin(batch.input_ids, torch.tensor(sorted(fine_ids))) & batch.sampled
+        weight = batch.sampled.float() * torch.where(fine, 0.5, 1.0)
+        coarse = accuracy(model, hidden, batch.input_ids, batch.sampled & ~fine)
+        metrics = {"coarse": coarse, "fine": accuracy(model, hidden, batch.input_ids, fine)}
+        return weighted_ce(model, hidden, batch.input_ids, weight), metrics
 
     @torch.no_grad()
     def evaluate() -> dict[str, float]:
@@ -84,49 +82,39 @@ def _pick(pool: Pool, target: int, modality: str, count: int, rng: random.Random
     return [target if rng.random() < 0.2 else rng.choice(members) for _ in range(count)]
 
 
-def _chunk(processor: Processor, pool: Pool, query: object, picks: Sequence[int]) -> tuple[Chunk, list[int]]:
-    """Per candidate: two tokens where the full ones would stand, "Describe:", its caption; the query last. Also the columns of
-    the fine words.
-
-    No labels here: the frozen LM has learned nothing about them yet, and their rows would be noise on the two tokens.
-    """
-    nothing = Memory(np.zeros((1, 1), np.float16), "", "", 0)  # rows are filled in below, with gradient
-    empty = Candidate(Document("", Content(" .")), None, 1, nothing)
-    candidates = tuple(empty for _ in picks)
-    segments: list[Segment] = []
-    for i, pick in enumerate(picks):
-        shown = (
-            (Text(VISION_START), Compressed(i), Text(VISION_END))
-            if pool.items[pick].modality == "image"
-            else (Compressed(i),)
-        )
-        segments += [*shown, Text(CHECK_CUE), DESCRIBE, Sampled(f" {pool.items[pick].caption}")]
-    segments += query_segments(query)  # type: ignore[arg-type]
-    chunk = processor.chunk(segments, Prompt(query, candidates, ()))  # type: ignore[arg-type]
-    fine_ids = {
-        i for pick in picks for w in Caption.of(pool.items[pick].caption).fine for i in processor.tokenise(f" {w}")
-    }
-    fine = [c for c in np.flatnonzero(chunk.sampled).tolist() if chunk.ids[c] in fine_ids]
-    return chunk, fine
-
-
 def _forward(
-    model: RetrvR1ForConditionalGeneration, processor: Processor, chunks: Sequence[Chunk], contents: Sequence[Content],
+    model: RetrvR1ForConditionalGeneration, processor: Processor, queries: Sequence[Query], items: Sequence[Item],
     cache: dict[int, Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    batch = collate(chunks, processor, model.device)
-    memories = [model.model.icm.memory(e) for e in content_embeds(model, processor, contents, cache)]
-    batch.compressed.memory = nn_pad(memories)
+) -> tuple[Tensor, Batch]:  # fmt: skip
+    """One row per candidate: its two tokens where the full ones would stand, "Describe:", its caption. `items` holds the
+    candidates of each query in turn; the queries stay outside the rows, only their T_q is used.
+
+    One candidate a row and no label: the frozen LM has never described one picture among several, and labels mean nothing
+    to it yet.
+    """
+    inner = model.model
+    batch = collate([_chunk(processor, item) for item in items], processor, model.device)
+    memories = [inner.icm.memory(e) for e in content_embeds(model, processor, [i.content for i in items], cache)]
+    memory = pad_sequence(memories, batch_first=True)
+    mask = torch.arange(memory.shape[1]) < torch.tensor([len(m) for m in memories])[:, None]
+    asked = collate([processor.chunk(query_segments(q), Prompt(q, (), ())) for q in queries], processor, model.device)
+    with torch.no_grad():
+        features = encode_pictures(inner, processor, asked.pictures)
+        query_embeds = inner.embed(asked.input_ids, features, asked.image_mask, None)
+    query, query_mask = inner.query_rows(query_embeds, asked.compressed.query_mask)
+    row = torch.arange(len(queries)).repeat_interleave(len(items) // len(queries))
+    tokens = inner.icm(memory, mask, query, query_mask, row)
     batch.compressed.label = torch.full_like(batch.compressed.label, processor.token_id(CONTENT_PAD))
-    lengths = torch.tensor([len(m) for m in memories])
-    batch.compressed.memory_mask = torch.arange(batch.compressed.memory.shape[1]) < lengths[:, None]
-    features = encode_pictures(model.model, processor, batch.pictures)
-    embeds = model.model.embed(batch.input_ids, features, batch.image_mask, batch.compressed)
-    hidden = model.model.language_model(
+    embeds = inner.place(inner.get_input_embeddings()(batch.input_ids), batch.compressed, *tokens)
+    hidden = inner.language_model(
         inputs_embeds=embeds, position_ids=batch.positions, attention_mask=batch.attention_mask, use_cache=False
     ).last_hidden_state
-    return hidden, batch.input_ids, batch.sampled
+    return hidden, batch
 
 
-def nn_pad(rows: Sequence[Tensor]) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+def _chunk(processor: Processor, item: Item) -> Chunk:
+    nothing = Memory(np.zeros((1, 1), np.float16), "", "", 0)  # the rows are made with gradient, in `_forward`
+    prompt = Prompt(Query(item.content), (Candidate(Document("", item.content), None, 1, nothing),), ())
+    picture = item.content.image is not None
+    shown: tuple[Segment, ...] = (Text(VISION_START), Compressed(0), Text(VISION_END)) if picture else (Compressed(0),)
+    return processor.chunk((*shown, Text(CHECK_CUE), DESCRIBE, Sampled(f" {item.caption}")), prompt)
