@@ -36,12 +36,13 @@ Rows: TypeAlias = Iterable[Row] | AsyncIterable[Row]
 
 @dataclass(frozen=True, slots=True)
 class IndexReport:
-    """indexed: written now; skipped: there already, unchanged"""
+    """indexed: written now; skipped: there already, unchanged; cut: of those written, texts longer than the model reads"""
 
     indexed: int
     skipped: int
     failed: tuple[IndexFailure, ...]
     seconds: float
+    cut: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +93,13 @@ class Indexer:
         async for rows in _batches(documents, self.batch_size):
             wanted, skipped, failures = await self._select(rows, force)
             loaded, unreadable = await self._load(wanted)
-            unwritten = await self._write(loaded)
+            unwritten, cut = await self._write(loaded)
             report = IndexReport(
                 report.indexed + len(loaded) - len(unwritten),
                 report.skipped + skipped,
                 (*report.failed, *failures, *unreadable, *unwritten),
                 time.monotonic() - started,
+                report.cut + cut,
             )
             if self.progress is not None:
                 self.progress(report)
@@ -125,41 +127,43 @@ class Indexer:
         outcomes = await asyncio.gather(*(load(document) for document in documents))
         return [o for o in outcomes if isinstance(o, _Loaded)], [o for o in outcomes if isinstance(o, IndexFailure)]
 
-    async def _write(self, items: Sequence[_Loaded]) -> list[IndexFailure]:
-        """All at once; if that fails, one by one, so that only the bad ones are left out.
+    async def _write(self, items: Sequence[_Loaded]) -> tuple[list[IndexFailure], int]:
+        """All at once; if that fails, one by one, so that only the bad ones are left out. Failures, and texts cut.
 
         Where every single one has the wrong shape, the setup is wrong and not an item: that ends the run.
         """
         try:
-            await self._write_batch(items)
+            return [], await self._write_batch(items)
         except StoreError:
             raise
         except Exception as error:
             if len(items) == 1:
                 if isinstance(error, SchemaError):
                     raise
-                return [IndexFailure(items[0].document.id, _reason(error))]
+                return [IndexFailure(items[0].document.id, _reason(error))], 0
             return await self._write_singly(items)
-        return []
 
-    async def _write_singly(self, items: Sequence[_Loaded]) -> list[IndexFailure]:
+    async def _write_singly(self, items: Sequence[_Loaded]) -> tuple[list[IndexFailure], int]:
         failures: list[IndexFailure] = []
+        cut = 0
         misfits: list[SchemaError] = []
         for item in items:
             try:
-                failures += await self._write([item])
+                failed, cut_now = await self._write([item])
+                failures, cut = [*failures, *failed], cut + cut_now
             except SchemaError as error:
                 misfits.append(error)
                 failures.append(IndexFailure(item.document.id, _reason(error)))
         if len(misfits) == len(items):
             raise misfits[0]
-        return failures
+        return failures, cut
 
-    async def _write_batch(self, items: Sequence[_Loaded]) -> None:
+    async def _write_batch(self, items: Sequence[_Loaded]) -> int:
+        """Number of texts that were cut."""
         if not items:
-            return
+            return 0
         contents = [item.content for item in items]
-        memories = await asyncio.to_thread(self._compress, items)
+        memories, cut = await asyncio.to_thread(self._compress, items)
         vectors = await embed(self.embedder, contents)
         await self.store.upsert(
             [
@@ -167,16 +171,18 @@ class Indexer:
                 for item, vector, memory in zip(items, vectors, memories, strict=True)
             ]
         )
+        return cut
 
-    def _compress(self, items: Sequence[_Loaded]) -> list[Memory | None]:
+    def _compress(self, items: Sequence[_Loaded]) -> tuple[list[Memory | None], int]:
         if self.compressor is None:
-            return [None] * len(items)
+            return [None] * len(items), 0
         digest = self.compressor.memory_digest
         compressed = self.compressor.compress([item.content for item in items])
-        return [
+        memories: list[Memory | None] = [
             Memory(one.rows, digest, item.hash, one.full_tokens, item.image_hash)
             for item, one in zip(items, compressed, strict=True)
         ]
+        return memories, sum(one.cut_tokens > 0 for one in compressed)
 
 
 def _as_stored(rows: Sequence[Row]) -> tuple[list[Document], list[IndexFailure]]:

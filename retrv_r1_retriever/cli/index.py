@@ -70,6 +70,7 @@ def _print(args: argparse.Namespace, report: IndexReport, count: int) -> None:
                 "indexed": report.indexed,
                 "skipped": report.skipped,
                 "failed": failed,
+                "cut": report.cut,
                 "documents": count,
                 "seconds": round(report.seconds, 3),
             }
@@ -79,6 +80,8 @@ def _print(args: argparse.Namespace, report: IndexReport, count: int) -> None:
         f"{report.indexed:,} indexed, {report.skipped:,} unchanged, {len(report.failed):,} failed "
         f"in {report.seconds:.1f} s; {count:,} documents in the store"
     )
+    if report.cut:
+        print(f"  {report.cut:,} texts are longer than the model reads; their ends are not in its memory")
     for failure in report.failed[:FAILURES_SHOWN]:
         print(f"  failed: {one_line(failure.reason, terminal_width() - 10)}")
     if len(report.failed) > FAILURES_SHOWN:

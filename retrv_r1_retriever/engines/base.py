@@ -79,7 +79,8 @@ class Compressor(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CompressedContent:
-    """rows: (m, width) float16; full_tokens: LM tokens when opened in full."""
+    """rows: (m, width) float16; full_tokens: LM tokens when opened in full; cut_tokens: of a text beyond the model's limit."""
 
     rows: np.ndarray
     full_tokens: int
+    cut_tokens: int = 0

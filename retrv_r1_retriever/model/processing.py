@@ -88,7 +88,7 @@ class Chunk:
 
 
 class Processor:
-    """max_text_tokens: longest text kept of one candidate (the rest is cut, and counted by nobody: say so to users)."""
+    """max_text_tokens: longest text kept of one candidate; the rest is cut (`cut_tokens`), and the index report says so."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, image_processor: Qwen2VLImageProcessorPil, max_text_tokens: int = 512
@@ -156,6 +156,13 @@ class Processor:
 
     def full_tokens(self, content: Content) -> int:
         return len(self.content_chunk(content)) + len(self.tokenise(CHECK_CUE))
+
+    def cut_tokens(self, content: Content) -> int:
+        """Tokens of the text beyond `max_text_tokens`, which the model never sees."""
+        text = content_text(content)
+        if len(text.encode()) <= self.max_text_tokens:  # a token is at least one byte
+            return 0
+        return max(0, len(self.tokenise(text)) - self.max_text_tokens)
 
     def grid(self, picture: Picture) -> tuple[int, int, int]:
         """(t, h, w) in patches after the resize Qwen2.5-VL applies."""

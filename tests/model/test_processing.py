@@ -120,3 +120,23 @@ def test_tokenizer_without_our_tokens_is_refused(checkpoint):
     tokenizer.get_vocab = lambda: vocab
     with pytest.raises(CheckpointError, match="1 missing, first"):
         Processor(tokenizer, checkpoint.processor.image_processor)
+
+
+def test_a_cut_text_is_counted_and_reported(checkpoint, tmp_path):
+    """Far beyond what the model reads: indexed all the same, and the report says how many."""
+    from retrv_r1_retriever.edge import EdgeStore
+    from retrv_r1_retriever.indexing import Indexer
+    from retrv_r1_retriever.points import CollectionSpec
+    from retrv_r1_retriever.types import Document
+    from tests.first_stage.fakes import HashEmbedder
+
+    assert checkpoint.processor.cut_tokens(Content("red")) == 0
+    assert checkpoint.processor.cut_tokens(Content("red " * 5000)) == 5001 - checkpoint.processor.max_text_tokens
+    engine = LocalEngine(checkpoint)
+    embedder = HashEmbedder()
+    size = len(embedder.embed([Content("x")])[0])
+    spec = CollectionSpec(size, memory_width=engine.memory_shape[1], memory_digest=engine.memory_digest)
+    report = Indexer(EdgeStore(tmp_path / "index", spec=spec), embedder, engine).index(
+        [Document("long", Content("red " * 5000)), Document("short", Content("red"))]
+    )
+    assert (report.indexed, report.cut, report.failed) == (2, 1, ())

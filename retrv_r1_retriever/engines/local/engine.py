@@ -92,7 +92,9 @@ class LocalEngine:
                 embeds = self._embed(chunks)
                 rows = [self._model.model.icm.memory(e[: len(c)]) for c, e in zip(chunks, embeds, strict=True)]
             out += [
-                CompressedContent(r.to(torch.float16).cpu().numpy(), self._processor.full_tokens(c))
+                CompressedContent(
+                    r.to(torch.float16).cpu().numpy(), self._processor.full_tokens(c), self._processor.cut_tokens(c)
+                )
                 for c, r in zip(part, rows, strict=True)
             ]
         return out
