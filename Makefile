@@ -6,7 +6,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 TESTS ?= tests
 
-.PHONY: help demo test check slow fuzz bench miniature setup clean
+.PHONY: help demo test check slow fuzz figures bench miniature setup clean
 
 help:
 	@echo "make demo       index the demo catalogue, search, rerank, write the report (DIR=./demo-data)"
@@ -14,6 +14,7 @@ help:
 	@echo "make check      ruff, mypy strict, import rules, size limits"
 	@echo "make slow       the tests that take minutes"
 	@echo "make fuzz       100,000 generated model outputs through session and ranking"
+	@echo "make figures    quality on the catalogue's test split, mode by mode"
 	@echo "make bench      speed against the same model reading every candidate in full"
 	@echo "make miniature  train the checkpoint shipped in the wheel from scratch"
 
@@ -48,6 +49,9 @@ check: setup
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 	$(PY) tests/style.py
+
+figures: setup
+	$(PY) -m retrv_r1_retriever.demo.figures --split test
 
 bench: setup
 	$(PY) -m retrv_r1_retriever.bench

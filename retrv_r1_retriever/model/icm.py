@@ -29,6 +29,14 @@ class Icm(nn.Module):
         self.att1, self.att2 = (_Attention(width, config.heads) for _ in range(2))
         self.content_ff, self.relation_ff = (_FeedForward(width) for _ in range(2))
         self.content_out, self.relation_out = (_Output(width, hidden_size) for _ in range(2))
+        self.tag_scale = nn.Parameter(torch.ones(()))
+
+    def start_at(self, norm: float, table_norm: float) -> None:
+        """Make both outputs as long as `norm`, on average, and the label tag just as long: a shorter one would be drowned."""
+        self.content_out.start_at(norm)
+        self.relation_out.start_at(norm)
+        with torch.no_grad():
+            self.tag_scale.fill_(norm / table_norm)
 
     def rows(self, embeds: Tensor) -> Tensor:
         """LM input embeddings of one candidate or query (n, H) -> (n, w), before pooling."""

@@ -49,10 +49,8 @@ class RetrvR1Model(Qwen2_5_VLModel):
         table = self.get_input_embeddings().weight
         if table.is_meta:
             return
-        if norm is None:
-            norm = float(table.detach().float().norm(dim=-1).mean())
-        self.icm.content_out.start_at(norm)
-        self.icm.relation_out.start_at(norm)
+        table_norm = float(table.detach().float().norm(dim=-1).mean())
+        self.icm.start_at(table_norm if norm is None else norm, table_norm)
 
     def encode_images(self, pixel_values: Tensor, image_grid_thw: Tensor) -> tuple[Tensor, ...]:
         """The tower's tokens, one (n, H) tensor per image."""
@@ -85,7 +83,7 @@ class RetrvR1Model(Qwen2_5_VLModel):
 
     def place(self, embeds: Tensor, compressed: CompressedInputs, content: Tensor, relation: Tensor) -> Tensor:
         """Content and relation tokens (N, H), tagged with their label's row, over the placeholders of `embeds` (B, L, H)."""
-        tag = self.get_input_embeddings()(compressed.label)
+        tag = self.get_input_embeddings()(compressed.label) * self.icm.tag_scale
         flat = embeds.flatten(0, 1)
         flat = flat.index_copy(0, compressed.content_at, (content + tag).to(flat.dtype))
         flat = flat.index_copy(0, compressed.relation_at, (relation + tag).to(flat.dtype))
