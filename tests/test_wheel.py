@@ -1,0 +1,69 @@
+"""The wheel as users get it: complete, light, and clear about what is missing. Builds and installs, so it is slow."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)])
+    return next(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def python(wheel, tmp_path_factory) -> Path:
+    """A bare environment with the base install only."""
+    folder = tmp_path_factory.mktemp("venv")
+    run([sys.executable, "-m", "venv", str(folder)])
+    python = folder / "bin" / "python"
+    run([str(python), "-m", "pip", "install", "--quiet", str(wheel)])
+    return python
+
+
+def run(argv: list[str]) -> str:
+    return subprocess.run(argv, check=True, capture_output=True, text=True, cwd=Path(argv[0]).parent).stdout
+
+
+def test_everything_is_in_the_wheel(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    for needed in (
+        "retrv_r1_retriever/py.typed",
+        "retrv_r1_retriever/report/report.css",
+        "retrv_r1_retriever/demo/checkpoint/model.safetensors",
+        "retrv_r1_retriever/demo/checkpoint/retrv/manifest.json",
+        "retrv_r1_retriever/demo/checkpoint/retrv/icm.safetensors",
+        "retrv_r1_retriever/demo/checkpoint/README.md",
+        "retrv_r1_training/recipes/miniature.yaml",
+    ):
+        assert needed in names
+    assert not [n for n in names if n.startswith("tests/")]
+    checkpoint = [i for i in zipfile.ZipFile(wheel).infolist() if "/demo/checkpoint/" in i.filename]
+    assert sum(i.file_size for i in checkpoint) <= 8_000_000
+
+
+def test_base_install_is_light(python):
+    code = "import sys, time; t = time.perf_counter(); import retrv_r1_retriever; print(time.perf_counter() - t)"
+    assert float(run([str(python), "-c", code])) < 0.5
+    installed = run([str(python), "-m", "pip", "list", "--format", "freeze"]).lower()
+    assert {line.split("==")[0] for line in installed.split()} <= {
+        "numpy", "pillow", "pip", "setuptools", "retrv-r1-retriever", "retrv_r1_retriever",
+    }  # fmt: skip
+
+
+def test_the_command_line_names_the_missing_extra(python):
+    command = str(python.parent / "retrv-r1")
+    assert "search" in run([command, "--help"])
+    done = subprocess.run([command, "demo"], capture_output=True, text=True, cwd=python.parent, check=False)
+    assert done.returncode != 0
+    assert "pip install 'retrv-r1-retriever[" in done.stderr
+    assert "Traceback" not in done.stderr
