@@ -71,8 +71,9 @@ class RetrvR1Model(Qwen2_5_VLModel):
             return embeds
         query, query_mask = self.query_rows(embeds, compressed.query_mask)
         memory = compressed.memory.to(embeds.dtype)
-        tokens = self.icm(memory, compressed.memory_mask, query, query_mask, compressed.row)
-        return self.place(embeds, compressed, *tokens)
+        content, relation = self.icm(memory, compressed.memory_mask, query, query_mask, compressed.row)
+        tag = self.get_input_embeddings()(compressed.label) * self.icm.tag_scale
+        return self.place(embeds, compressed, content + tag, relation + tag)
 
     def query_rows(self, embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """T_q of each row, projected: (B, q, w), padded, with its mask."""
@@ -82,11 +83,10 @@ class RetrvR1Model(Qwen2_5_VLModel):
         return padded, torch.arange(padded.shape[1], device=embeds.device) < lengths[:, None]
 
     def place(self, embeds: Tensor, compressed: CompressedInputs, content: Tensor, relation: Tensor) -> Tensor:
-        """Content and relation tokens (N, H), tagged with their label's row, over the placeholders of `embeds` (B, L, H)."""
-        tag = self.get_input_embeddings()(compressed.label) * self.icm.tag_scale
+        """Content and relation tokens (N, H) over the placeholders of `embeds` (B, L, H)."""
         flat = embeds.flatten(0, 1)
-        flat = flat.index_copy(0, compressed.content_at, (content + tag).to(flat.dtype))
-        flat = flat.index_copy(0, compressed.relation_at, (relation + tag).to(flat.dtype))
+        flat = flat.index_copy(0, compressed.content_at, content.to(flat.dtype))
+        flat = flat.index_copy(0, compressed.relation_at, relation.to(flat.dtype))
         return flat.view_as(embeds)
 
     def forward(

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from retrv_r1_retriever.model.embedding import encode_pictures
 from retrv_r1_retriever.model.modeling import RetrvR1ForConditionalGeneration
 from retrv_r1_retriever.model.processing import VISION_END, VISION_START, Batch, Chunk, Processor, collate
-from retrv_r1_retriever.prompt import CHECK_CUE, CONTENT_PAD, Prompt, query_segments
+from retrv_r1_retriever.prompt import CHECK_CUE, Prompt, query_segments
 from retrv_r1_retriever.trace import Compressed, Sampled, Segment, Text
 from retrv_r1_retriever.types import Candidate, Content, Document, Memory, Query
 from retrv_r1_training.base import DESCRIBE
@@ -89,8 +89,8 @@ def _forward(
     """One row per candidate: its two tokens where the full ones would stand, "Describe:", its caption. `items` holds the
     candidates of each query in turn; the queries stay outside the rows, only their T_q is used.
 
-    One candidate a row and no label: the frozen LM has never described one picture among several, and labels mean nothing
-    to it yet.
+    One candidate a row and no label tag: the frozen LM has never described one picture among several, and labels mean
+    nothing to it yet.
     """
     inner = model.model
     batch = collate([_chunk(processor, item) for item in items], processor, model.device)
@@ -104,7 +104,6 @@ def _forward(
     query, query_mask = inner.query_rows(query_embeds, asked.compressed.query_mask)
     row = torch.arange(len(queries)).repeat_interleave(len(items) // len(queries))
     tokens = inner.icm(memory, mask, query, query_mask, row)
-    batch.compressed.label = torch.full_like(batch.compressed.label, processor.token_id(CONTENT_PAD))
     embeds = inner.place(inner.get_input_embeddings()(batch.input_ids), batch.compressed, *tokens)
     hidden = inner.language_model(
         inputs_embeds=embeds, position_ids=batch.positions, attention_mask=batch.attention_mask, use_cache=False
