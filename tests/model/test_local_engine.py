@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from retrv_r1_retriever.engines.base import Compressor, Engine
 from retrv_r1_retriever.engines.local import LocalEngine
+from retrv_r1_retriever.engines.local.kv import KvPool
 from retrv_r1_retriever.errors import EngineError, InputError
 from retrv_r1_retriever.model.embedding import encode_pictures
 from retrv_r1_retriever.model.processing import collate
@@ -159,3 +162,98 @@ async def test_missing_memory_and_overlong_prompt_are_named(engine):
         await engine.open(build_prompt(QUERIES[0], [candidate]))
     with pytest.raises(InputError, match="expected fewer than"):
         await engine.open(make_prompt(engine, Query.of("red " * 5000), 2))
+
+
+async def test_a_failing_prompt_takes_no_other_with_it(engine, monkeypatch):
+    read = engine._batcher._read
+
+    def failing(work):
+        if any(handle.prompt.query.content.text == "poison" for handle, _ in work):
+            raise RuntimeError("CUDA error")
+        return read(work)
+
+    async def run(text):
+        handle = await engine.open(make_prompt(engine, Query.of(text), 3))
+        await engine.append(handle, [Forced("<think>")])
+        try:
+            return await engine.generate(handle, THINK)
+        finally:
+            await engine.close(handle)
+
+    alone = await run("red")
+    monkeypatch.setattr(engine._batcher, "_read", failing)
+    texts = ["red", "poison", "red", "red"]
+    together = await asyncio.gather(*map(run, texts), return_exceptions=True)
+    assert isinstance(together[1], EngineError)
+    assert str(together[1]) == "local engine: RuntimeError: CUDA error"
+    assert [together[i].token_ids for i in (0, 2, 3)] == [alone.token_ids] * 3
+    assert (await run("red")).token_ids == alone.token_ids
+
+
+async def test_closing_a_handle_in_use_ends_the_call(engine):
+    handle = await engine.open(make_prompt(engine, QUERIES[0], 3))
+    await engine.append(handle, [Forced("<think>")])
+    task = asyncio.create_task(engine.generate(handle, GenerateParams((), 3000)))
+    await asyncio.sleep(0.05)
+    await engine.close(handle)
+    with pytest.raises(EngineError, match="closed while it was in use"):
+        await asyncio.wait_for(task, 10)
+
+
+async def test_cancelled_calls_leave_no_rows_behind(engine):
+    async def run(count):
+        handle = await engine.open(make_prompt(engine, QUERIES[0], 2))
+        try:
+            await engine.append(handle, [Forced("<think>")])
+            await engine.generate(handle, GenerateParams((), count))
+        finally:
+            await engine.close(handle)
+
+    for wait in (0.0, 0.01, 0.03):
+        tasks = [asyncio.create_task(run(3000)) for _ in range(12)]
+        await asyncio.sleep(wait)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    await run(1)
+    await run(1)  # rows are freed before a pass: the last one's own row is all that may still be taken
+    pool = engine._batcher._pool
+    assert len(pool._free) >= pool._rows - 1
+
+
+def test_one_engine_serves_many_event_loops(engine):
+    def serve(results):
+        async def run():
+            handle = await engine.open(make_prompt(engine, QUERIES[0], 3))
+            return await engine.probe(handle, "<answer>")
+
+        results.append(asyncio.run(run()).logprobs)
+
+    results: list[tuple[float, ...]] = []
+    threads = [threading.Thread(target=serve, args=(results,)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(results) == 3
+    assert results[1] == pytest.approx(results[0], abs=1e-4)
+
+
+def test_a_pool_that_ran_out_of_memory_can_be_used_again(monkeypatch):
+    config = SimpleNamespace(num_key_value_heads=1, hidden_size=4, num_attention_heads=1, num_hidden_layers=2)
+    pool = KvPool(config, torch.device("cpu"), torch.float32, rows=2, capacity=4)
+    taken = [pool.take(), pool.take()]
+    zeros, calls = pool._zeros, iter([False, True])
+
+    def failing(rows, capacity):
+        if next(calls, False):
+            raise torch.OutOfMemoryError("out of memory")
+        return zeros(rows, capacity)
+
+    monkeypatch.setattr(pool, "_zeros", failing)
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+        pool.take()
+    pool.reserve(9)
+    taken += [pool.take(), pool.take()]
+    assert sorted(taken) == [0, 1, 2, 3]
+    assert {tuple(layer.shape) for layer in pool.layers} == {(4, 1, 9, 4)}

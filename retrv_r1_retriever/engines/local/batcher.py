@@ -7,11 +7,13 @@ costs nothing and nothing is computed twice. Handles of different queries, at di
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import queue
 import threading
 import time
-from concurrent.futures import Future
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,9 +66,8 @@ class Job:
         """Tokens its next pass must read."""
         return sum(map(len, self.handle.pending)) + (len(self.suffix) if self.suffix else 0)
 
-    def take(self) -> Chunk:
+    def chunk(self) -> Chunk:
         chunks = [*self.handle.pending, *([self.suffix] if self.suffix else [])]
-        self.handle.pending = []
         if not chunks:
             raise EngineError("generate: expected something to read, got nothing. Append a segment first.")
         return Chunk.join(chunks)
@@ -115,14 +116,12 @@ class Batcher:
         while True:
             try:
                 active += self._collect(block=not active)
-                active = [j for j in active if not (j.future.cancelled() or j.handle.closed)]
-                self._free_rows()
+                self._free_rows()  # before looking who is closed: whoever closes later gets no new row that nobody frees
+                active = [job for job in active if not _is_over(job)]
                 active = self._step(active)
             except Exception as error:
-                log.exception("local engine pass failed")
                 for job in active:
-                    if not job.future.done():
-                        job.future.set_exception(EngineError(f"local engine: {type(error).__name__}: {error}"))
+                    _fail(job, error)
                 active = []
 
     def _collect(self, *, block: bool) -> list[Job]:
@@ -145,15 +144,25 @@ class Batcher:
     @torch.inference_mode()
     def _step(self, jobs: list[Job]) -> list[Job]:
         """Advance every job by one pass; returns those that go on."""
+        return [job for group in self._groups(jobs) for job in self._pass(group)]
+
+    def _pass(self, group: list[Job]) -> list[Job]:
+        """One pass for a group. Where it fails every job is tried alone, so that a bad one takes no other with it."""
+        try:
+            logits = self._read([(job.handle, job.chunk()) for job in group])
+        except Exception as error:
+            if len(group) > 1:  # nothing has moved yet: lengths and pending chunks change only after a whole pass
+                return [job for one in group for job in self._pass([one])]
+            _fail(group[0], error)
+            return []
         going: list[Job] = []
-        for group in self._groups(jobs):
-            logits = self._read([(job.handle, job.take()) for job in group])
-            for job, row in zip(group, logits, strict=True):
-                if job.suffix is not None:
-                    job.handle.length -= len(job.suffix)  # drop the fork
-                    _finish(job, SlotRead(log_softmax(row[job.allowed])))
-                elif not self._advance(job, row):
-                    going.append(job)
+        for job, row in zip(group, logits, strict=True):
+            job.handle.pending = []
+            if job.suffix is not None:
+                job.handle.length -= len(job.suffix)  # drop the fork
+                _finish(job, SlotRead(log_softmax(row[job.allowed])))
+            elif not self._advance(job, row):
+                going.append(job)
         return going
 
     def _groups(self, jobs: list[Job]) -> list[list[Job]]:
@@ -239,6 +248,23 @@ def _sample(job: Job, logits: Tensor, temperature: float) -> tuple[int, float]:
     return (picked if job.allowed is None else int(job.allowed[picked])), float(logprobs[picked])
 
 
+def _is_over(job: Job) -> bool:
+    """Cancelled, or its handle was closed under it: then its caller is told, or would wait for ever."""
+    if job.handle.closed:
+        _settle(job, lambda: job.future.set_exception(EngineError("handle: closed while it was in use.")))
+    return job.future.done()
+
+
 def _finish(job: Job, result: object) -> None:
-    if not job.future.cancelled():
-        job.future.set_result(result)
+    _settle(job, lambda: job.future.set_result(result))
+
+
+def _fail(job: Job, error: Exception) -> None:
+    log.error("local engine pass failed", exc_info=error)
+    wrapped = error if isinstance(error, EngineError) else EngineError(f"local engine: {type(error).__name__}: {error}")
+    _settle(job, lambda: job.future.set_exception(wrapped))
+
+
+def _settle(job: Job, settle: Callable[[], None]) -> None:
+    with contextlib.suppress(InvalidStateError):  # cancelled, perhaps this very moment
+        settle()

@@ -24,8 +24,9 @@ class KvPool:
 
     def take(self) -> int:
         if not self._free:
-            self._free = list(range(2 * self._rows - 1, self._rows - 1, -1))
-            self._resize(2 * self._rows, self._capacity)
+            rows = self._rows
+            self._resize(2 * rows, self._capacity)  # may run out of memory: only rows that exist are free
+            self._free = list(range(2 * rows - 1, rows - 1, -1))
         return self._free.pop()
 
     def give_back(self, row: int) -> None:
@@ -42,7 +43,8 @@ class KvPool:
 
     def _resize(self, rows: int, capacity: int) -> None:
         for i, old in enumerate(self.layers):
-            new = self._zeros(rows, capacity)
+            # at least as large as it is: a resize that ran out of memory half-way has left layers of two sizes
+            new = self._zeros(max(rows, old.shape[0]), max(capacity, old.shape[2]))
             new[: old.shape[0], :, : old.shape[2]] = old
             self.layers[i] = new
         self._rows, self._capacity = rows, capacity
