@@ -169,7 +169,7 @@ class LocalImages:
             ) from error
 
     def _decode(self, data: bytes, shown: str) -> Image.Image:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # reads the header only
+        with self._opened(data, shown) as image:  # reads the header only
             self._check_size(image, shown)
             frames = getattr(image, "n_frames", 1)
             if frames > self.max_frames:
@@ -177,6 +177,13 @@ class LocalImages:
             image.seek(0)
             image.load()
             return to_rgb(image)
+
+    def _opened(self, data: bytes, shown: str) -> Image.Image:
+        try:
+            return Image.open(io.BytesIO(data), formats=FORMATS)
+        except Image.DecompressionBombError:
+            limit = min(self.max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or self.max_pixels))
+            raise _too_large(shown, "a header that names more", f"{limit:,} pixels", "max_pixels") from None
 
     def _check_size(self, image: Image.Image, shown: str) -> None:
         if image.width * image.height > self.max_pixels:

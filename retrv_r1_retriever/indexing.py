@@ -59,7 +59,8 @@ class Indexer:
     """Documents into a store. Memory in use is bounded by two things: one batch, and the list of failures.
 
     A document that is stored already with the same text, picture reference and memory digest is skipped; a picture that
-    changed under the same path is not noticed then: pass `force`. Of several documents with one id the last one wins.
+    changed under the same path is not noticed then: pass `force`. Of several documents with one id the last one wins; those
+    that meet in one batch are reported.
     One bad item is reported and skipped. A store that cannot be written to, or vectors of the wrong size, end the run.
 
     compressor: None = an index without memory, for engines that read candidates directly
@@ -120,8 +121,8 @@ class Indexer:
         async def load(document: Document) -> _Loaded | IndexFailure:
             try:
                 content, image_hash = await load_content(self.images, document.content)
-            except InputError as error:
-                return IndexFailure(document.id, str(error))
+            except Exception as error:  # a user's own ImageSource may raise anything
+                return IndexFailure(document.id, _reason(error))
             return _Loaded(document, content_hash(document.content), content, image_hash)
 
         outcomes = await asyncio.gather(*(load(document) for document in documents))
@@ -187,22 +188,36 @@ class Indexer:
 
 def _as_stored(rows: Sequence[Row]) -> tuple[list[Document], list[IndexFailure]]:
     """Pictures as the references that are kept, so that hashes taken now and from the store are of the same thing."""
-    failures = [row for row in rows if isinstance(row, IndexFailure)]
-    last = {row.id: row for row in rows if isinstance(row, Document)}  # a later one replaces an earlier one
+    failures: list[IndexFailure] = []
+    last: dict[str, Document] = {}
+    for row in rows:
+        if not isinstance(row, Document):
+            failures.append(row if isinstance(row, IndexFailure) else _no_document(row))
+            continue
+        if not isinstance(row.id, str) or not row.id:
+            reason = explain("document id", expected="a non-empty str", got=repr(row.id), fix="Use str().")
+            failures.append(IndexFailure(str(row.id), reason))
+            continue
+        if row.id in last:
+            fix = "The later one is kept; give every document its own id."
+            got = f"{row.id!r} more than once in a batch"
+            failures.append(IndexFailure(row.id, explain("document id", expected="distinct ids", got=got, fix=fix)))
+        last[row.id] = row
     documents = []
     for document in last.values():
         image = document.content.image
         try:
-            if not isinstance(document.id, str) or not document.id:
-                raise InputError(
-                    explain("document id", expected="a non-empty str", got=repr(document.id), fix="Use str().")
-                )
             if image is not None and not isinstance(image, str):
                 document = replace(document, content=replace(document.content, image=image_reference(image)))
             documents.append(document)
-        except InputError as error:
-            failures.append(IndexFailure(str(document.id), str(error)))
+        except Exception as error:  # Pillow decodes a file it has opened only now, and raises many types
+            failures.append(IndexFailure(document.id, _reason(error)))
     return documents, failures
+
+
+def _no_document(row: object) -> IndexFailure:
+    fix = "Wrap each one: Document(id, Content(text, image))."
+    return IndexFailure("?", explain("row", expected="Document", got=type(row).__name__, fix=fix))
 
 
 def _reason(error: Exception) -> str:

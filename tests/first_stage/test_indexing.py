@@ -109,6 +109,45 @@ async def test_of_equal_ids_the_last_one_wins(store: Any) -> None:
     assert await store.count() == 1
 
 
+async def test_equal_ids_in_one_batch_are_reported(store: Any) -> None:
+    rows = [Document("same", Content("first")), Document("other", Content("x")), Document("same", Content("second"))]
+    report = await Indexer(store, HashEmbedder(), HashCompressor()).aindex(rows)
+    assert report.indexed == 2
+    (failure,) = report.failed
+    assert failure.id == "same"
+    assert failure.reason.startswith(
+        "document id: expected distinct ids, got 'same' more than once in a batch. The later"
+    )
+    (found,) = await store.get(["same"])
+    assert found.document.content.text == "second"
+
+
+async def test_what_is_no_document_is_reported_and_not_swallowed(store: Any) -> None:
+    rows: list[Any] = [{"id": "a", "text": "x"}, "text", Document("b", Content("x")), Document(7, Content("x"))]  # type: ignore[arg-type]
+    report = await Indexer(store, HashEmbedder(), HashCompressor()).aindex(rows)
+    assert report.indexed == 1
+    assert [f.id for f in report.failed] == ["?", "?", "7"]
+    assert report.failed[0].reason.startswith("row: expected Document, got dict. Wrap each one")
+    assert "expected a non-empty str, got 7" in report.failed[2].reason
+
+
+async def test_a_source_or_picture_that_raises_anything_costs_one_item(store: Any, tmp_path: Path) -> None:
+    class Remote(LocalImages):
+        async def load(self, image: Any) -> Any:
+            if image == "down":
+                raise ConnectionError("no route to host")
+            return await super().load(image)
+
+    (tmp_path / "cut.png").write_bytes(png(size=(99, 99))[:60])
+    lazy = Image.open(tmp_path / "cut.png")  # Pillow reads its pixels only when they are needed
+    rows = [Document("down", Content("x", "down")), Document("lazy", Content("x", lazy)), *documents(2)]
+    report = await Indexer(store, HashEmbedder(), HashCompressor(), Remote(tmp_path)).aindex(rows)
+    assert report.indexed == 2
+    reasons = {failure.id: failure.reason for failure in report.failed}
+    assert reasons["down"] == "ConnectionError: no route to host"
+    assert "truncated" in reasons["lazy"]
+
+
 class Picky(HashEmbedder):
     def embed(self, items: Any) -> np.ndarray:
         if any("bad" in (item.text or "") for item in items):
