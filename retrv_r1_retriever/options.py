@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -64,19 +65,20 @@ class RerankOptions:
                         name, expected=get_args(hints[name]), got=repr(getattr(self, name)), fix="Use one of these."
                     )
                 )
-        if self.timeout_s is not None and not self.timeout_s > 0:
+        if self.timeout_s is not None and not _number(self.timeout_s) > 0:
             raise OptionsError(
-                explain("timeout_s", expected="seconds > 0 or None", got=self.timeout_s, fix="Raise it.")
+                explain("timeout_s", expected="seconds > 0 or None", got=repr(self.timeout_s), fix="Raise it.")
             )
-        if not 0.0 <= self.max_think_share <= 1.0:
+        if not 0.0 <= _number(self.max_think_share) <= 1.0:
             raise OptionsError(
-                explain("max_think_share", expected="0 to 1", got=self.max_think_share, fix="Pass a share.")
+                explain("max_think_share", expected="0 to 1", got=repr(self.max_think_share), fix="Pass a share.")
             )
-        if self.think_margin is not None and not self.think_margin >= 0:
-            raise OptionsError(explain("think_margin", expected="nats >= 0 or None", got=self.think_margin,
+        if self.think_margin is not None and not _number(self.think_margin) >= 0:
+            raise OptionsError(explain("think_margin", expected="nats >= 0 or None", got=repr(self.think_margin),
                                        fix="0 never thinks; None takes the checkpoint's."))  # fmt: skip
-        if not self.temperature >= 0:
-            raise OptionsError(explain("temperature", expected=">= 0", got=self.temperature, fix="0 is greedy."))
+        if not 0 <= _number(self.temperature) < math.inf:
+            raise OptionsError(explain("temperature", expected=">= 0", got=repr(self.temperature), fix="0 is greedy."))
+        _check_int("seed", self.seed, 0, None)
 
     def with_options(self, **changes: Any) -> RerankOptions:
         """A copy with some fields changed; an unknown name is an error that lists the known ones."""
@@ -85,6 +87,11 @@ class RerankOptions:
             if name not in known:
                 raise OptionsError(explain("RerankOptions", expected=known, got=repr(name), fix="Fix the name."))
         return replace(self, **changes)
+
+
+def _number(value: object) -> float:
+    """NaN, which passes no comparison, for what is no number."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 
 def _check_int(name: str, value: object, low: int, high: int | None) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from retrv_r1_retriever.errors import InputError
+from retrv_r1_retriever.errors import InputError, explain
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,11 +52,11 @@ class Content:
 
     def __post_init__(self) -> None:
         if self.text is not None and not isinstance(self.text, str):
-            raise InputError(
-                f"Content.text: expected str or None, got {type(self.text).__name__}. Convert it to str first."
-            )
+            fix = "Convert it to str first."
+            raise InputError(explain("Content.text", expected="str or None", got=type(self.text).__name__, fix=fix))
         if not (self.text and self.text.strip()) and self.image is None:
-            raise InputError("Content: expected a text, an image or both, got neither. Pass text=... or image=...")
+            fix = "Pass text=... or image=..."
+            raise InputError(explain("Content", expected="a text, an image or both", got="neither", fix=fix))
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,9 @@ class Query:
     content: Content
     instruction: str | None = None
     id: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_content("Query", self.content, "Use Query.of(text, image).")
 
     @classmethod
     def of(
@@ -85,6 +88,14 @@ class Document:
     id: str
     content: Content
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        _check_content("Document", self.content, "Wrap it: Document(id, Content(text, image)).")
+
+
+def _check_content(kind: str, content: object, fix: str) -> None:
+    if not isinstance(content, Content):
+        raise InputError(explain(f"{kind}.content", expected="Content", got=type(content).__name__, fix=fix))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -16,6 +16,7 @@ from retrv_r1_retriever.options import BALANCED, FAST, THOROUGH, RerankOptions
         ("max_inspections", -1), ("max_new_tokens", 0), ("max_recompute", -1), ("timeout_s", 0), ("timeout_s", math.nan),
         ("max_think_share", 1.1), ("max_think_share", math.nan), ("temperature", -1), ("temperature", math.nan),
         ("think_margin", -0.1), ("think_margin", math.nan), ("on_failure", None), ("on_stale", "ignore"),
+        ("timeout_s", "30"), ("temperature", "hot"), ("temperature", math.inf), ("think_margin", []), ("seed", "x"), ("seed", -1),
     ],
 )  # fmt: skip
 def test_a_bad_value_is_named(name: str, value: Any) -> None:
