@@ -20,7 +20,7 @@ from retrv_r1_retriever.errors import EngineError, RerankTimeout
 from retrv_r1_retriever.images import ImageSource, load_content
 from retrv_r1_retriever.options import RerankOptions
 from retrv_r1_retriever.prompt import ANSWER_START, Prompt
-from retrv_r1_retriever.session import InspectionSession, Outcome, SessionLimits, Step
+from retrv_r1_retriever.session import Generation, InspectionSession, Outcome, SessionLimits, Step
 from retrv_r1_retriever.trace import Full, ReasoningTrace, Usage
 
 log = logging.getLogger(__name__)
@@ -114,6 +114,9 @@ class _Run:
     async def read_directly(self) -> None:
         with self._stage("direct_read"), _engine_errors("direct read"):
             self.direct = await self.engine.probe(self.handle, ANSWER_START)
+            if not isinstance(self.direct, SlotRead | None):
+                got = type(self.direct).__name__
+                raise EngineError(f"direct read: expected SlotRead or None, got {got}. Fix the engine's probe.")
             if self.direct is not None and len(self.direct.logprobs) != len(self.prompt.slots):
                 expected, got = len(self.prompt.slots), len(self.direct.logprobs)
                 raise EngineError(f"direct read: expected {expected} slots, got {got}. Fix the engine's probe.")
@@ -179,6 +182,9 @@ class _Run:
                 if step.append:
                     await self.engine.append(self.handle, step.append)
                 generation = await self.engine.generate(self.handle, step.generate)
+                if not isinstance(generation, Generation):
+                    got = type(generation).__name__
+                    raise EngineError(f"thought: expected Generation, got {got}. Fix the engine's generate.")
             step = session.receive(generation)
 
     async def _fill(self, session: InspectionSession, step: Step) -> Step:

@@ -97,17 +97,20 @@ async def _recompute(
     if not contents:
         return [None] * len(candidates), notes
     try:
-        compressed = iter(await asyncio.to_thread(compressor.compress, contents))
+        compressed = await asyncio.to_thread(compressor.compress, contents)
     except EngineError:
         raise
     except Exception as error:
         raise EngineError(f"the compressor failed: {type(error).__name__}: {error}") from error
+    if len(compressed) != len(contents):
+        raise EngineError(f"the compressor failed: expected {len(contents)} memories, got {len(compressed)}.")
+    made_in_order = iter(compressed)
     memories: list[Memory | None] = []
     for candidate, result in zip(candidates, loaded, strict=True):
         if isinstance(result, BaseException):
             memories.append(None)
             continue
-        made = next(compressed)
+        made = next(made_in_order)
         hash_now = content_hash(candidate.document.content)
         memories.append(Memory(made.rows, compressor.memory_digest, hash_now, made.full_tokens, result[1]))
     return memories, notes

@@ -10,7 +10,6 @@ from typing import TypeAlias
 from PIL import Image
 
 from retrv_r1_retriever._sync import run
-from retrv_r1_retriever.errors import ImageError
 from retrv_r1_retriever.images import ImageSource
 from retrv_r1_retriever.report.markup import EMPTY, Html, html
 from retrv_r1_retriever.types import ImageInput
@@ -28,7 +27,7 @@ def loader(images: ImageSource) -> PictureLoader:
     def load(image: ImageInput) -> Image.Image | None:
         try:
             return run(images.load(image)).image
-        except ImageError:
+        except Exception:  # a user's own ImageSource may raise anything
             return None
 
     return load

@@ -204,6 +204,23 @@ async def test_a_direct_read_of_the_wrong_length_is_the_engines_fault() -> None:
         await read(ScriptedEngine(THOUGHT, slots=(1.0, 2.0)))
 
 
+async def test_answers_of_the_wrong_type_are_the_engines_fault() -> None:
+    class Nonsense(ScriptedEngine):
+        async def generate(self, handle: Any, params: Any) -> Any:
+            return None
+
+    reading = await read(Nonsense(slots=SLOTS))
+    assert reading.problem is not None
+    assert "thought: expected Generation, got NoneType" in reading.problem
+
+    class Bare(ScriptedEngine):
+        async def probe(self, handle: Any, suffix: str) -> Any:
+            return (0.0, -1.0, -2.0, -3.0)
+
+    with pytest.raises(EngineError, match="direct read: expected SlotRead or None, got tuple"):
+        await read(Bare())
+
+
 @pytest.mark.parametrize("step", ["append", "generate"])
 async def test_running_out_of_time_in_the_thought_leaves_the_direct_read(step: str) -> None:
     engine = Stuck(step, THOUGHT, slots=SLOTS)

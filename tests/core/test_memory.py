@@ -101,3 +101,12 @@ async def test_a_failing_compressor_is_an_engine_error() -> None:
 
     with pytest.raises(EngineError, match="the compressor failed: RuntimeError: CUDA out of memory"):
         await resolve(candidates(2), Fails(), IMAGES, RerankOptions())  # type: ignore[arg-type]
+
+
+async def test_a_compressor_that_returns_too_few_is_an_engine_error() -> None:
+    class Short(FakeCompressor):
+        def compress(self, contents: object) -> list[object]:  # type: ignore[override]
+            return []
+
+    with pytest.raises(EngineError, match="the compressor failed: expected 2 memories, got 0"):
+        await resolve(candidates(2), Short(), IMAGES, RerankOptions())  # type: ignore[arg-type]

@@ -158,3 +158,11 @@ def test_labels_are_translated_to_first_stage_ranks() -> None:
     assert "Opens #2 in full" in text
     assert "Opens #4 in full" in text
     assert "#4 is the one." in text
+
+
+def test_a_source_that_raises_anything_costs_its_picture_only() -> None:
+    class Remote:
+        async def load(self, image: object) -> object:
+            raise ConnectionError("no route to host")
+
+    assert loader(Remote())("a.png") is None  # type: ignore[arg-type]
