@@ -115,7 +115,7 @@ def read_config(path: str | os.PathLike[str]) -> Config:
     """Raises `OptionsError` naming the key, the file and the known keys."""
     path = Path(path)
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise OptionsError(
             explain(str(path), expected="a config file", got="no such file", fix="See docs/config.md.")

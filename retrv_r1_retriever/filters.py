@@ -57,6 +57,10 @@ class FilterTranslator:
             raise InputError(
                 explain(f"Equals({field!r})", expected="str, int or bool", got=repr(value), fix="Use Range for floats.")
             )
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise InputError(
+                explain(f"Equals({field!r})", expected="a 64-bit integer", got=value, fix="Store it as text.")
+            )
         if self.own and isinstance(value, bool):
             field, value = f"{RESERVED}.{'true' if value else 'false'}", field
         return self.sdk.FieldCondition(key=field, match=self.sdk.MatchValue(value=value))
@@ -67,7 +71,7 @@ class FilterTranslator:
                 explain(f"OneOf({field!r})", expected="at least one value", got="none", fix="Leave the condition out.")
             )
         if len({type(value) for value in values}) == 1 and not isinstance(values[0], bool):
-            if not isinstance(values[0], str | int):
-                self._equals(field, values[0])  # raises
+            for value in values:
+                self._equals(field, value)  # raises where no field can have it
             return self.sdk.FieldCondition(key=field, match=self.sdk.MatchAny(any=list(values)))
         return self.sdk.Filter(should=[self._equals(field, value) for value in values])

@@ -59,7 +59,7 @@ def _folder_document(root: Path, paths: list[Path]) -> Row:
         names = ", ".join(path.name for path in paths)
         return IndexFailure(id, explain(id, expected="one picture and one text", got=names, fix="Rename one of them."))
     try:
-        text = (root / texts[0]).read_text("utf-8").strip() if texts else None
+        text = (root / texts[0]).read_text("utf-8-sig").strip() if texts else None
         return Document(id, Content(text or None, images[0].as_posix() if images else None))
     except (OSError, ValueError) as error:
         return IndexFailure(id, f"{texts[0] if texts else id}: {error}")

@@ -126,7 +126,7 @@ def _write_report(
 def read_queries(path: Path, config: Config) -> list[Judged]:
     """Raises `InputError` naming file and line: a measurement over the readable part would be another measurement."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut at U+2028 inside a string
     except (OSError, ValueError) as error:
         raise InputError(explain(str(path), expected="a JSONL of queries", got=error, fix="Fix the path.")) from None
     judged = list(_judged(path, lines, config))

@@ -58,6 +58,9 @@ def main(args: argparse.Namespace) -> int:
         count = run(store.count())
     finally:
         run(store.close())
+    if not (report.indexed or report.skipped or report.failed):
+        expected = "pictures or .txt files" if args.source.is_dir() else "documents, one a line"
+        raise InputError(explain(str(args.source), expected=expected, got="none", fix="Fix the path."))
     _print(args, report, count)
     return 1 if report.failed and not report.indexed + report.skipped else 0
 
@@ -122,7 +125,7 @@ def _guess_root(source: Path) -> Path:
     if source.is_dir():
         return source
     try:
-        with source.open(encoding="utf-8") as file:
+        with source.open(encoding="utf-8-sig") as file:
             rows = [json.loads(line) for line in (next(file, "") for _ in range(100)) if line.strip()]
     except (OSError, ValueError):
         rows = []  # reading it for real says what is wrong
@@ -157,7 +160,7 @@ def _rows(source: Path, config: Config) -> tuple[int | None, Iterable[Row]]:
 
 def _is_mbeir(source: Path) -> bool:
     try:
-        with source.open(encoding="utf-8") as file:
+        with source.open(encoding="utf-8-sig") as file:
             return "did" in json.loads(next((line for line in file if line.strip()), "{}"))
     except (OSError, ValueError, TypeError):
         return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from retrv_r1_retriever.errors import InputError, explain
 from retrv_r1_retriever.images import ImageSource
 from retrv_r1_retriever.options import Ranking, RerankOptions, Think
 from retrv_r1_retriever.retriever import RetrvR1Retriever
-from retrv_r1_retriever.store import Equals, Filter, Scalar, VectorFirstStage
+from retrv_r1_retriever.store import Condition, Equals, Filter, Range, VectorFirstStage
 from retrv_r1_retriever.types import Content, Document, Query, RankedResults, Status
 
 ROWS_SHOWN = 20
@@ -147,16 +148,18 @@ def _filter(conditions: Sequence[str]) -> Filter | None:
             raise InputError(
                 explain("--filter", expected="field=value", got=repr(condition), fix='E.g. modality="image".')
             )
-        must.append(Equals(field, _scalar(value)))
+        must.append(_condition(field, value))
     return Filter(must=tuple(must)) if must else None
 
 
-def _scalar(text: str) -> Scalar:
+def _condition(field: str, text: str) -> Condition:
     try:
         value = json.loads(text)
     except ValueError:
-        return text
-    return value if isinstance(value, str | int | bool) else text
+        value = text
+    if isinstance(value, float) and math.isfinite(value):
+        return Range(field, gte=value, lte=value)
+    return Equals(field, value if isinstance(value, str | int | bool) else text)
 
 
 def _documents(source: Path) -> Iterator[Document]:

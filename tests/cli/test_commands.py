@@ -207,3 +207,43 @@ def test_a_retriever_from_the_same_config(workplace: Path, run: Run) -> None:
         assert len(retriever.retrieve("red circle", image=(workplace / "items" / "card0.png").read_bytes())) == 4
     finally:
         _sync.run(retriever.first_stage.store.close())
+
+
+def test_files_as_other_systems_write_them(workplace: Path, run: Run) -> None:
+    """A byte order mark at the start, and a line separator inside a string, which Python takes for the end of a line."""
+    mark = b"\xef\xbb\xbf"
+    Path("pool.jsonl").write_bytes(mark + b'{"did": "9:1", "txt": "two red", "modality": "text"}\n')
+    Path("retrv.toml").write_bytes(mark + Path("retrv.toml").read_bytes())
+    assert run("index", "pool.jsonl", "--json").json["indexed"] == 1
+    query = '{"text": "red\u2028two", "positives": ["9:1"]}\n'.encode()
+    for text in (query, mark + query):
+        Path("queries.jsonl").write_bytes(text)
+        assert run("eval", "queries.jsonl", "--json").json["recall@k"] == 1.0
+
+
+def test_filters_by_number(workplace: Path, run: Run) -> None:
+    rows = [{"id": "a", "text": "red", "price": 3.5}, {"id": "b", "text": "red", "price": 4}]
+    Path("docs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run("index", "docs.jsonl")
+    found = run("search", "--text", "red", "--filter", "price=3.5", "--json")
+    assert [r["id"] for r in found.json["results"]] == ["a"]
+    found = run("search", "--text", "red", "--filter", "price=4", "--json")
+    assert [r["id"] for r in found.json["results"]] == ["b"]
+    ran = run("search", "--text", "red", "--filter", f"price={10**20}")
+    assert (ran.code, "expected a 64-bit integer" in ran.err) == (2, True)
+
+
+def test_indexing_nothing_is_no_success(workplace: Path, run: Run) -> None:
+    (workplace / "items" / "sub").mkdir()
+    Path("empty.jsonl").write_text("\n")
+    for source, message in (("items/sub", "expected pictures or .txt files, got none"), ("empty.jsonl", "got none")):
+        ran = run("index", source)
+        assert ran.code == 2
+        assert message in ran.err
+
+
+def test_duplicate_ids_are_named(workplace: Path, run: Run) -> None:
+    Path("docs.jsonl").write_text('{"id": "a", "text": "red"}\n{"id": "a", "text": "two"}\n')
+    ran = run("index", "docs.jsonl", "--json").json
+    assert (ran["indexed"], ran["documents"]) == (1, 1)
+    assert "expected distinct ids, got 'a' more than once" in ran["failed"][0]["reason"]

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
+import math
 from importlib.metadata import EntryPoint
 
 import pytest
 
-from retrv_r1_retriever.cli import app
+from retrv_r1_retriever.cli import app, terminal
 from retrv_r1_retriever.cli.terminal import Progress, one_line, print_table, printable
 
 
@@ -98,3 +100,11 @@ def test_an_unexpected_error_is_one_message_and_1(
 
 def _interrupted(args: argparse.Namespace) -> int:
     raise KeyboardInterrupt
+
+
+def test_json_holds_no_number_that_json_has_not(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.print_json({"a": [-math.inf, math.nan, 1.5], "b": (True, None, "NaN")})
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {
+        "a": [None, None, 1.5],
+        "b": [True, None, "NaN"],
+    }
