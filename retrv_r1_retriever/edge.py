@@ -54,7 +54,8 @@ class EdgeStore:
                         fix="Fix the path, or pass spec=CollectionSpec(...) without read_only to make one.",
                     )
                 )  # fmt: skip
-            _write_spec(self.path, spec)
+            with self._errors():
+                _write_spec(self.path, spec)
         self.spec = _read_spec(self.path)
         if spec is not None:
             self.spec.check_against(spec, where)
@@ -192,6 +193,11 @@ class EdgeStore:
                         fix="Close that one; several processes need a Qdrant server (QdrantStore).",
                     )
                 ) from error  # fmt: skip
+            if isinstance(error, OSError):
+                fix = "Check the path, its permissions and the space on it."
+                raise StoreError(
+                    explain(f"index {self.path}", expected="a folder that can be written to", got=error, fix=fix)
+                ) from error
             raise StoreError(
                 explain(f"index {self.path}", expected="an answer", got=f"{error}", fix="Run `retrv-r1 doctor` on it.")
             ) from error

@@ -86,3 +86,10 @@ def test_a_damaged_note(tmp_path: Path, text: str, error: type[Exception], messa
     (tmp_path / "retrv.json").write_text(text)
     with pytest.raises(error, match=message):
         EdgeStore(tmp_path)
+
+
+def test_a_path_that_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    for path in (tmp_path / "file", tmp_path / "file" / "index"):
+        with pytest.raises(StoreError, match=r"expected a folder that can be written to, got .*Check the path"):
+            EdgeStore(path, spec=SPEC)
