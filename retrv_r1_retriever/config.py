@@ -21,26 +21,31 @@ environment variable. Nothing is opened by reading a config; the functions below
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from retrv_r1_retriever.errors import OptionsError, explain
+from retrv_r1_retriever._sync import run
+from retrv_r1_retriever.errors import CheckpointError, OptionsError, explain
 from retrv_r1_retriever.options import BALANCED, RerankOptions
-from retrv_r1_retriever.store import Scalar, Store
+from retrv_r1_retriever.store import Scalar
 
 if TYPE_CHECKING:
+    from retrv_r1_retriever.edge import EdgeStore
     from retrv_r1_retriever.engines.local import LocalEngine
     from retrv_r1_retriever.images import LocalImages
     from retrv_r1_retriever.model.embedding import BackboneEmbedder
     from retrv_r1_retriever.points import CollectionSpec
+    from retrv_r1_retriever.qdrant import QdrantStore
     from retrv_r1_retriever.retriever import RetrvR1Retriever
 
 FILE_NAME = "retrv.toml"
 MINIATURE = "miniature"
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 T = TypeVar("T")
 
@@ -179,7 +184,7 @@ def _fits(value: object, hint: Any) -> bool:
 
 
 def checkpoint_path(config: Config) -> str:
-    """A folder that exists, or a hub id as it is."""
+    """A folder that exists; a hub id is downloaded. Raises `CheckpointError`."""
     name = config.model.checkpoint
     if name == MINIATURE:
         folder = Path(__file__).parent / "demo" / "checkpoint"
@@ -191,7 +196,22 @@ def checkpoint_path(config: Config) -> str:
             )
         return str(folder)
     local = config.path(name)
-    return str(local) if local.exists() else name
+    return str(local) if local.exists() else _downloaded(name, local)
+
+
+def _downloaded(hub_id: str, local: Path) -> str:
+    """The folder of a checkpoint on the hub, fetched once and kept in its cache."""
+    got, cause = f"no folder {local}", None
+    if _HUB_ID.fullmatch(hub_id):
+        from huggingface_hub import snapshot_download
+
+        try:
+            return snapshot_download(hub_id)
+        except Exception as error:  # no network, no such repository, no rights
+            got, cause = f"{got}, and from the hub {type(error).__name__}: {str(error).partition(chr(10))[0]}", error
+    raise CheckpointError(
+        explain(f"checkpoint {hub_id!r}", expected="a folder or a hub id", got=got, fix="Fix checkpoint in [model].")
+    ) from cause
 
 
 def open_engine(config: Config) -> LocalEngine:
@@ -221,7 +241,7 @@ def open_images(config: Config) -> LocalImages:
     )
 
 
-def open_store(config: Config, spec: CollectionSpec | None = None) -> Store:
+def open_store(config: Config, spec: CollectionSpec | None = None) -> EdgeStore | QdrantStore:
     """`spec` makes the collection if there is none; without it there must be one."""
     if config.store.kind == "qdrant":
         return _open_qdrant(config.store, spec)
@@ -231,7 +251,7 @@ def open_store(config: Config, spec: CollectionSpec | None = None) -> Store:
     return EdgeStore(config.path(store.path), spec=spec, tenant=store.tenant, read_only=store.read_only)
 
 
-def _open_qdrant(store: StoreConfig, spec: CollectionSpec | None) -> Store:
+def _open_qdrant(store: StoreConfig, spec: CollectionSpec | None) -> QdrantStore:
     from retrv_r1_retriever.qdrant import QdrantStore
     from retrv_r1_retriever.schema import PayloadSchema
 
@@ -256,13 +276,19 @@ def open_retriever(config: Config) -> RetrvR1Retriever:
     from retrv_r1_retriever.retriever import RetrvR1Retriever
 
     store = open_store(config)  # the quick part first: a wrong path should not wait for a model
-    return RetrvR1Retriever(
-        store=store,
-        embedder=open_embedder(config),
-        engine=open_engine(config),
-        images=open_images(config),
-        options=config.rerank,
-    )
+    try:
+        embedder = open_embedder(config)
+        store.spec.check_against(_vectors_of(embedder), "[store]")
+        return RetrvR1Retriever(
+            store=store,
+            embedder=embedder,
+            engine=open_engine(config),
+            images=open_images(config),
+            options=config.rerank,
+        )
+    except BaseException:
+        run(store.close())  # or its lock would outlive a failed attempt
+        raise
 
 
 def _api_key(store: StoreConfig) -> str | None:
@@ -278,8 +304,10 @@ def _api_key(store: StoreConfig) -> str | None:
 
 def collection_spec(engine: LocalEngine, embedder: BackboneEmbedder) -> CollectionSpec:
     """What a collection for this model is made with."""
+    return replace(_vectors_of(embedder), memory_width=engine.memory_shape[1], memory_digest=engine.memory_digest)
+
+
+def _vectors_of(embedder: BackboneEmbedder) -> CollectionSpec:
     from retrv_r1_retriever.points import CollectionSpec
 
-    return CollectionSpec(
-        vector_size=embedder.dim, memory_width=engine.memory_shape[1], memory_digest=engine.memory_digest
-    )
+    return CollectionSpec(vector_size=embedder.dim, embedder=embedder.digest or None)

@@ -137,6 +137,11 @@ def _store(config: Config, manifest: Manifest | None) -> Iterator[Finding]:
         yield finding or Finding("fail", "store", "cannot be opened")
         return
     try:
+        if manifest is not None and store.spec.embedder not in (None, manifest.embedder_digest or None):
+            yield Finding(
+                "fail", "embedder", f"vectors of {store.spec.embedder}, checkpoint has {manifest.embedder_digest or 'none'}",
+                "Use the checkpoint the store was made with, or index into a new one.",
+            )  # fmt: skip
         count = run(store.count())
         if count == 0:
             yield Finding("fail", "store", "opened, but empty", "Run: retrv-r1 index SOURCE")

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -46,6 +48,7 @@ class Manifest:
     base, base_revision, licence: of the backbone; they bind users of the checkpoint
     trained_top_k: K of the training lists; think_margin: calibrated threshold of `think="auto"`, None = not calibrated
     max_text_tokens: longest candidate text kept; embedder_dim: 0 = no embedder inside
+    embedder_digest: of the embedder's weights; vectors of two embedders cannot be told apart by looking at them
     """
 
     base: str
@@ -59,6 +62,7 @@ class Manifest:
     trained_top_k: int = 0
     think_margin: float | None = None
     embedder_dim: int = 0
+    embedder_digest: str = ""
     memory_digest: str = ""
     checkpoint_digest: str = ""
     format_version: int = FORMAT_VERSION
@@ -138,10 +142,10 @@ def load_checkpoint(path: str | Path, *, device: str | None = None, dtype: str |
     folder = Path(path)
     manifest = read_manifest(folder)
     device, torch_dtype = _placement(device, dtype)
-    backbone = _load_backbone(folder, torch_dtype, device)
-    model = from_backbone(backbone, IcmConfig(**manifest.icm), load_file(folder / "retrv" / "icm.safetensors"))
-    processor = load_processor(folder, manifest)
-    return Checkpoint(model, processor, manifest)
+    with _whole(folder):
+        backbone = _load_backbone(folder, torch_dtype, device)
+        model = from_backbone(backbone, IcmConfig(**manifest.icm), load_file(folder / "retrv" / "icm.safetensors"))
+        return Checkpoint(model, load_processor(folder, manifest), manifest)
 
 
 def load_embedder_checkpoint(path: str | Path, *, device: str | None = None, dtype: str | None = None) -> Checkpoint:
@@ -155,8 +159,24 @@ def load_embedder_checkpoint(path: str | Path, *, device: str | None = None, dty
             )
         )
     device, torch_dtype = _placement(device, dtype)
-    backbone = _load_backbone(folder / "retrv" / "embedder", torch_dtype, device)
-    return Checkpoint(from_backbone(backbone, IcmConfig(**manifest.icm)), load_processor(folder, manifest), manifest)
+    with _whole(folder):
+        backbone = _load_backbone(folder / "retrv" / "embedder", torch_dtype, device)
+        model = from_backbone(backbone, IcmConfig(**manifest.icm))
+        return Checkpoint(model, load_processor(folder, manifest), manifest)
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[None]:
+    """Missing and broken files raise many types; all of them mean the same to a caller."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            explain(f"checkpoint {folder}", expected="a complete one", got=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}",
+                    fix="Copy or export it again.")
+        ) from error  # fmt: skip
 
 
 def load_processor(folder: Path, manifest: Manifest) -> Processor:
@@ -173,9 +193,12 @@ def read_manifest(folder: Path) -> Manifest:
             explain(str(folder), expected="a Retrv-R1 checkpoint", got="no retrv/manifest.json",
                     fix="Train or export one (docs/training.md), or use a plain VLM through the chat engine.")
         )  # fmt: skip
-    data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     known = {f.name for f in fields(Manifest)}
-    manifest = Manifest(**{k: v for k, v in data.items() if k in known})
+    with _whole(folder):
+        data: Any = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(data, dict):
+            raise TypeError(f"manifest.json holds a {type(data).__name__}, no object")
+        manifest = Manifest(**{k: v for k, v in data.items() if k in known})
     for name, ours in (
         ("format_version", FORMAT_VERSION), ("prompt_version", PROMPT_VERSION),
         ("escaping_version", ESCAPING_VERSION), ("memory_version", MEMORY_VERSION),
@@ -205,8 +228,10 @@ def save_checkpoint(
     if embedder is not None:
         _save_backbone(retrv / "embedder", embedder, dtype)
     stored = {k: v.to(dtype) for k, v in model.state_dict().items()}
+    embedding = {k: v.to(dtype) for k, v in embedder.state_dict().items()} if embedder is not None else {}
     manifest = replace(
-        manifest, icm=asdict(model.config.icm_config), max_text_tokens=processor.max_text_tokens,
+        manifest, embedder_digest=_digest(embedding.items()) if embedding else "",
+        icm=asdict(model.config.icm_config), max_text_tokens=processor.max_text_tokens,
         memory_digest=memory_digest(stored, processor, manifest), checkpoint_digest=_digest(stored.items()),
     )  # fmt: skip
     (retrv / "manifest.json").write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")

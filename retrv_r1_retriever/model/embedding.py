@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from retrv_r1_retriever.errors import InputError, explain
 from retrv_r1_retriever.model.checkpoint import load_embedder_checkpoint
 from retrv_r1_retriever.model.modeling import RetrvR1Model
 from retrv_r1_retriever.model.processing import Chunk, EncodedImage, Picture, Processor, collate
@@ -24,10 +25,14 @@ class BackboneEmbedder:
     """Implements `Embedder` on a Qwen2.5-VL backbone; any mix of text and pictures on both sides.
 
     dim: leading dimensions kept (the training recipe trains exactly these)
+    digest: says whose vectors a collection holds; empty = unknown
     """
 
-    def __init__(self, model: RetrvR1Model, processor: Processor, dim: int, batch_size: int = 64) -> None:
+    def __init__(
+        self, model: RetrvR1Model, processor: Processor, dim: int, batch_size: int = 64, *, digest: str = ""
+    ) -> None:
         self.model = model.eval()
+        self.digest = digest
         self.processor = processor
         self.dim = dim
         self.batch_size = batch_size
@@ -38,11 +43,20 @@ class BackboneEmbedder:
     ) -> BackboneEmbedder:
         """The embedder inside a Retrv-R1 checkpoint (`retrv/embedder/`)."""
         checkpoint = load_embedder_checkpoint(path, device=device, dtype=dtype)
-        return cls(checkpoint.model.model, checkpoint.processor, checkpoint.manifest.embedder_dim, batch_size)
+        manifest = checkpoint.manifest
+        return cls(
+            checkpoint.model.model, checkpoint.processor, manifest.embedder_dim, batch_size,
+            digest=manifest.embedder_digest,
+        )  # fmt: skip
 
     def embed(self, items: Sequence[Query | Content]) -> np.ndarray:
         """(n, dim) float32, rows of norm 1. Pictures must be decoded."""
         chunks = [embedding_chunk(self.processor, item) for item in items]
+        longest, limit = max(map(len, chunks), default=0), self.model.config.text_config.max_position_embeddings
+        if longest > limit:
+            raise InputError(
+                explain("text to embed", expected=f"at most {limit:,} tokens", got=f"{longest:,}", fix="Shorten it.")
+            )
         order = sorted(range(len(chunks)), key=lambda i: len(chunks[i]))  # alike lengths together: little padding
         out = np.zeros((len(chunks), self.dim), dtype=np.float32)
         with torch.inference_mode():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from retrv_r1_retriever import _sync
 from retrv_r1_retriever.cli import index as index_command
 from retrv_r1_retriever.config import read_config
+from retrv_r1_retriever.errors import CheckpointError
 from retrv_r1_retriever.evaluation.runs import read_run
 from retrv_r1_retriever.retriever import RetrvR1Retriever
 from retrv_r1_retriever.store import VectorFirstStage
@@ -247,3 +249,31 @@ def test_duplicate_ids_are_named(workplace: Path, run: Run) -> None:
     ran = run("index", "docs.jsonl", "--json").json
     assert (ran["indexed"], ran["documents"]) == (1, 1)
     assert "expected distinct ids, got 'a' more than once" in ran["failed"][0]["reason"]
+
+
+def test_vectors_of_another_embedder_are_refused(workplace: Path, run: Run, checkpoint_folder: Path) -> None:
+    run("index", "items")
+    other = workplace / "other"
+    shutil.copytree(checkpoint_folder, other)
+    manifest = other / "retrv" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"embedder_digest": "another"}))
+    Path("other.toml").write_text(Path("retrv.toml").read_text().replace(str(checkpoint_folder), str(other)))
+    for arguments in (("search", "--text", "red"), ("index", "items")):
+        ran = run(*arguments, "--config", "other.toml")
+        assert ran.code == 2
+        assert "embedder: expected another, got" in ran.err
+    found = {f["name"]: f for f in run("doctor", "--config", "other.toml", "--json").json}
+    assert found["embedder"]["level"] == "fail"
+    assert run("search", "--text", "red").code == 0, "a refused attempt leaves no lock behind"
+
+
+def test_a_failed_attempt_leaves_no_lock_behind(workplace: Path, run: Run) -> None:
+    run("index", "items")
+    good = Path("retrv.toml").read_text()
+    Path("broken.toml").write_text(good.replace("checkpoint =", "checkpoint = 'nowhere' #"))
+    with pytest.raises(CheckpointError, match="'nowhere'") as kept:
+        RetrvR1Retriever.from_config("broken.toml")
+    retriever = RetrvR1Retriever.from_config("retrv.toml")
+    assert isinstance(retriever.first_stage, VectorFirstStage)
+    _sync.run(retriever.first_stage.store.close())
+    assert kept.value is not None  # an error that is still looked at, as in a notebook, keeps its frames alive

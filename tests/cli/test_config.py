@@ -9,7 +9,7 @@ import pytest
 
 from retrv_r1_retriever import config as settings
 from retrv_r1_retriever.config import Config, ImagesConfig, ModelConfig, StoreConfig, read_config
-from retrv_r1_retriever.errors import OptionsError, StoreError
+from retrv_r1_retriever.errors import CheckpointError, OptionsError, StoreError
 from retrv_r1_retriever.options import RerankOptions
 
 
@@ -50,7 +50,10 @@ def test_all_sections(tmp_path: Path) -> None:
     assert config.images == ImagesConfig(timeout_s=3)
     assert config.rerank == RerankOptions(top_k=20, think="always", timeout_s=1.5)
     assert config.path("ckpt") == tmp_path / "ckpt"
-    assert settings.checkpoint_path(config) == "ckpt"  # no such folder: a hub id
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint 'ckpt': expected a folder or a hub id, got no folder .*ckpt"
+    ):
+        settings.checkpoint_path(config)
     (tmp_path / "ckpt").mkdir()
     assert settings.checkpoint_path(config) == str(tmp_path / "ckpt")
 
@@ -98,6 +101,20 @@ def test_qdrant_needs_url_and_collection() -> None:
 def test_opening_a_store_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="expected an index made by this package, got none there"):
         settings.open_store(Config(folder=tmp_path))
+
+
+def test_a_hub_id_is_downloaded_and_its_errors_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(name: str) -> str:
+        if name == "team/there":
+            return str(tmp_path)
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert settings.checkpoint_path(Config(model=ModelConfig("team/there"))) == str(tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"'team/gone': expected a folder or a hub id, got .*no network.*\[model\]"
+    ):
+        settings.checkpoint_path(Config(model=ModelConfig("team/gone")))
 
 
 def test_documentation_names_every_key() -> None:

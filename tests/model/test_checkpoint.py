@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -12,8 +13,14 @@ from retrv_r1_training.backbone import BackboneSize, build_model, build_tokenize
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from retrv_r1_retriever.engines.local import LocalEngine
-from retrv_r1_retriever.errors import CheckpointError
-from retrv_r1_retriever.model.checkpoint import add_tokens, create_checkpoint, load_checkpoint, save_checkpoint
+from retrv_r1_retriever.errors import CheckpointError, InputError
+from retrv_r1_retriever.model.checkpoint import (
+    add_tokens,
+    create_checkpoint,
+    load_checkpoint,
+    read_manifest,
+    save_checkpoint,
+)
 from retrv_r1_retriever.model.configuration import IcmConfig
 from retrv_r1_retriever.model.embedding import BackboneEmbedder
 from retrv_r1_retriever.prompt import LABELS
@@ -126,3 +133,55 @@ def test_create_from_a_stock_backbone(checkpoint, saved, tmp_path):
 def test_too_few_spare_rows_are_named():
     with pytest.raises(CheckpointError, match="expected at least"):
         add_tokens(build_tokenizer(["red"]), vocab_size=100)
+
+
+BREAK = {
+    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "cut weights": lambda folder: (folder / "model.safetensors").write_bytes(b"xx"),
+    "no module": lambda folder: (folder / "retrv" / "icm.safetensors").unlink(),
+    "no tokenizer": lambda folder: (folder / "tokenizer.json").unlink(),
+    "cut manifest": lambda folder: (folder / "retrv" / "manifest.json").write_text("{"),
+    "no object": lambda folder: (folder / "retrv" / "manifest.json").write_text("[]"),
+    "another module": lambda folder: edit_manifest(folder, icm={"breadth": 7}),
+}
+
+
+def edit_manifest(folder, **changes):
+    file = folder / "retrv" / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize("name", BREAK)
+def test_incomplete_checkpoints_are_named(saved, tmp_path, name):
+    folder = tmp_path / "broken"
+    shutil.copytree(saved, folder)
+    BREAK[name](folder)
+    with pytest.raises(CheckpointError, match=r"checkpoint .*broken: expected a complete one, got .*Copy or export it"):
+        load_checkpoint(folder)
+
+
+def test_an_embedder_that_is_gone_is_named(saved, tmp_path):
+    folder = tmp_path / "broken"
+    shutil.copytree(saved, folder)
+    edit_manifest(folder, embedder_dim=8)
+    shutil.rmtree(folder / "retrv" / "embedder", ignore_errors=True)
+    with pytest.raises(CheckpointError, match="expected a complete one"):
+        BackboneEmbedder.from_pretrained(folder)
+
+
+def test_the_embedder_has_a_digest_of_its_own(checkpoint, saved, tmp_path):
+    first = BackboneEmbedder.from_pretrained(saved).digest
+    assert first
+    other = build_model(checkpoint.processor.tokenizer, BackboneSize(hidden=64, layers=1, heads=2, kv_heads=1,
+                        tower_hidden=32, tower_depth=1), IcmConfig(16, 2, 4), seed=4)  # fmt: skip
+    manifest = replace(checkpoint.manifest, embedder_dim=8)
+    made = save_checkpoint(tmp_path, checkpoint.model, checkpoint.processor, manifest, embedder=other)
+    assert made.embedder_digest not in ("", first)
+    without = save_checkpoint(tmp_path, checkpoint.model, checkpoint.processor, manifest)
+    assert without.embedder_digest == ""
+    assert made.memory_digest == without.memory_digest == read_manifest(tmp_path).memory_digest
+
+
+def test_a_query_far_beyond_the_context_is_named(saved):
+    with pytest.raises(InputError, match=r"text to embed: expected at most 4,096 tokens, got 5,\d+. Shorten it"):
+        BackboneEmbedder.from_pretrained(saved).embed([Query.of("red " * 5000)])

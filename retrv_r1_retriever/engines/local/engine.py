@@ -110,9 +110,8 @@ class LocalEngine:
         chunk = await asyncio.to_thread(self._processor.chunk, prompt.segments, prompt)
         limit = self.max_context
         if limit is not None and len(chunk) >= limit:
-            raise InputError(
-                explain("prompt", expected=f"fewer than {limit} tokens", got=len(chunk), fix="Lower top_k.")
-            )
+            fix = "Shorten the query, or lower top_k."
+            raise InputError(explain("prompt", expected=f"fewer than {limit} tokens", got=len(chunk), fix=fix))
         return Handle(prompt, len(chunk), [chunk], chunk.next_position)
 
     async def append(self, handle: Handle, segments: Sequence[Segment]) -> None:
