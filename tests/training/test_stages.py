@@ -85,7 +85,7 @@ def test_direct_read_branch_is_the_engines_probe(run):
     miniature.__dict__["processor"] = loaded.processor
     lists = miniature.lists[-1]
     examples = [
-        sft.make_example(loaded.processor, lists, n, sft.ListConfig(6, 0.0, 0.0), TeacherStyle(), random.Random(n))
+        sft.make_example(loaded.processor, lists, n, sft.ListConfig.as_served(6), TeacherStyle(), random.Random(n))
         for n in range(0, len(lists.pool.queries), 4)
     ]
     with torch.no_grad():
@@ -123,7 +123,7 @@ def test_weights_follow_the_role_of_a_token(run):
     miniature.__dict__["processor"] = loaded.processor
     lists = miniature.lists[-1]
     fine = next(i for i, q in enumerate(lists.pool.queries) if q.stratum == "fine")
-    config, style = sft.ListConfig(20, 0.0, 1.0), TeacherStyle(extra=1.0, careful=1.0)
+    config, style = sft.ListConfig(20, 0.0, 1.0, 0.0), TeacherStyle(extra=1.0, careful=1.0)
     example = sft.make_example(loaded.processor, lists, fine, config, style, random.Random(1))
     batch = collate([type(example.prompt).join([example.prompt, example.turn])], loaded.processor)
     weights = token_weights(batch, loaded.processor, TokenWeights())[0]

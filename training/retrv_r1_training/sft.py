@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -39,11 +40,21 @@ class ListConfig:
 
     shuffle: share of lists in random order, so that rank alone decides nothing
     inject: share of lists without the positive that get it put in at a random place; the others train `<|none|>`
+    diversify: share of lists in which every second negative is exchanged for one whose first contradiction is a random word:
+        a first stage that is good at colours would otherwise leave no colours to learn from
+    sizes: shorter lists are drawn too, with more of them in a batch: the direct read is found on few candidates first
     """
 
     top_k: int = 20
     shuffle: float = 0.5
     inject: float = 0.5
+    diversify: float = 0.5
+    sizes: tuple[int, ...] = (5, 10, 20)
+
+    @classmethod
+    def as_served(cls, top_k: int) -> ListConfig:
+        """The first stage's lists as they are."""
+        return cls(top_k, 0.0, 0.0, 0.0, (top_k,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +75,28 @@ class Lists:
     ranked: np.ndarray
     memories: Sequence[Memory]
 
+    @cached_property
+    def by_prefix(self) -> dict[tuple[str, tuple[str, ...]], list[int]]:
+        """Items of one modality whose coarse words begin alike."""
+        groups: dict[tuple[str, tuple[str, ...]], list[int]] = {}
+        for i, item in enumerate(self.pool.items):
+            coarse = Caption.of(item.caption).coarse
+            for length in range(len(coarse)):
+                groups.setdefault((item.modality, coarse[:length]), []).append(i)
+        return groups
+
+    def contradicting(self, target: int, rng: random.Random) -> int:
+        """An item that agrees with the target up to a random coarse word and contradicts there, if the pool has one."""
+        item = self.pool.items[target]
+        want = Caption.of(item.caption).coarse
+        at = rng.randrange(len(want))
+        members = self.by_prefix[item.modality, want[:at]]
+        for _ in range(8):
+            other = rng.choice(members)
+            if Caption.of(self.pool.items[other].caption).coarse[at] != want[at]:
+                return other
+        return rng.choice(self.by_prefix[item.modality, ()])
+
 
 def make_lists(model: RetrvR1ForConditionalGeneration, processor: Processor, pool: Pool, ranked: np.ndarray) -> Lists:
     memories = []
@@ -78,11 +111,12 @@ def make_lists(model: RetrvR1ForConditionalGeneration, processor: Processor, poo
 
 
 def make_example(
-    processor: Processor, lists: Lists, number: int, config: ListConfig, style: TeacherStyle | None, rng: random.Random
-) -> Example:
-    """One training example. style None: the turn ends after the elimination (the cheap first part of the curriculum)."""
+    processor: Processor, lists: Lists, number: int, config: ListConfig, style: TeacherStyle | None, rng: random.Random,
+    size: int | None = None,
+) -> Example:  # fmt: skip
+    """One example of `size` candidates. style None: the turn ends after the elimination (first part of the curriculum)."""
     query = lists.pool.queries[number]
-    chosen, target = _candidate_list(lists, number, config, rng)
+    chosen, target = _candidate_list(lists, number, config, rng, size or config.top_k)
     candidates = tuple(
         Candidate(Document(lists.pool.items[i].id, lists.pool.items[i].content), None, rank, lists.memories[i])
         for rank, i in enumerate(chosen, start=1)
@@ -96,11 +130,21 @@ def make_example(
     return Example(head, tail, len(chosen) if target is None else target, prompt.slots)
 
 
-def _candidate_list(lists: Lists, number: int, config: ListConfig, rng: random.Random) -> tuple[list[int], int | None]:
+def _candidate_list(
+    lists: Lists, number: int, config: ListConfig, rng: random.Random, size: int
+) -> tuple[list[int], int | None]:
     positive = lists.pool.target(lists.pool.queries[number])
-    chosen = lists.ranked[number, : config.top_k].tolist()
+    chosen: list[int] = lists.ranked[number, : config.top_k].tolist()
     if positive not in chosen and rng.random() < config.inject:
         chosen[rng.randrange(len(chosen))] = positive
+    if rng.random() < config.diversify:
+        for place, item in enumerate(chosen):
+            if item != positive and rng.random() < 0.5:
+                other = lists.contradicting(positive, rng)
+                chosen[place] = other if other not in chosen else item
+    if size < len(chosen):
+        kept = set(rng.sample([i for i in chosen if i != positive], size - (positive in chosen))) | {positive}
+        chosen = [i for i in chosen if i in kept]
     if rng.random() < config.shuffle:
         rng.shuffle(chosen)
     return chosen, chosen.index(positive) if positive in chosen else None
@@ -171,14 +215,16 @@ def train_sft(
 
     def loss_fn(step: int) -> tuple[Tensor, dict[str, float]]:
         examples = []
-        for _ in range(schedule.batch_size):
+        size = rng.choice(config.sizes)
+        for _ in range(round(schedule.batch_size * (config.top_k / size) ** 0.7)):
             part = rng.choice(lists)
-            examples.append(make_example(processor, part, rng.randrange(len(part.pool.queries)), config, style, rng))
+            number = rng.randrange(len(part.pool.queries))
+            examples.append(make_example(processor, part, number, config, style, rng, size))
         loss, metrics, _ = _losses(model, processor, examples, weights, direct_weight)
         drill, more = comparison_loss(model, processor, captions, rehearsal, rng)
         return loss + drill, metrics | {"length": float(len(examples[0].turn) + len(examples[0].prompt))} | more
 
-    held = [make_example(processor, held_out, i, ListConfig(config.top_k, 0.0, 0.0), style, random.Random(i))
+    held = [make_example(processor, held_out, i, ListConfig.as_served(config.top_k), style, random.Random(i))
             for i in range(0, len(held_out.pool.queries), 6)]  # fmt: skip
     strata = [held_out.pool.queries[i].stratum for i in range(0, len(held_out.pool.queries), 6)]
 
