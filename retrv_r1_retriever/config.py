@@ -243,12 +243,28 @@ def open_images(config: Config) -> LocalImages:
 
 def open_store(config: Config, spec: CollectionSpec | None = None) -> EdgeStore | QdrantStore:
     """`spec` makes the collection if there is none; without it there must be one."""
+    _check_store(config.store)
     if config.store.kind == "qdrant":
         return _open_qdrant(config.store, spec)
     from retrv_r1_retriever.edge import EdgeStore
 
     store = config.store
     return EdgeStore(config.path(store.path), spec=spec, tenant=store.tenant, read_only=store.read_only)
+
+
+def _check_store(store: StoreConfig) -> None:
+    """A key that would be passed over is an error, like an unknown one."""
+    edge, foreign = store.kind == "edge", store.text is not None or store.image is not None
+    idle: tuple[str, ...] = () if foreign and not edge else ("id", "vector")
+    if edge:
+        idle = ("url", "collection", "api_key_env", "text", "image", *idle)
+    reason = "with kind = 'edge'" if edge else "without text or image"
+    for name in idle:
+        if getattr(store, name) is not None:
+            raise OptionsError(
+                explain(f"[store] {name}", expected=f"none {reason}", got=repr(getattr(store, name)),
+                        fix="Leave it out, or see docs/config.md.")
+            )  # fmt: skip
 
 
 def _open_qdrant(store: StoreConfig, spec: CollectionSpec | None) -> QdrantStore:

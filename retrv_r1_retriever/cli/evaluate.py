@@ -8,7 +8,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from retrv_r1_retriever.cli.search import add_options, load_config, opened_retriever, options_of, read_picture
+from retrv_r1_retriever.cli.search import (
+    add_options,
+    check_output,
+    load_config,
+    opened_retriever,
+    options_of,
+    read_picture,
+)
 from retrv_r1_retriever.cli.terminal import Progress, print_json, print_table
 from retrv_r1_retriever.config import Config
 from retrv_r1_retriever.errors import InputError, explain
@@ -40,6 +47,7 @@ def main(args: argparse.Namespace) -> int:
     if args.top_n is not None:
         raise InputError(explain("--top-n", expected="no cut in eval", got=args.top_n, fix="Use --top-k."))
     options = options_of(args, config.rerank).with_options(top_n=None)
+    check_output(args.report, args.run_file)
     judged = read_queries(args.file, config)[: args.limit]
     with opened_retriever(config) as retriever:
         results = retrieve_all(retriever, judged, options, Progress())
@@ -147,8 +155,10 @@ def _judged(path: Path, lines: Sequence[str], config: Config) -> Iterator[Judged
             raise InputError(f"{where}: {error}") from None
 
 
-def _judged_row(row: dict[str, Any], where: str, folder: Path, config: Config) -> Judged:
+def _judged_row(row: Any, where: str, folder: Path, config: Config) -> Judged:
     """A line of ours, or of an M-BEIR query file."""
+    if not isinstance(row, dict):
+        raise InputError(explain("row", expected="a JSON object", got=type(row).__name__, fix="Write {...}."))
     positives = row.get("positives", row.get("pos_cand_list"))
     if not isinstance(positives, list) or not positives:
         raise InputError(explain("positives", expected="a list of document ids", got=repr(positives), fix="Add it."))
@@ -166,4 +176,10 @@ def _picture(image: str, folder: Path, config: Config) -> ImageInput:
     """A data URI, a file below the images' root, or one beside the queries."""
     if is_data_uri(image) or (config.path(config.images.root) / image).is_file():
         return image
-    return read_picture(folder / image)
+    beside = (folder / image).resolve()
+    if not beside.is_relative_to(
+        folder.resolve()
+    ):  # the file may be somebody else's: it names no picture just anywhere
+        expected = "a file below [images] root or beside the queries"
+        raise InputError(explain(f"image {image}", expected=expected, got=f"{beside}, outside both", fix="Move it."))
+    return read_picture(beside)

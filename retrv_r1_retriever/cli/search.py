@@ -70,6 +70,7 @@ def options_of(args: argparse.Namespace, options: RerankOptions) -> RerankOption
 def search(args: argparse.Namespace) -> int:
     config = load_config(args)
     query, options = _query(args), options_of(args, config.rerank)
+    check_output(args.report)
     with opened_retriever(config) as retriever:
         results = retriever.retrieve(query, filter=_filter(args.filter), options=options)
     return finish(args, results, retriever.images)
@@ -80,6 +81,7 @@ def rerank(args: argparse.Namespace) -> int:
 
     config = load_config(args)
     query, options = _query(args), options_of(args, config.rerank)
+    check_output(args.report)
     documents = [document for source in args.sources for document in _documents(source)]
     # All of them are misses: nothing was indexed, and the caller has named every file.
     options = options.with_options(on_stale="recompute", max_recompute=min(len(documents), 127))
@@ -121,6 +123,19 @@ def finish(args: argparse.Namespace, results: RankedResults, images: ImageSource
         if args.report:
             print(f"\nreport: {args.report}")
     return 1 if results.status is Status.FALLBACK else 0
+
+
+def check_output(*paths: Path | None) -> None:
+    """Before the work, so that no result is lost to a wrong path. Raises `InputError`."""
+    for path in filter(None, paths):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir() or not os.access(path.parent, os.W_OK):
+                raise PermissionError("a folder" if path.is_dir() else "a folder without write permission")
+        except OSError as error:
+            raise InputError(
+                explain(str(path), expected="a file that can be written", got=error, fix="Fix the path.")
+            ) from None
 
 
 def _query(args: argparse.Namespace) -> Query:

@@ -161,6 +161,14 @@ def test_index_without_a_config_writes_one_that_search_uses(
         (["rerank", "--text", "x", "a.pdf"], 2, "a.pdf: expected one of"),
         (["index", "none"], 2, "none: expected a readable file"),
         (["index", "."], 2, "expected a folder below [images] root"),
+        (["search", "--text", "x", "--report", "items"], 2, "items: expected a file that can be written, got a folder"),
+        (["search", "--text", "x", "--report", "bad.jsonl/p.html"], 2, "p.html: expected a file that can be written"),
+        (["eval", "list.jsonl"], 2, "list.jsonl:1: row: expected a JSON object, got list"),
+        (
+            ["eval", "sub/down/out.jsonl"],
+            2,
+            "out.jsonl:1: image ../../bad.jsonl: expected a file below [images] root or beside",
+        ),
         (["eval", "none.jsonl"], 2, "none.jsonl: expected a JSONL of queries"),
         (["eval", "bad.jsonl"], 2, "bad.jsonl:2: positives: expected a list of document ids, got None"),
     ],
@@ -169,6 +177,9 @@ def test_wrong_input_is_one_message_and_exit_code_2(
     workplace: Path, run: Run, arguments: list[str], code: int, message: str
 ) -> None:
     Path("bad.jsonl").write_text('{"text": "x", "positives": ["a"]}\n{"text": "y"}\n')
+    Path("list.jsonl").write_text("[1]\n")
+    Path("sub/down").mkdir(parents=True)
+    Path("sub/down/out.jsonl").write_text('{"image": "../../bad.jsonl", "positives": ["a"]}\n')
     run("index", "items")
     ran = run(*arguments)
     assert ran.code == code

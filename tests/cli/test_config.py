@@ -98,6 +98,19 @@ def test_qdrant_needs_url_and_collection() -> None:
         settings.open_store(Config(store=StoreConfig("qdrant")))
 
 
+@pytest.mark.parametrize(
+    ("store", "message"),
+    [
+        (StoreConfig(text="{title}"), r"\[store\] text: expected none with kind = 'edge', got '{title}'"),
+        (StoreConfig(url="http://q"), r"\[store\] url: expected none with kind = 'edge'"),
+        (StoreConfig("qdrant", url="http://q", collection="c", id="sku"), r"\[store\] id: expected none without text"),
+    ],
+)
+def test_keys_that_would_be_passed_over(store: StoreConfig, message: str) -> None:
+    with pytest.raises(OptionsError, match=message):
+        settings.open_store(Config(store=store))
+
+
 def test_opening_a_store_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="expected an index made by this package, got none there"):
         settings.open_store(Config(folder=tmp_path))
