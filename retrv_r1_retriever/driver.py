@@ -197,11 +197,12 @@ class _Run:
             with self._stage("load"):
                 content, image_hash = await load_content(self.images, candidate.document.content)
         except Exception as error:  # a user's own ImageSource may raise anything; one picture must not cost the ranking
-            self.notes.append(f"candidate {full.index} could not be opened: {error}")
+            self.notes.append(f"candidate {full.index} ({candidate.document.id!r}) could not be opened: {error}")
             return session.unreadable(full.index)
         if candidate.memory is not None and candidate.memory.image_hash not in (None, image_hash):
             self.stale.append(full.index)
-            self.notes.append(f"candidate {full.index}: its picture changed after it was indexed; its memory is stale")
+            name = f"candidate {full.index} ({candidate.document.id!r})"
+            self.notes.append(f"{name}: its picture changed after it was indexed; its memory is stale")
         return replace(step, append=tuple(replace(s, content=content) if s is full else s for s in step.append))
 
     def _give_up(self, problem: str, error: EngineError, cause: BaseException) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from retrv_r1_retriever.errors import ImageError, explain
 from retrv_r1_retriever.types import Content, ImageInput
@@ -312,11 +312,12 @@ def _guarded(work: Callable[[], _T], image: object) -> _T:
     except ImageError:
         raise
     except Exception as error:
+        words = "" if isinstance(error, UnidentifiedImageError) else f": {error}"  # its words are an object's address
         raise ImageError(
             explain(
                 f"image {_shown(image)}",
                 expected=f"a readable {', '.join(FORMATS)} picture",
-                got=f"{type(error).__name__}: {error}",
+                got=f"{type(error).__name__}{words}",
                 fix="Save it again as PNG or JPEG.",
             )
         ) from error

@@ -71,7 +71,12 @@ def _fits(memory: Memory | None, digest: str, hash_now: str | None) -> bool:
 
 def _stale(candidates: Sequence[Candidate], misses: Sequence[int], digest: str) -> StaleMemoryError:
     first = candidates[misses[0]]
-    found = "no memory" if first.memory is None else f"memory {first.memory.digest[:12]}, or its content changed"
+    if first.memory is None:
+        found = "no memory"
+    elif first.memory.digest != digest:
+        found = f"memory {first.memory.digest[:12]}, of another model"
+    else:
+        found = "its content changed after it was indexed"
     return StaleMemoryError(
         explain(
             "candidate memory",

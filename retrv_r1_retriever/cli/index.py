@@ -30,7 +30,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images", metavar="FOLDER", help="what picture paths are relative to (default: found from the source)"
     )
-    parser.add_argument("--force", action="store_true", help="write again what looks unchanged")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="write again what looks unchanged, e.g. after replacing pictures under the same names",
+    )
     parser.add_argument("--batch-size", type=int, default=32, metavar="N")
     parser.set_defaults(run=main)
 

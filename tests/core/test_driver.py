@@ -95,7 +95,7 @@ async def test_a_picture_that_changed_since_indexing_is_noted() -> None:
     changed = Candidate(new, 1.0, 2, with_memory(old, 2).memory)
     reading = await read(ScriptedEngine(THOUGHT, slots=SLOTS), found=[*candidates(1), changed, *candidates(1)])
     assert reading.stale == (1,)
-    assert any("candidate 1: its picture changed" in note for note in reading.trace.notes)
+    assert any("candidate 1 ('d'): its picture changed" in note for note in reading.trace.notes)
 
 
 class BrokenImages:
@@ -114,7 +114,7 @@ async def test_an_unreadable_candidate_costs_itself_only(error: Exception) -> No
     reading = await read(ScriptedEngine(THOUGHT, slots=SLOTS), found=found, images=BrokenImages(error))
     assert reading.outcome is not None
     assert (reading.outcome.unreadable, reading.outcome.inspected, reading.outcome.answer) == ((1,), (), 1)
-    assert any("candidate 1 could not be opened" in note for note in reading.trace.notes)
+    assert any("candidate 1 ('d1') could not be opened" in note for note in reading.trace.notes)
 
 
 async def test_fast_reads_the_slots_and_generates_nothing() -> None:

@@ -74,6 +74,14 @@ async def test_raise_says_how_many_and_what_to_do() -> None:
         await resolve(stored("fmd"), FakeCompressor(), IMAGES, RerankOptions(on_stale="raise"))
 
 
+@pytest.mark.parametrize(
+    ("kind", "words"), [("d", "memory other, of another model"), ("c", "its content changed after")]
+)
+async def test_raise_says_what_is_stale(kind: str, words: str) -> None:
+    with pytest.raises(StaleMemoryError, match=rf"1 of 2 without it \(the first, 'doc-1': {words}"):
+        await resolve(stored("f" + kind), FakeCompressor(), IMAGES, RerankOptions(on_stale="raise"))
+
+
 async def test_pictures_are_decoded_for_the_compressor_and_hashed() -> None:
     compressor = FakeCompressor()
     found = [Candidate(Document("d", Content("t", png())), None, 1)]

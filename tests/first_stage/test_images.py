@@ -118,7 +118,7 @@ async def test_exif_orientation_is_applied_and_a_broken_one_ignored() -> None:
     [
         ("missing.png", "expected a file, got no such file"),
         ("folder", "expected a file, got no such file"),
-        ("text.png", "expected a readable PNG.* picture, got UnidentifiedImageError"),
+        ("text.png", "expected a readable PNG.* picture, got UnidentifiedImageError. Save"),
         ("cut.jpg", "expected a readable PNG.* picture, got OSError"),
         (b"", "expected a readable PNG"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "expected a readable PNG"),
