@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -120,6 +121,11 @@ class _Run:
             if self.direct is not None and len(self.direct.logprobs) != len(self.prompt.slots):
                 expected, got = len(self.prompt.slots), len(self.direct.logprobs)
                 raise EngineError(f"direct read: expected {expected} slots, got {got}. Fix the engine's probe.")
+            if self.direct is not None and not any(map(math.isfinite, self.direct.logprobs)):
+                raise EngineError(
+                    "direct read: expected log-probabilities, got none that is finite. "
+                    "The weights are broken, or too large for this dtype: try float32."
+                )
 
     def should_think(self) -> bool:
         think, note = should_think(self.options, self.engine.think_margin, self.direct)

@@ -113,6 +113,9 @@ class PointCodec:
         return str(uuid.uuid5(_NAMESPACE, name))
 
     def filter(self, asked: Filter | None) -> Filter | None:
+        if not isinstance(asked, Filter | None):
+            fix = "Wrap conditions: Filter(must=(Equals(...),))."
+            raise InputError(explain("filter", expected="Filter or None", got=type(asked).__name__, fix=fix))
         if self.tenant is None:
             return asked
         return Filter(must=(Equals(*self.tenant),)) & asked

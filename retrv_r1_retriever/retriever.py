@@ -138,7 +138,7 @@ class RetrvR1Retriever:
             if not limit.expired():
                 raise
             raise RerankTimeout(f"the first stage took longer than timeout_s={options.timeout_s}. Raise it.") from error
-        return _Found(decoded, as_candidates(found[: options.top_k]), time.monotonic() - started)
+        return _Found(decoded, as_candidates(tuple(found)[: options.top_k]), time.monotonic() - started)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +156,8 @@ def _query(query: Query | str, image: ImageInput | None) -> Query:
     if isinstance(query, Query):
         fix = "Put the picture into the query: Query.of(text, image)."
         raise InputError(explain("image", expected="None beside a Query", got="a picture", fix=fix))
+    if not isinstance(query, str):
+        return as_query(query)  # raises: neither of the two kinds there are
     return Query.of(query if query.strip() else None, image)
 
 

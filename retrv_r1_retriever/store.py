@@ -54,7 +54,8 @@ class Filter:
             return self
         if self.should and other.should:
             raise ValueError("Filter: only one side of & may have `should`; nest it as must instead.")
-        return Filter(self.must + other.must, self.should or other.should, self.must_not + other.must_not)
+        must, must_not = (*self.must, *other.must), (*self.must_not, *other.must_not)
+        return Filter(must, tuple(self.should or other.should), must_not)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

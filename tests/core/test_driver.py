@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from itertools import count
 from typing import Any
 
@@ -202,6 +203,16 @@ async def test_an_answer_outside_the_slots_decides_nothing() -> None:
 async def test_a_direct_read_of_the_wrong_length_is_the_engines_fault() -> None:
     with pytest.raises(EngineError, match="expected 4 slots, got 2"):
         await read(ScriptedEngine(THOUGHT, slots=(1.0, 2.0)))
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+async def test_a_model_that_computes_no_numbers_decides_nothing(value: float) -> None:
+    class Broken(ScriptedEngine):
+        async def probe(self, handle: Any, suffix: str) -> SlotRead:
+            return SlotRead((value,) * 4)
+
+    with pytest.raises(EngineError, match=r"expected log-probabilities, got none that is finite.*try float32"):
+        await read(Broken(THOUGHT))
 
 
 async def test_answers_of_the_wrong_type_are_the_engines_fault() -> None:

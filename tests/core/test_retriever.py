@@ -185,6 +185,8 @@ async def test_queries_that_cannot_be_used() -> None:
     retriever = RetrvR1Retriever(first_stage=FirstStage(), engine=ScriptedEngine(slots=SLOTS))
     with pytest.raises(InputError, match="query: expected a text or an image, got an empty string"):
         await retriever.aretrieve(" ")
+    with pytest.raises(InputError, match="query: expected str or Query, got NoneType"):
+        await retriever.aretrieve(None, image=png())  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"image: expected None beside a Query.*Query\.of"):
         await retriever.aretrieve(Query.of("x"), image=png())
 

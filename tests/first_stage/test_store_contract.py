@@ -161,6 +161,20 @@ async def test_unusable_filters(store: Any, condition: Any, message: str) -> Non
         await store.search(AXES[0], 1, filter=Filter(must=(condition,)))
 
 
+async def test_a_bare_condition_is_no_filter(store: Any) -> None:
+    await store.upsert([point("a")])
+    for wrong in (Equals("n", 1), {"n": 1}):
+        with pytest.raises(InputError, match=r"filter: expected Filter or None, got (Equals|dict). Wrap conditions"):
+            await store.search(AXES[0], 1, filter=wrong)
+
+
+async def test_conditions_may_come_as_a_list(open_store: Callable[..., Any]) -> None:
+    store = await open_store(spec=SPEC, tenant=("team", "red"))
+    await store.upsert([point("a", n=1), point("b", n=2)])
+    listed: Any = [Equals("n", 1)]
+    assert ids(await store.search(AXES[0], 5, filter=Filter(must=listed, should=listed))) == ["a"]
+
+
 async def test_a_tenant_sees_and_changes_only_its_own(open_store: Callable[..., Any]) -> None:
     acme = await open_store(spec=SPEC, tenant=("org.id", "acme"))
     await acme.upsert([point("1", colour="red"), point("2", org={"id": "acme", "x": 1})])
