@@ -288,6 +288,20 @@ class PointCodec:
         return Candidate(document, point.score, 1, memory)
 
 
+def is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()
+
+
+def native_id(text: str) -> int | str | None:
+    """The point id of a foreign collection that `str()` made this document id of; None if none can have."""
+    if is_number(text):
+        return int(text)
+    try:
+        return str(uuid.UUID(text))
+    except ValueError:
+        return None
+
+
 def _bools(value: object, path: str = "") -> Iterator[tuple[str, bool]]:
     """Paths of all booleans, in Qdrant's notation.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import uuid
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -12,9 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 
-from retrv_r1_retriever.errors import OptionsError, SchemaError, StoreError, explain, missing_extra
+from retrv_r1_retriever.errors import InputError, OptionsError, SchemaError, StoreError, explain, missing_extra
 from retrv_r1_retriever.filters import FilterTranslator
-from retrv_r1_retriever.points import MEMORY, CollectionSpec, Found, PointCodec
+from retrv_r1_retriever.points import MEMORY, CollectionSpec, Found, PointCodec, is_number, native_id
 from retrv_r1_retriever.schema import OWN_SCHEMA, PayloadSchema, found_fields, lookup
 from retrv_r1_retriever.store import Filter, Point, Scalar
 from retrv_r1_retriever.types import Candidate
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from qdrant_client import AsyncQdrantClient, QdrantClient
 
 _MARK = "retrv"  # collection metadata under this key says that we made the collection, and how
+_REFUSED = (400, 413, 422)  # HTTP: these points are at fault (too large, malformed), not the server
 _SAMPLE = 64  # payloads looked at before each missing field is asked for by itself
 _T = TypeVar("_T")
 _Call: TypeAlias = "Callable[..., Awaitable[Any]]"
@@ -118,7 +118,7 @@ class QdrantStore:
             codec.check_ids(ids, found)
         elif codec.schema.id is None:
             found = await self._retrieve(
-                codec, [id for text in ids if (id := _native_id(text)) is not None], True, False
+                codec, [id for text in ids if (id := native_id(text)) is not None], True, False
             )
         else:
             found = await self._scroll(len(ids), self._by_field(codec.schema.id, ids))
@@ -168,7 +168,7 @@ class QdrantStore:
     def _by_field(self, field: str, ids: Sequence[str]) -> Any:
         """Ids may be stored as strings or as numbers; the caller's are always strings."""
         models = self._models
-        kinds: list[list[Any]] = [list(ids), [int(id) for id in ids if _is_number(id)]]
+        kinds: list[list[Any]] = [list(ids), [int(id) for id in ids if is_number(id)]]
         return models.Filter(
             should=[models.FieldCondition(key=field, match=models.MatchAny(any=kind)) for kind in kinds if kind]
         )
@@ -211,7 +211,14 @@ class QdrantStore:
         except Exception as error:
             raise self._error(method, error) from error
 
-    def _error(self, method: str, error: Exception) -> StoreError:
+    def _error(self, method: str, error: Exception) -> StoreError | InputError:
+        if method == "upsert" and getattr(error, "status_code", None) in _REFUSED:
+            return InputError(
+                explain(
+                    f"{self._where}: {method}", expected="points that Qdrant takes", got=f"{type(error).__name__}: {error}",
+                    fix="Write fewer or smaller ones at a time.",
+                )
+            )  # fmt: skip
         return StoreError(
             explain(
                 f"{self._where}: {method}", expected="an answer from Qdrant", got=f"{type(error).__name__}: {error}",
@@ -355,21 +362,6 @@ def _found(points: Iterable[Any]) -> list[Found]:
         vectors = point.vector if isinstance(point.vector, dict) else {}
         found.append(Found(str(point.id), point.payload or {}, getattr(point, "score", None), vectors.get(MEMORY)))
     return found
-
-
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit()
-
-
-def _native_id(text: str) -> int | str | None:
-    """The point id that `str()` made this document id of; None if none can have."""
-
-    if _is_number(text):
-        return int(text)
-    try:
-        return str(uuid.UUID(text))
-    except ValueError:
-        return None
 
 
 def _finish(work: Coroutine[Any, Any, _T]) -> _T:

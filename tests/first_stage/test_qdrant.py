@@ -7,11 +7,14 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from qdrant_client import AsyncQdrantClient, QdrantClient, models
+from qdrant_client.http.exceptions import UnexpectedResponse
 
 from retrv_r1_retriever.errors import MissingExtraError, OptionsError, SchemaError, StoreError
+from retrv_r1_retriever.indexing import Indexer
 from retrv_r1_retriever.points import CollectionSpec
 from retrv_r1_retriever.qdrant import QdrantStore
 from retrv_r1_retriever.schema import PayloadSchema
@@ -19,6 +22,7 @@ from retrv_r1_retriever.store import Equals, Filter
 from retrv_r1_retriever.types import Content, Document
 
 from .conftest import SPEC, point
+from .fakes import HashEmbedder
 
 AXES = np.eye(4, dtype=np.float32)
 SCHEMA = PayloadSchema(text="{title} - {attrs.color}", image="image.path", id="sku", vector="clip")
@@ -216,3 +220,24 @@ def test_missing_extra(monkeypatch: pytest.MonkeyPatch, module: str, line: str) 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(MissingExtraError, match=rf"pip install 'retrv-r1-retriever\[{line}\]'"):
         QdrantStore("x", url="http://x") if line == "qdrant" else EdgeStore("x")
+
+
+async def test_points_the_server_refuses_cost_themselves_only(
+    client: QdrantClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server takes requests of some size only; too large a batch is written one by one, and one point too large left out."""
+    store = QdrantStore("ours", client=client, spec=CollectionSpec(32))
+    upsert = client.upsert
+
+    def limited(*, points: list[Any], **rest: Any) -> Any:
+        if sum(len(str(p.payload)) for p in points) > 2_000:
+            raise UnexpectedResponse(413, "Payload Too Large", b"", httpx.Headers())
+        return upsert(points=points, **rest)
+
+    monkeypatch.setattr(client, "upsert", limited)
+    rows = [Document(f"d{i}", Content("x" * (5_000 if i == 3 else 400))) for i in range(8)]
+    report = await Indexer(store, HashEmbedder()).aindex(rows)
+    assert report.indexed == 7
+    (failure,) = report.failed
+    assert failure.id == "d3"
+    assert "expected points that Qdrant takes, got UnexpectedResponse" in failure.reason
