@@ -21,7 +21,6 @@ from retrv_r1_retriever.prompt import (
     ANSWER_END,
     ANSWER_START,
     INSPECT_END,
-    SLOTS,
     THINK_END,
     THINK_START,
     Prompt,
@@ -254,15 +253,3 @@ class InspectionSession:
             raise RuntimeError(
                 f"session is {self._state.name.lower()}, not {state.name.lower()}; sessions are single-use"
             )
-
-
-__all__ = [
-    "ANSWER_RESERVE",
-    "SLOTS",
-    "GenerateParams",
-    "Generation",
-    "InspectionSession",
-    "Outcome",
-    "SessionLimits",
-    "Step",
-]  # fmt: skip

@@ -6,7 +6,7 @@ Ranks are 1-based. `retrieval_score` is the first stage's and is never overwritt
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -188,7 +188,7 @@ class RankedResults:
         """The candidate the model answered with, or None (none chosen, fallback, or cut by `top_n`)."""
         return next((r for r in self.results if r.selected), None)
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[RankedResult]:
         return iter(self.results)
 
     def __len__(self) -> int:
