@@ -75,12 +75,18 @@ class LocalImages:
             )
         self.max_bytes, self.max_pixels, self.max_frames = max_bytes, max_pixels, max_frames
         self.concurrency, self.timeout_s = concurrency, timeout_s
-        # Own threads: a hung network drive may block these, never the default pool everybody shares.
-        self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="retrv-images")
+        self._start_threads()
         self._turns: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore]
         self._turns = weakref.WeakKeyDictionary()
 
+    def _start_threads(self) -> None:
+        """Own threads: a hung network drive may block these, never the default pool everybody shares."""
+        self._threads = ThreadPoolExecutor(self.concurrency, thread_name_prefix="retrv-images")
+        self._pid = os.getpid()
+
     async def load(self, image: ImageInput) -> ImageData:
+        if self._pid != os.getpid():  # a forked child has the pool, but none of its threads
+            self._start_threads()
         loop = asyncio.get_running_loop()
         async with self._turns.setdefault(loop, asyncio.Semaphore(self.concurrency)):
             work = loop.run_in_executor(self._threads, self._load, image)

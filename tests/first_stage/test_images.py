@@ -3,7 +3,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import os
 import struct
+import subprocess
+import sys
 import time
 import urllib.parse
 import zlib
@@ -227,6 +230,25 @@ def test_one_source_serves_many_loops() -> None:
 
     asyncio.run(many())
     asyncio.run(many())
+
+
+FORK = """
+import asyncio, os, sys
+from retrv_r1_retriever.images import LocalImages
+source, picture = LocalImages(timeout_s=5), sys.stdin.buffer.read()
+asyncio.run(source.load(picture))
+child = os.fork()
+if child == 0:
+    asyncio.run(source.load(picture))
+    os._exit(0)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_child_reads_pictures_too() -> None:
+    done = subprocess.run([sys.executable, "-c", FORK], input=png(), capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
 
 
 async def test_load_content() -> None:

@@ -1,4 +1,4 @@
-"""The model card of a miniature run, written from its own logs: nothing in it is typed by hand."""
+"""The model card of a miniature run, written from its own logs; `notes.md` in the run folder is added as it is."""
 
 from __future__ import annotations
 
@@ -43,6 +43,8 @@ def write_card(folder: Path, run: Path, recipe: Recipe, manifest: Manifest, para
         shown = {k: v for k, v in last[stage["stage"]].items() if _is_validation(k)}
         numbers = ", ".join(f"{k.removeprefix('val_')} {v:.3f}" for k, v in shown.items())
         text += f"| {stage['stage']} | {stage['steps']} | {stage['batch_size']} | {stage['lr']} | {stage['minutes']} | {numbers} |\n"
+    if (run / "notes.md").exists():
+        text += "\n" + (run / "notes.md").read_text(encoding="utf-8")
     text += f"\nMinutes in all: {sum(stage['minutes'] for stage in stages):.0f}. Recipe:\n\n```json\n"
     (folder / "README.md").write_text(text + json.dumps(asdict(recipe), indent=1) + "\n```\n", encoding="utf-8")
 

@@ -42,19 +42,17 @@ class ListConfig:
     inject: share of lists without the positive that get it put in at a random place; the others train `<|none|>`
     diversify: share of lists in which every second negative is exchanged for one whose first contradiction is a random word:
         a first stage that is good at colours would otherwise leave no colours to learn from
-    sizes: shorter lists are drawn too, with more of them in a batch: the direct read is found on few candidates first
     """
 
     top_k: int = 20
     shuffle: float = 0.5
     inject: float = 0.5
     diversify: float = 0.5
-    sizes: tuple[int, ...] = (5, 10, 20)
 
     @classmethod
     def as_served(cls, top_k: int) -> ListConfig:
         """The first stage's lists as they are."""
-        return cls(top_k, 0.0, 0.0, 0.0, (top_k,))
+        return cls(top_k, 0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +109,11 @@ def make_lists(model: RetrvR1ForConditionalGeneration, processor: Processor, poo
 
 
 def make_example(
-    processor: Processor, lists: Lists, number: int, config: ListConfig, style: TeacherStyle | None, rng: random.Random,
-    size: int | None = None,
-) -> Example:  # fmt: skip
-    """One example of `size` candidates. style None: the turn ends after the elimination (first part of the curriculum)."""
+    processor: Processor, lists: Lists, number: int, config: ListConfig, style: TeacherStyle | None, rng: random.Random
+) -> Example:
+    """One training example. style None: the turn ends after the elimination (the cheap first part of the curriculum)."""
     query = lists.pool.queries[number]
-    chosen, target = _candidate_list(lists, number, config, rng, size or config.top_k)
+    chosen, target = _candidate_list(lists, number, config, rng)
     candidates = tuple(
         Candidate(Document(lists.pool.items[i].id, lists.pool.items[i].content), None, rank, lists.memories[i])
         for rank, i in enumerate(chosen, start=1)
@@ -130,9 +127,7 @@ def make_example(
     return Example(head, tail, len(chosen) if target is None else target, prompt.slots)
 
 
-def _candidate_list(
-    lists: Lists, number: int, config: ListConfig, rng: random.Random, size: int
-) -> tuple[list[int], int | None]:
+def _candidate_list(lists: Lists, number: int, config: ListConfig, rng: random.Random) -> tuple[list[int], int | None]:
     positive = lists.pool.target(lists.pool.queries[number])
     chosen: list[int] = lists.ranked[number, : config.top_k].tolist()
     if positive not in chosen and rng.random() < config.inject:
@@ -142,9 +137,6 @@ def _candidate_list(
             if item != positive and rng.random() < 0.5:
                 other = lists.contradicting(positive, rng)
                 chosen[place] = other if other not in chosen else item
-    if size < len(chosen):
-        kept = set(rng.sample([i for i in chosen if i != positive], size - (positive in chosen))) | {positive}
-        chosen = [i for i in chosen if i in kept]
     if rng.random() < config.shuffle:
         rng.shuffle(chosen)
     return chosen, chosen.index(positive) if positive in chosen else None
@@ -215,11 +207,10 @@ def train_sft(
 
     def loss_fn(step: int) -> tuple[Tensor, dict[str, float]]:
         examples = []
-        size = rng.choice(config.sizes)
-        for _ in range(round(schedule.batch_size * (config.top_k / size) ** 0.7)):
+        for _ in range(schedule.batch_size):
             part = rng.choice(lists)
             number = rng.randrange(len(part.pool.queries))
-            examples.append(make_example(processor, part, number, config, style, rng, size))
+            examples.append(make_example(processor, part, number, config, style, rng))
         loss, metrics, _ = _losses(model, processor, examples, weights, direct_weight)
         drill, more = comparison_loss(model, processor, captions, rehearsal, rng)
         return loss + drill, metrics | {"length": float(len(examples[0].turn) + len(examples[0].prompt))} | more
