@@ -233,10 +233,11 @@ def test_one_source_serves_many_loops() -> None:
 
 
 FORK = """
-import asyncio, os, sys
+import asyncio, os, sys, time
 from retrv_r1_retriever.images import LocalImages
 source, picture = LocalImages(timeout_s=5), sys.stdin.buffer.read()
 asyncio.run(source.load(picture))
+time.sleep(0.2)  # until its thread waits for more: then the pool starts no other
 child = os.fork()
 if child == 0:
     asyncio.run(source.load(picture))
