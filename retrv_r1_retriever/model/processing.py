@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from retrv_r1_retriever.errors import CheckpointError, InputError, explain
+from retrv_r1_retriever.errors import CheckpointError, ImageError, InputError, explain
 from retrv_r1_retriever.model.modeling import CompressedInputs
 from retrv_r1_retriever.prompt import (
     ADDED_TOKENS,
@@ -169,6 +169,11 @@ class Processor:
         if isinstance(picture, EncodedImage):
             return picture.grid
         p = self.image_processor
+        if max(picture.size) > 200 * min(picture.size):  # Qwen2.5-VL's own limit; its resize raises a bare ValueError
+            size = f"{picture.width} x {picture.height}"
+            raise ImageError(
+                explain("picture", expected="sides of at most 200 to 1", got=size, fix="Crop it, or cut it into parts.")
+            )
         height, width = smart_resize(
             picture.height, picture.width, p.patch_size * self.merge, p.size["shortest_edge"], p.size["longest_edge"]
         )

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from retrv_r1_retriever.engines.local import LocalEngine
-from retrv_r1_retriever.errors import CheckpointError, InputError
+from retrv_r1_retriever.errors import CheckpointError, ImageError, InputError
 from retrv_r1_retriever.model.processing import Chunk, Processor, collate
 from retrv_r1_retriever.prompt import ADDED_TOKENS, CONTENT_PAD, SLOTS
 from retrv_r1_retriever.trace import Forced, Full, Sampled
@@ -140,3 +140,8 @@ def test_a_cut_text_is_counted_and_reported(checkpoint, tmp_path):
         [Document("long", Content("red " * 5000)), Document("short", Content("red"))]
     )
     assert (report.indexed, report.cut, report.failed) == (2, 1, ())
+
+
+def test_a_picture_too_long_for_the_tower_is_named(checkpoint):
+    with pytest.raises(ImageError, match="expected sides of at most 200 to 1, got 1 x 300"):
+        checkpoint.processor.grid(picture(1, 1, 300))

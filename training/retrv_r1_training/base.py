@@ -15,8 +15,8 @@ from torch import Tensor
 
 from retrv_r1_retriever.model.modeling import RetrvR1ForConditionalGeneration
 from retrv_r1_retriever.model.processing import Chunk, Processor
-from retrv_r1_retriever.parser import Check, Thought, render
-from retrv_r1_retriever.prompt import CHECK_CUE, LABELS, SYSTEM, Prompt, query_segments
+from retrv_r1_retriever.parser import Check, Thought, Verdict, render
+from retrv_r1_retriever.prompt import CHECK_CUE, KEEP, LABELS, NONE_INDEX, SYSTEM, Prompt, query_segments
 from retrv_r1_retriever.trace import Full, Sampled, Segment, Text
 from retrv_r1_retriever.types import Content, Query
 from retrv_r1_training.data import Pool
@@ -109,15 +109,28 @@ def sample_episode(processor: Processor, pool: Pool, rng: random.Random, sibling
 
 
 def comparison(processor: Processor, rng: random.Random, captions: Sequence[str]) -> Chunk:
-    """Text only: a wanted card and four near copies of its code. 60 % of the digits agree."""
+    """Text only, no candidates: verdicts as given, the kept ones opened in turn until the match, and the answer.
+
+    Drills what no candidate list is needed for: comparing two codes (60 % of the digits agree), opening what was kept, and
+    answering with the label that matched, for all 127 labels alike.
+    """
     want = Caption.of(rng.choice(captions))
-    opened = []
-    for _ in range(4):
+    labels = sorted(rng.sample(range(len(LABELS)), 8))
+    kept = sorted(rng.sample(labels, rng.choice((1, 2, 3, 4))))
+    verdicts = tuple(Verdict(i, KEEP if i in kept else rng.choice(want.coarse)) for i in labels)
+    checks, contents, answer = [], {}, NONE_INDEX
+    for label in kept:
         fine = tuple(w if rng.random() < 0.6 else w[0] + rng.choice("0123456789") for w in want.fine)
-        coarse = want.coarse if rng.random() < 0.85 else Caption.of(rng.choice(captions)).coarse
-        caption = Caption(coarse, fine)
-        opened.append((Content(str(caption)), caption))
-    return episode(processor, Query.of(str(want)), want, opened, rng)
+        caption = Caption(want.coarse, fine)
+        contents[label] = Content(str(caption))
+        checks.append(Check(label, check_text(caption, want), agrees(caption, want)))
+        if checks[-1].match:
+            answer = label
+            break
+    turn = render(Thought(str(want), verdicts, tuple(checks), answer))
+    filled = tuple(Full(s.index, contents[s.index]) if isinstance(s, Full) else s for s in turn)
+    prompt = Prompt(Query.of(str(want)), (), (HEAD, *query_segments(Query.of(str(want))), ASSISTANT))
+    return processor.chunk((*prompt.segments, *filled), prompt)
 
 
 def siblings_of(pool: Pool) -> dict[int, list[int]]:
@@ -165,7 +178,7 @@ def comparison_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """Also the rehearsal beside later stages: without it the comparison is forgotten."""
     drill = [comparison(processor, rng, captions) for _ in range(count)]
-    return _loss(model, processor, drill, TokenWeights(default=0.2, list_label=0.0, inspect=0.0), "drill_")
+    return _loss(model, processor, drill, TokenWeights(default=0.2, list_label=0.0, verdict=0.0), "drill_")
 
 
 def _loss(
@@ -179,7 +192,14 @@ def _loss(
     weight = token_weights(batch, processor, weights)
     metrics = {
         f"{tag}{name}": accuracy(model, hidden, batch.input_ids, weight == value)
-        for name, value in (("words", weights.default), ("marks", weights.mark), ("conclusion", weights.conclusion))
+        for name, value in (
+            ("words", weights.default),
+            ("marks", weights.mark),
+            ("conclusion", weights.conclusion),
+            ("answer", weights.answer),
+            ("inspect", weights.inspect),
+        )
+        if value
     }
     return weighted_ce(model, hidden, batch.input_ids, weight), metrics
 

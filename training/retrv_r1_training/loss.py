@@ -28,7 +28,7 @@ class TokenWeights:
     inspect: float = 1.5
     mark: float = 2.5
     conclusion: float = 3.0
-    answer: float = 2.0
+    answer: float = 2.2
 
 
 def hidden_states(
