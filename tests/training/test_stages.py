@@ -89,7 +89,7 @@ def test_direct_read_branch_is_the_engines_probe(run):
         for n in range(0, len(lists.pool.queries), 4)
     ]
     with torch.no_grad():
-        hidden, branch, batch = sft.forward_with_direct_read(loaded.model, loaded.processor, examples)
+        hidden, branch, _, batch = sft.forward_with_direct_read(loaded.model, loaded.processor, examples)
         logits = loaded.model.lm_head(branch)
     engine = LocalEngine(Checkpoint(loaded.model, loaded.processor, loaded.manifest))
 

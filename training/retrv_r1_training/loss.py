@@ -25,7 +25,7 @@ class TokenWeights:
     default: float = 1.0
     list_label: float = 0.3  # the labels of the elimination come in order
     verdict: float = 2.0
-    inspect: float = 1.5
+    inspect: float = 3.5
     mark: float = 2.5
     conclusion: float = 3.0
     answer: float = 2.2

@@ -23,7 +23,7 @@ from retrv_r1_retriever.model.embedding import encode_pictures
 from retrv_r1_retriever.model.modeling import RetrvR1ForConditionalGeneration
 from retrv_r1_retriever.model.processing import Batch, Chunk, Processor, collate
 from retrv_r1_retriever.parser import Thought, render
-from retrv_r1_retriever.prompt import ADDED_TOKENS, ANSWER_START, Prompt, build_prompt
+from retrv_r1_retriever.prompt import ADDED_TOKENS, ANSWER_START, CHECK_CUE, Prompt, build_prompt
 from retrv_r1_retriever.trace import Full, Sampled, Segment
 from retrv_r1_retriever.types import Candidate, Document, Memory
 from retrv_r1_training.align import content_embeds
@@ -57,12 +57,13 @@ class ListConfig:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """prompt and turn as chunks; target: slot index of the direct read (K = none)."""
+    """prompt and turn as chunks; target: slot index of the direct read (K = none); verdicts: by candidate."""
 
     prompt: Chunk
     turn: Chunk
     target: int
     slots: tuple[str, ...]
+    verdicts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,8 @@ def make_example(
     turn = _elimination(thought) if style is None else _filled(render(thought), prompt)
     head = processor.chunk(prompt.segments, prompt)
     tail = processor.chunk(turn, prompt, head.next_position)
-    return Example(head, tail, len(chosen) if target is None else target, prompt.slots)
+    verdicts = tuple(v.text for v in thought.verdicts)
+    return Example(head, tail, len(chosen) if target is None else target, prompt.slots, verdicts)
 
 
 def _candidate_list(lists: Lists, number: int, config: ListConfig, rng: random.Random) -> tuple[list[int], int | None]:
@@ -155,8 +157,8 @@ def _filled(turn: Sequence[Segment], prompt: Prompt) -> tuple[Segment, ...]:
 
 def forward_with_direct_read(
     model: RetrvR1ForConditionalGeneration, processor: Processor, examples: Sequence[Example]
-) -> tuple[Tensor, Tensor, Batch]:
-    """Hidden states of the sequences (B, L, H) and of the `<answer>` branch (B, H)."""
+) -> tuple[Tensor, Tensor, Tensor, Batch]:
+    """Hidden states of the sequences (B, L, H) and of the `<answer>` branch (B, H), and the input embeddings (B, L, H)."""
     batch = collate([Chunk.join([e.prompt, e.turn]) for e in examples], processor, model.device)
     features = encode_pictures(model.model, processor, batch.pictures)
     embeds = model.model.embed(batch.input_ids, features, batch.image_mask, batch.compressed)
@@ -178,7 +180,31 @@ def forward_with_direct_read(
         attention_mask={"full_attention": mask[:, None]},
         use_cache=False,
     ).last_hidden_state
-    return out[:, :length], out[:, length], batch
+    return out[:, :length], out[:, length], embeds, batch
+
+
+def relation_loss(
+    model: RetrvR1ForConditionalGeneration,
+    processor: Processor,
+    embeds: Tensor,
+    batch: Batch,
+    examples: Sequence[Example],
+) -> tuple[Tensor, float]:
+    """What two tokens say of a candidate's relation to the query, without the query beside them: its verdict (and how often right).
+
+    One row per candidate: content token, relation token, the check's cue -> the verdict's first token. Without this the relation
+    token learns from the far end of a thought only, and the direct read, which has no thought, finds nothing in it.
+    """
+    flat = embeds.flatten(0, 1)
+    pairs = torch.stack([flat[batch.compressed.content_at], flat[batch.compressed.relation_at]], dim=1)
+    cue = model.model.get_input_embeddings()(torch.tensor(processor.tokenise(CHECK_CUE), device=flat.device))
+    rows = torch.cat([pairs, cue.expand(len(pairs), -1, -1)], dim=1)
+    positions = torch.arange(rows.shape[1], device=flat.device).expand(3, len(rows), -1)
+    hidden = model.model.language_model(inputs_embeds=rows, position_ids=positions, use_cache=False).last_hidden_state
+    words = [processor.tokenise(f" {v}")[0] for e in examples for v in e.verdicts]
+    target = torch.tensor(words, device=flat.device)
+    logits = model.lm_head(hidden[:, -1]).float()
+    return F.cross_entropy(logits, target), (logits.argmax(-1) == target).float().mean().item()
 
 
 def direct_read_loss(
@@ -244,7 +270,8 @@ def _losses(
     model: RetrvR1ForConditionalGeneration, processor: Processor, examples: Sequence[Example], weights: TokenWeights,
     direct_weight: float,
 ) -> tuple[Tensor, dict[str, float], Tensor]:  # fmt: skip
-    hidden, branch, batch = forward_with_direct_read(model, processor, examples)
+    hidden, branch, embeds, batch = forward_with_direct_read(model, processor, examples)
+    relation, right = relation_loss(model, processor, embeds, batch, examples)
     weight = token_weights(batch, processor, weights)
     direct, hits = direct_read_loss(model, processor, branch, examples)
     roles = {"words": weights.default, "verdicts": weights.verdict, "inspect": weights.inspect, "marks": weights.mark,
@@ -253,7 +280,14 @@ def _losses(
     after_answer = F.pad(batch.input_ids[:, :-1], (1, 0)) == processor.token_id(ANSWER_START)
     metrics["answer"] = accuracy(model, hidden, batch.input_ids, after_answer & batch.sampled)
     metrics["direct"] = hits.float().mean().item()
-    return weighted_ce(model, hidden, batch.input_ids, weight) + direct_weight * direct, metrics, hits
+    metrics["relation"] = right
+    loss = weighted_ce(model, hidden, batch.input_ids, weight) + direct_weight * direct + relation
+    answers = weight * after_answer
+    if (
+        answers.any()
+    ):  # a mean of its own: one token among a hundred would lose to the direct read, which ends in the same token
+        loss = loss + weighted_ce(model, hidden, batch.input_ids, answers)
+    return loss, metrics, hits
 
 
 def _mean(values: Sequence[float]) -> float:
