@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from retrv_r1_retriever import config as settings
@@ -30,7 +30,6 @@ K = 20
 _THINK = RerankOptions(top_k=K, think="always", timeout_s=None)
 MODES = {
     "logits, think=never": RerankOptions(top_k=K, think="never", ranking="logits", timeout_s=None),
-    "promote, think=always": _THINK.with_options(ranking="promote"),
     "hybrid, think=always": _THINK,
     "hybrid, think=always, max_inspections=0": _THINK.with_options(max_inspections=0),
 }
@@ -61,7 +60,7 @@ async def ask(folder: Path, split: str, first_stage: VectorFirstStage, limit: in
 
 
 def measure(
-    reranker: RetrvR1Reranker, asked: Sequence[Asked], progress: Callable[[str, int, int], None], batch: int = 50
+    reranker: RetrvR1Reranker, asked: Sequence[Asked], progress: Callable[[str, int, int], None], batch: int = 100
 ) -> dict[str, dict[str, Comparison]]:
     """mode -> stratum -> comparison."""
     out = {}
@@ -73,8 +72,17 @@ def measure(
                 [a.query for a in part], [a.candidates for a in part], options=options, concurrency=batch
             )
             progress(name, len(results), len(asked))
+        if options is _THINK:
+            promoted = [_promote(r) for r in results]
+            out["promote, think=always"] = {s: _compare(asked, promoted, s) for s in STRATA}
         out[name] = {stratum: _compare(asked, results, stratum) for stratum in STRATA}
     return out
+
+
+def _promote(results: RankedResults) -> RankedResults:
+    """The same thoughts ranked by `promote`: the answer first, the rest as retrieved."""
+    order = sorted(results.results, key=lambda r: (not r.selected, r.candidate.rank))
+    return replace(results, results=tuple(order))
 
 
 def markdown(table: dict[str, dict[str, Comparison]], split: str) -> str:
