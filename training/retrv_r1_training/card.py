@@ -18,9 +18,9 @@ pipeline_tag: visual-document-retrieval
 
 # retrv-r1-miniature
 
-A Retrv-R1 model small enough to train on two CPU cores: {parameters} M parameters, trained from scratch on procedural product cards by
-`make miniature`. It shows that every mechanism works (two compressed tokens a candidate, reasoning, inspection) and serves demos and
-tests. It knows nothing but these cards: for real data, train on Qwen2.5-VL.
+A Retrv-R1 model small enough to train on two CPU cores: {parameters} M parameters, trained from scratch on procedural product cards
+with the stages of `make miniature`. It shows that the mechanism works (two compressed tokens a candidate, reasoning, inspection) and
+serves demos and tests. It knows nothing but these cards: for real data, train on Qwen2.5-VL.
 
 - Method: Retrv-R1, arXiv 2510.02745. No official code or weights exist; this is an independent implementation.
 - Data: `retrv_r1_retriever.demo.catalogue`, made by this package; combinations of the validation and test pools never occur in training.
@@ -40,7 +40,9 @@ def write_card(folder: Path, run: Path, recipe: Recipe, manifest: Manifest, para
     text += "\n| stage | steps | batch | learning rate | minutes | at the end, on validation data |\n"
     text += "| --- | --- | --- | --- | --- | --- |\n"
     for stage in stages:
-        shown = {k: v for k, v in last[stage["stage"]].items() if _is_validation(k)}
+        shown = {
+            k: v for k, v in last[stage["stage"]].items() if _is_validation(k) and v == v
+        }  # NaN: not in this stage
         numbers = ", ".join(f"{k.removeprefix('val_')} {v:.3f}" for k, v in shown.items())
         text += f"| {stage['stage']} | {stage['steps']} | {stage['batch_size']} | {stage['lr']} | {stage['minutes']} | {numbers} |\n"
     if (run / "notes.md").exists():
