@@ -8,6 +8,8 @@ the direct read of K + 1 slots:
 U   every candidate in full, its picture through the tower at query time
 U'  every candidate in full, tower tokens cached: what is left of the difference is the language model's alone
 P   two tokens per candidate, memory made at index time: how the retriever works
+
+"candidates' part" is their tokens, labels included, compressed against full.
 """
 
 from __future__ import annotations
@@ -117,6 +119,8 @@ def measure(engine: LocalEngine, case: Case, rounds: int) -> dict[str, float | s
     best, tokens = run(interleaved(modes, rounds))
     row: dict[str, float | str] = {"task": case.task, "K": len(case.candidates)}
     row |= {f"{name} tokens": tokens[name] for name in ("U", "P")}
+    compressed = 3 * len(case.candidates)  # a label and two tokens each
+    row["candidates' part, %"] = 100 * compressed / (tokens["U"] - tokens["P"] + compressed)
     row |= {f"{name} ms": 1e3 * seconds for name, seconds in best.items()}
     return row | {"U/P": best["U"] / best["P"], "U'/P": best["U'"] / best["P"]}
 

@@ -55,7 +55,7 @@ def compare(positives: Sequence[Collection[str]], results: Sequence[RankedResult
         reranked=_scores(after, qrels),
         ceiling=recall_at(before, qrels, longest),
         opened=sum(opened) / len(opened),
-        statuses=Counter(ranked.status.value for ranked in results),
+        statuses=dict(Counter(ranked.status.value for ranked in results)),
     )
 
 

@@ -26,3 +26,17 @@ def test_both_orders_over_the_same_candidates() -> None:
     assert found.ceiling == pytest.approx(2 / 3)
     assert found.opened == 1
     assert found.statuses == {"reranked": 2, "fallback": 1}
+
+
+def test_a_comparison_is_plain_json():
+    """`dataclasses.asdict` takes a Counter apart into tuples; a plain dict survives."""
+    import json
+    from dataclasses import asdict
+
+    from retrv_r1_retriever.engines.scripted import FuzzEngine
+    from retrv_r1_retriever.evaluation.comparison import compare
+    from retrv_r1_retriever.reranker import RetrvR1Reranker
+    from tests.helpers import documents
+
+    results = RetrvR1Reranker(FuzzEngine(0)).rerank("q", documents(3))
+    assert json.loads(json.dumps(asdict(compare([["0"]], [results]))))["queries"] == 1
