@@ -28,7 +28,8 @@ from retrv_r1_retriever.types import RankedResults
 
 SPLIT = "test"
 KINDS = {"t2i": "text → image", "i2t": "image → text", "cir": "image + text → image"}
-PER_STRATUM = 15  # queries scanned per task and stratum
+PER_STRATUM = 10  # queries scanned per task and stratum
+BATCH = 20  # queries that share each forward pass
 OPTIONS = RerankOptions(top_k=20, think="always", ranking="hybrid", timeout_s=None)
 
 #: (what, done, total)
@@ -100,9 +101,9 @@ def scan(
     for task in TASKS:
         batch = [q for q in queries if q.task == task]
         only = Filter(must=(Equals("modality", batch[0].target_modality),))
-        for start in range(0, len(batch), 10):
-            part = [q.query for q in batch[start : start + 10]]
-            results += retriever.retrieve_batch(part, filter=only, concurrency=10)
+        for start in range(0, len(batch), BATCH):
+            part = [q.query for q in batch[start : start + BATCH]]
+            results += retriever.retrieve_batch(part, filter=only, concurrency=BATCH)
             progress("searching", len(results), len(queries))
     pairs = list(zip(queries, results, strict=True))
     return Scan(
