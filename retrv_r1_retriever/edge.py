@@ -51,7 +51,7 @@ class EdgeStore:
                 raise StoreError(
                     explain(
                         where, expected="an index made by this package", got="none there",
-                        fix="Fix the path, or pass spec=CollectionSpec(...) without read_only to make one.",
+                        fix="Fix the path, run `retrv-r1 index` first, or pass spec=CollectionSpec(...) without read_only.",
                     )
                 )  # fmt: skip
             with self._errors():

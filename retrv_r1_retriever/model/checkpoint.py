@@ -30,6 +30,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
 )
+from transformers.utils import logging as hf_logging
 
 from retrv_r1_retriever.errors import CheckpointError, explain
 from retrv_r1_retriever.model.configuration import MEMORY_VERSION, IcmConfig, RetrvR1Config
@@ -270,7 +271,13 @@ def _placement(device: str | None, dtype: str | None) -> tuple[str, torch.dtype]
 
 
 def _load_backbone(folder: Path, dtype: torch.dtype, device: str) -> Qwen2_5_VLForConditionalGeneration:
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()  # a bar per load is noise in a command's output
+    try:
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
     return model.to(device)
 
 

@@ -13,7 +13,7 @@ from retrv_r1_training.recipe import Recipe
 _HEAD = """---
 license: apache-2.0
 library_name: retrv-r1-retriever
-pipeline_tag: visual-document-retrieval
+tags: [reranking, retrieval, multimodal]
 ---
 
 # retrv-r1-miniature
