@@ -55,7 +55,7 @@ class Manifest:
     base: str
     base_revision: str = ""
     licence: str = ""
-    icm: Mapping[str, int] = field(default_factory=lambda: asdict(IcmConfig()))
+    icm: Mapping[str, Any] = field(default_factory=lambda: asdict(IcmConfig()))
     prompt_version: int = PROMPT_VERSION
     escaping_version: int = ESCAPING_VERSION
     memory_version: int = MEMORY_VERSION

@@ -17,13 +17,15 @@ class IcmConfig:
 
     width: of stored memory and of both attention layers; heads divides width
     memory_rows: rows kept per candidate (chunk means); 0 keeps every row, as the paper does
+    residual: the relation rows keep the candidate's own beside what they found in the query (docs/experiments.md)
 
-    Stored bytes per candidate = memory_rows * width * 2. Both numbers are ours, not the paper's.
+    Stored bytes per candidate = memory_rows * width * 2. Both numbers and the residual are ours, not the paper's.
     """
 
     width: int = 128
     heads: int = 4
     memory_rows: int = 64
+    residual: bool = True
 
     @classmethod
     def fast(cls) -> IcmConfig:
@@ -33,7 +35,7 @@ class IcmConfig:
     @classmethod
     def paper(cls, hidden_size: int, heads: int = 4) -> IcmConfig:
         """Every token at LM width: too large to store, computed at query time. For comparison."""
-        return cls(width=hidden_size, heads=heads, memory_rows=0)
+        return cls(width=hidden_size, heads=heads, memory_rows=0, residual=False)
 
 
 class RetrvR1Config(Qwen2_5_VLConfig):

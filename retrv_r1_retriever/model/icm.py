@@ -2,7 +2,7 @@
 
     memory = pool(in_proj(T_c) + P)          once per candidate, at index time
     t_con  = ATT1(e, memory)
-    R      = ATT2(memory, T_q)
+    R      = memory + ATT2(memory, T_q)      the sum is ours (`residual`): the paper has ATT2 alone
     t_rel  = ATT1(e, R)                      the same ATT1 and e as for content
 
 Shapes: N candidates, B queries, m memory rows, q query tokens, w = width, H = LM width. What is ours and not the paper's: the
@@ -10,6 +10,8 @@ low-dimensional memory, the pooling, the norms and feed-forward layers, the scal
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -38,14 +40,16 @@ class Icm(nn.Module):
         with torch.no_grad():
             self.tag_scale.fill_(norm / table_norm)
 
-    def rows(self, embeds: Tensor) -> Tensor:
-        """LM input embeddings of one candidate or query (n, H) -> (n, w), before pooling."""
-        projected: Tensor = self.in_proj(embeds)
-        return projected + sinusoid(len(embeds), self.config.width, embeds.device, projected.dtype)
+    def rows(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """LM input embeddings of several candidates or queries (n_i, H) -> (n_i, w) each, before pooling; one projection for all."""
+        lengths = [len(part) for part in parts]
+        projected: Tensor = self.in_proj(torch.cat(list(parts)))
+        positions = sinusoid(max(lengths), self.config.width, projected.device, projected.dtype)
+        return [row + positions[: len(row)] for row in torch.split(projected, lengths)]
 
-    def memory(self, embeds: Tensor) -> Tensor:
-        """LM input embeddings of one candidate (n, H) -> memory (min(n, memory_rows), w)."""
-        return pool(self.rows(embeds), self.config.memory_rows)
+    def memories(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """LM input embeddings of several candidates (n_i, H) -> memories (min(n_i, memory_rows), w)."""
+        return [pool(rows, self.config.memory_rows) for rows in self.rows(parts)]
 
     def forward(
         self, memory: Tensor, memory_mask: Tensor, query: Tensor, query_mask: Tensor, row: Tensor
@@ -55,7 +59,8 @@ class Icm(nn.Module):
         query, query_mask = self.query_norm(query)[row], query_mask[row]
         e = self.e.expand(len(memory), 1, -1)
         content = self.att1(e, memory, memory_mask)[:, 0]
-        relation_rows = self.relation_norm(self.att2(memory, query, query_mask))
+        attended = self.att2(memory, query, query_mask)
+        relation_rows = self.relation_norm(memory + attended if self.config.residual else attended)
         relation = self.att1(e, relation_rows, memory_mask)[:, 0]
         return self.content_out(self.content_ff(content)), self.relation_out(self.relation_ff(relation))
 
@@ -117,6 +122,19 @@ def pool(rows: Tensor, memory_rows: int) -> Tensor:
     chunk = (torch.arange(n, device=rows.device) * memory_rows) // n
     sums = torch.zeros(memory_rows, rows.shape[1], device=rows.device, dtype=rows.dtype).index_add(0, chunk, rows)
     return sums / torch.bincount(chunk, minlength=memory_rows)[:, None].to(rows.dtype)
+
+
+def pad(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """N tensors (n_i, w) -> (N, max n, w), zeros behind, and its mask (N, max n) bool.
+
+    One gather: the gradient of torch's own `pad_sequence` copies the whole result once for every part.
+    """
+    lengths = torch.tensor([len(part) for part in parts], device=parts[0].device)
+    columns = torch.arange(int(lengths.max()), device=lengths.device)
+    mask = columns < lengths[:, None]
+    index = torch.where(mask, columns + (lengths.cumsum(0) - lengths)[:, None], 0)
+    flat = torch.cat(list(parts))
+    return flat.index_select(0, index.flatten()).view(*index.shape, -1) * mask[..., None], mask
 
 
 def sinusoid(length: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -8,13 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
 
 from retrv_r1_retriever.model.configuration import RetrvR1Config
-from retrv_r1_retriever.model.icm import Icm
+from retrv_r1_retriever.model.icm import Icm, pad
 
 
 @dataclass(slots=True)
@@ -77,10 +75,7 @@ class RetrvR1Model(Qwen2_5_VLModel):
 
     def query_rows(self, embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """T_q of each row, projected: (B, q, w), padded, with its mask."""
-        rows = [self.icm.rows(embeds[b, mask[b]]) for b in range(len(embeds))]
-        padded = pad_sequence(rows, batch_first=True)
-        lengths = torch.tensor([len(r) for r in rows], device=embeds.device)
-        return padded, torch.arange(padded.shape[1], device=embeds.device) < lengths[:, None]
+        return pad(self.icm.rows([embeds[b, mask[b]] for b in range(len(embeds))]))
 
     def place(self, embeds: Tensor, compressed: CompressedInputs, content: Tensor, relation: Tensor) -> Tensor:
         """Content and relation tokens (N, H) over the placeholders of `embeds` (B, L, H)."""

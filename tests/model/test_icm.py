@@ -30,7 +30,7 @@ def test_index_time_memory_is_memory_on_the_fly(checkpoint):
         with torch.inference_mode():
             features = encode_pictures(model, processor, batch.pictures)
             embeds = model.embed(batch.input_ids, features, batch.image_mask, None)[0]
-            want = model.icm.memory(embeds).half().numpy()
+            want = model.icm.memories([embeds])[0].half().numpy()
         np.testing.assert_allclose(row.rows, want, atol=2e-3)
         assert row.rows.shape == (min(8, len(embeds)), 32)
         assert row.full_tokens > len(embeds)
@@ -79,7 +79,7 @@ def test_pool_is_means_of_equal_chunks(n, rows):
 
 def test_paper_preset_keeps_every_row():
     config = IcmConfig.paper(64)
-    assert Icm(config, 64).memory(torch.randn(100, 64)).shape == (100, 64)
+    assert Icm(config, 64).memories([torch.randn(100, 64)])[0].shape == (100, 64)
 
 
 @pytest.mark.parametrize(("name", "vocab", "layers", "hidden", "heads", "kv", "inter", "tied", "billions"), [

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from retrv_r1_training import cli, sft
+from retrv_r1_training.lists import ListConfig, Lists
 from retrv_r1_training.loop import Schedule, train
 from retrv_r1_training.loss import TokenWeights, hidden_states, token_weights
 from retrv_r1_training.miniature import Miniature, with_fewer_steps
@@ -49,7 +50,7 @@ _FEW = catalogue.combos("val")[:24]
 
 def test_every_stage_leaves_a_checkpoint_that_serves(run):
     stages = [json.loads(line)["stage"] for line in (run / "stages.jsonl").read_text().splitlines()]
-    assert stages == ["captions", "episodes", "embedder", "align", "eliminate", "sft"]
+    assert stages == ["captions", "episodes", "embedder", "align", "direct", "eliminate", "sft"]
     loaded = load_checkpoint(run / "checkpoint", device="cpu")
     assert loaded.manifest.trained_top_k == 20
     assert len(loaded.manifest.memory_digest) == 16
@@ -85,7 +86,7 @@ def test_direct_read_branch_is_the_engines_probe(run):
     miniature.__dict__["processor"] = loaded.processor
     lists = miniature.lists[-1]
     examples = [
-        sft.make_example(loaded.processor, lists, n, sft.ListConfig.as_served(6), TeacherStyle(), random.Random(n))
+        sft.make_example(loaded.processor, lists, n, ListConfig.as_served(6), TeacherStyle(), random.Random(n))
         for n in range(0, len(lists.pool.queries), 4)
     ]
     with torch.no_grad():
@@ -123,7 +124,7 @@ def test_weights_follow_the_role_of_a_token(run):
     miniature.__dict__["processor"] = loaded.processor
     lists = miniature.lists[-1]
     fine = next(i for i, q in enumerate(lists.pool.queries) if q.stratum == "fine")
-    config, style = sft.ListConfig(20, 0.0, 1.0, 0.0), TeacherStyle(extra=1.0, careful=1.0)
+    config, style = ListConfig(20, 0.0, 1.0, 0.0, 0.0), TeacherStyle(extra=1.0, careful=1.0)
     example = sft.make_example(loaded.processor, lists, fine, config, style, random.Random(1))
     batch = collate([type(example.prompt).join([example.prompt, example.turn])], loaded.processor)
     weights = token_weights(batch, loaded.processor, TokenWeights())[0]
@@ -142,7 +143,7 @@ def test_memory_of_lists_is_what_the_engine_compresses(run):
     loaded = load_checkpoint(run / "checkpoint", device="cpu")
     miniature = Miniature(with_fewer_steps(load_recipe(RECIPE), 2), run)
     miniature.__dict__["processor"] = loaded.processor
-    lists: sft.Lists = miniature.lists[-1]
+    lists: Lists = miniature.lists[-1]
     memory: Memory = lists.memories[0]
     got = LocalEngine(loaded).compress([miniature.raw_pools[-1].items[0].content])[0].rows
     assert memory.rows.shape == got.shape

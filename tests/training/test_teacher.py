@@ -33,7 +33,7 @@ def test_a_session_replays_every_thought_to_its_answer(cards, seed, coarse_query
     known = [i for i, c in enumerate(captions) if agrees(c, want)]
     answer = target if target in known[:1] else None
     style = TeacherStyle(extra=rng.random(), exhaustive=rng.random(), careful=rng.random())
-    thought = write_thought(captions, want, answer, rng, style)
+    thought = write_thought(dict(enumerate(captions)), want, answer, rng, style)
     turn = render(thought)
     assert parse(turn) == thought
     prompt = build_prompt(
@@ -83,6 +83,6 @@ def test_a_text_query_without_a_code_does_not_know_it(text, image, fine):
 def test_siblings_are_opened_until_the_match():
     want = Caption.of("two red a1 b1 c1")
     captions = [Caption.of(t) for t in ("two red a2 b1 c1", "one red a1 b1 c1", "two red a1 b1 c1", "two red a1 b1 c9")]
-    thought = write_thought(captions, want, 2, random.Random(0), TeacherStyle(0.0, 0.0, 0.0))
+    thought = write_thought(dict(enumerate(captions)), want, 2, random.Random(0), TeacherStyle(0.0, 0.0, 0.0))
     assert [c.index for c in thought.checks] == [0, 2]
     assert Full(2) in render(thought)

@@ -8,73 +8,100 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from retrv_r1_retriever.demo.catalogue import TASKS, LabelledQuery
 from retrv_r1_retriever.model.embedding import encode_pictures
+from retrv_r1_retriever.model.icm import pad
 from retrv_r1_retriever.model.modeling import RetrvR1ForConditionalGeneration
-from retrv_r1_retriever.model.processing import VISION_END, VISION_START, Batch, Chunk, Processor, collate
+from retrv_r1_retriever.model.processing import VISION_END, VISION_START, Chunk, Processor, collate
 from retrv_r1_retriever.prompt import CHECK_CUE, Prompt, query_segments
 from retrv_r1_retriever.trace import Compressed, Sampled, Segment, Text
-from retrv_r1_retriever.types import Candidate, Content, Document, Memory, Query
+from retrv_r1_retriever.types import Candidate, Document, Memory, Query
 from retrv_r1_training.base import DESCRIBE
-from retrv_r1_training.data import Item, Pool
+from retrv_r1_training.data import Item, Pool, content_embeds
+from retrv_r1_training.lists import Contrast, contrast
 from retrv_r1_training.loop import Schedule, train
 from retrv_r1_training.loss import accuracy, weighted_ce
 from retrv_r1_training.teacher import Caption
 
+FINE = 0.2  # of the caption's fine words: two tokens are not meant to keep them
+
 
 def train_align(
-    model: RetrvR1ForConditionalGeneration, processor: Processor, pools: Sequence[Pool], held_out: Pool,
-    schedule: Schedule, per_query: int, seed: int, log_file: Path,
+    model: RetrvR1ForConditionalGeneration, processor: Processor, pools: Sequence[Pool], ranked: Sequence[np.ndarray],
+    schedule: Schedule, per_query: int, contrast_config: Contrast, seed: int, log_file: Path,
 ) -> None:  # fmt: skip
-    """Describe `per_query` candidates of each query from their two tokens. The caption's fine words weigh half."""
+    """Each step: describe `per_query` candidates of each query from their two tokens, and tell each query's answer among K.
+
+    The last pool is for validation. ranked: first-stage lists, (queries, K) each.
+
+    content   the frozen LM says the caption; its fine words weigh `FINE`
+    relation  a linear reading of the relation token, thrown away afterwards, picks the positive (softmax over K). The LM alone
+              never got the token started: equality of two things it cannot yet read gives no gradient (docs/experiments.md)
+    """
     rng = random.Random(seed)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for parameter in model.model.icm.parameters():
         parameter.requires_grad_(True)
     sample = content_embeds(model, processor, [i.content for i in random.Random(0).sample(pools[0].items, 64)], {})
-    model.model.init_icm(float(torch.cat(sample).norm(dim=-1).mean()))  # as long as what the LM reads in full
+    norm = float(torch.cat(sample).norm(dim=-1).mean())
+    model.model.init_icm(norm)  # as long as what the LM reads in full
+    reading = nn.Linear(model.config.text_config.hidden_size, 1)
     cache: dict[int, Tensor] = {}
 
-    def run(pool: Pool, rng: random.Random, size: int) -> tuple[Tensor, dict[str, float]]:
-        queries = [rng.choice(pool.queries) for _ in range(size)]
+    def describe(pool: Pool, queries: Sequence[LabelledQuery], rng: random.Random) -> tuple[Tensor, dict[str, float]]:
         picks = [_pick(pool, pool.target(q), q.target_modality, per_query, rng) for q in queries]
         items = [pool.items[i] for part in picks for i in part]
-        hidden, batch = _forward(model, processor, [q.query for q in queries], items, cache)
+        batch = collate([_chunk(processor, item) for item in items], processor, model.device)
+        inner = model.model
+        embeds = inner.place(
+            inner.get_input_embeddings()(batch.input_ids), batch.compressed,
+            *two_tokens(model, processor, [q.query for q in queries], items, cache),
+        )  # fmt: skip
+        hidden = inner.language_model(
+            inputs_embeds=embeds, position_ids=batch.positions, attention_mask=batch.attention_mask, use_cache=False
+        ).last_hidden_state
         fine_ids = {i for item in items for w in Caption.of(item.caption).fine for i in processor.tokenise(f" {w}")}
         fine = torch.isin(batch.input_ids, torch.tensor(sorted(fine_ids))) & batch.sampled
-        weight = batch.sampled.float() * torch.where(fine, 0.5, 1.0)
-        coarse = accuracy(model, hidden, batch.input_ids, batch.sampled & ~fine)
-        metrics = {"coarse": coarse, "fine": accuracy(model, hidden, batch.input_ids, fine)}
-        return weighted_ce(model, hidden, batch.input_ids, weight), metrics
+        coarse = batch.sampled & ~fine
+        metrics = {
+            name: accuracy(model, hidden, batch.input_ids, at) for name, at in (("coarse", coarse), ("fine", fine))
+        }
+        return weighted_ce(model, hidden, batch.input_ids, batch.sampled * torch.where(fine, FINE, 1.0)), metrics
+
+    def tell(pool: Pool, numbers: Sequence[int], lists: np.ndarray, rng: random.Random) -> tuple[Tensor, Tensor]:
+        chosen = [contrast(pool, n, lists[n].tolist(), contrast_config, rng) for n in numbers]
+        items = [pool.items[i] for part in chosen for i in part]
+        queries = [pool.queries[n].query for n in numbers]
+        scores = reading(two_tokens(model, processor, queries, items, cache)[1]).view(len(numbers), -1)
+        wanted = torch.zeros(len(numbers), dtype=torch.long)  # the positive comes first; the module sees no order
+        return F.cross_entropy(scores, wanted), scores.argmax(1) == wanted
+
+    def loss_fn(step: int) -> tuple[Tensor, dict[str, float]]:
+        at = rng.randrange(len(pools) - 1)
+        numbers = rng.sample(range(len(pools[at].queries)), schedule.batch_size)
+        content, metrics = describe(pools[at], [pools[at].queries[n] for n in numbers], rng)
+        loss, right = tell(pools[at], numbers, ranked[at], rng)
+        return content + loss, metrics | {"relation": right.float().mean().item()}
 
     @torch.no_grad()
     def evaluate() -> dict[str, float]:
-        _, metrics = run(held_out, random.Random(0), 64)
-        return {f"val_{k}": v for k, v in metrics.items()}
+        held_out, rng = pools[-1], random.Random(0)
+        numbers = rng.sample(range(len(held_out.queries)), min(200, len(held_out.queries)))
+        queries = [held_out.queries[n] for n in numbers]
+        scores = describe(held_out, queries[:64], rng)[1]
+        right = tell(held_out, numbers, ranked[-1], rng)[1].tolist()
+        for task in TASKS:
+            scores[f"relation_{task}"] = float(
+                np.mean([r for r, q in zip(right, queries, strict=True) if q.task == task])
+            )
+        return {f"val_{k}": v for k, v in scores.items()}
 
-    train(
-        "align", schedule, model.parameters(), lambda step: run(rng.choice(pools), rng, schedule.batch_size), log_file,
-        evaluate=evaluate,
-    )  # fmt: skip
-
-
-def content_embeds(
-    model: RetrvR1ForConditionalGeneration, processor: Processor, contents: Sequence[Content], cache: dict[int, Tensor]
-) -> list[Tensor]:
-    """T_c of each content, (n, H) without gradient (the LM and the tower are frozen), cached by object."""
-    missing = [c for c in contents if id(c) not in cache]
-    if missing:
-        with torch.no_grad():
-            chunks = [processor.content_chunk(c) for c in missing]
-            batch = collate(chunks, processor, model.device)
-            features = encode_pictures(model.model, processor, batch.pictures)
-            embeds = model.model.embed(batch.input_ids, features, batch.image_mask, None)
-        for content, chunk, row in zip(missing, chunks, embeds, strict=True):
-            cache[id(content)] = row[: len(chunk)].clone()
-    return [cache[id(c)] for c in contents]
+    parameters = [*model.parameters(), *reading.parameters()]
+    train("align", schedule, parameters, loss_fn, log_file, evaluate=evaluate)
 
 
 def _pick(pool: Pool, target: int, modality: str, count: int, rng: random.Random) -> list[int]:
@@ -82,37 +109,30 @@ def _pick(pool: Pool, target: int, modality: str, count: int, rng: random.Random
     return [target if rng.random() < 0.2 else rng.choice(members) for _ in range(count)]
 
 
-def _forward(
+def two_tokens(
     model: RetrvR1ForConditionalGeneration, processor: Processor, queries: Sequence[Query], items: Sequence[Item],
     cache: dict[int, Tensor],
-) -> tuple[Tensor, Batch]:  # fmt: skip
-    """One row per candidate: its two tokens where the full ones would stand, "Describe:", its caption. `items` holds the
-    candidates of each query in turn; the queries stay outside the rows, only their T_q is used.
-
-    One candidate a row and no label tag: the frozen LM has never described one picture among several, and labels mean
-    nothing to it yet.
-    """
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Content and relation tokens (N, H) of `items`, which hold equally many candidates of each query in turn."""
     inner = model.model
-    batch = collate([_chunk(processor, item) for item in items], processor, model.device)
-    memories = [inner.icm.memory(e) for e in content_embeds(model, processor, [i.content for i in items], cache)]
-    memory = pad_sequence(memories, batch_first=True)
-    mask = torch.arange(memory.shape[1]) < torch.tensor([len(m) for m in memories])[:, None]
+    memories = inner.icm.memories(content_embeds(model, processor, [i.content for i in items], cache))
+    memory, mask = pad(memories)
     asked = collate([processor.chunk(query_segments(q), Prompt(q, (), ())) for q in queries], processor, model.device)
     with torch.no_grad():
         features = encode_pictures(inner, processor, asked.pictures)
         query_embeds = inner.embed(asked.input_ids, features, asked.image_mask, None)
     query, query_mask = inner.query_rows(query_embeds, asked.compressed.query_mask)
     row = torch.arange(len(queries)).repeat_interleave(len(items) // len(queries))
-    tokens = inner.icm(memory, mask, query, query_mask, row)
-    embeds = inner.place(inner.get_input_embeddings()(batch.input_ids), batch.compressed, *tokens)
-    hidden = inner.language_model(
-        inputs_embeds=embeds, position_ids=batch.positions, attention_mask=batch.attention_mask, use_cache=False
-    ).last_hidden_state
-    return hidden, batch
+    return inner.icm(memory, mask, query, query_mask, row)  # type: ignore[no-any-return]
 
 
 def _chunk(processor: Processor, item: Item) -> Chunk:
-    nothing = Memory(np.zeros((1, 1), np.float16), "", "", 0)  # the rows are made with gradient, in `_forward`
+    nothing = Memory(np.zeros((1, 1), np.float16), "", "", 0)  # the rows are made with gradient, in `two_tokens`
+    """One row: its two tokens where the full ones would stand, "Describe:", its caption. No query, only T_q in the relation token.
+
+    One candidate a row and no label tag: the frozen LM has never described one picture among several, and labels mean
+    nothing to it yet.
+    """
     prompt = Prompt(Query(item.content), (Candidate(Document("", item.content), None, 1, nothing),), ())
     picture = item.content.image is not None
     shown: tuple[Segment, ...] = (Text(VISION_START), Compressed(0), Text(VISION_END)) if picture else (Compressed(0),)

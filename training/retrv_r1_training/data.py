@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,11 +11,14 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from retrv_r1_retriever.demo.catalogue import TASKS, LabelledQuery, pool_path, read_queries
-from retrv_r1_retriever.model.modeling import RetrvR1Model
-from retrv_r1_retriever.model.processing import EncodedImage, Processor
+from retrv_r1_retriever.model.embedding import encode_pictures
+from retrv_r1_retriever.model.modeling import RetrvR1ForConditionalGeneration, RetrvR1Model
+from retrv_r1_retriever.model.processing import EncodedImage, Processor, collate
 from retrv_r1_retriever.types import Content, Query
+from retrv_r1_training.teacher import Caption
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,30 @@ class Pool:
     def by_modality(self) -> dict[str, tuple[int, ...]]:
         names = {item.modality for item in self.items}
         return {m: tuple(i for i, item in enumerate(self.items) if item.modality == m) for m in names}
+
+    @cached_property
+    def captions(self) -> tuple[Caption, ...]:
+        return tuple(Caption.of(item.caption) for item in self.items)
+
+    @cached_property
+    def _by_prefix(self) -> dict[tuple[str, tuple[str, ...]], list[int]]:
+        """Items of one modality whose coarse words begin alike."""
+        groups: dict[tuple[str, tuple[str, ...]], list[int]] = {}
+        for i, (item, caption) in enumerate(zip(self.items, self.captions, strict=True)):
+            for length in range(len(caption.coarse)):
+                groups.setdefault((item.modality, caption.coarse[:length]), []).append(i)
+        return groups
+
+    def contradicting(self, target: int, rng: random.Random) -> int:
+        """An item that agrees with the target up to a random coarse word and contradicts there, if the pool has one."""
+        modality, want = self.items[target].modality, self.captions[target].coarse
+        at = rng.randrange(len(want))
+        members = self._by_prefix[modality, want[:at]]
+        for _ in range(8):
+            other = rng.choice(members)
+            if self.captions[other].coarse[at] != want[at]:
+                return other
+        return rng.choice(self._by_prefix[modality, ()])
 
 
 def load_pool(root: Path, split: str) -> Pool:
@@ -82,6 +110,22 @@ def encode(
         features = model.encode_images(pixels.to(model.device, model.dtype), grids.to(model.device))
         out += [EncodedImage(tuple(g.tolist()), f.clone()) for g, f in zip(grids, features, strict=True)]
     return out
+
+
+def content_embeds(
+    model: RetrvR1ForConditionalGeneration, processor: Processor, contents: Sequence[Content], cache: dict[int, Tensor]
+) -> list[Tensor]:
+    """T_c of each content, (n, H) without gradient (the LM and the tower are frozen), cached by object."""
+    missing = [c for c in contents if id(c) not in cache]
+    if missing:
+        with torch.no_grad():
+            chunks = [processor.content_chunk(c) for c in missing]
+            batch = collate(chunks, processor, model.device)
+            features = encode_pictures(model.model, processor, batch.pictures)
+            embeds = model.model.embed(batch.input_ids, features, batch.image_mask, None)
+        for content, chunk, row in zip(missing, chunks, embeds, strict=True):
+            cache[id(content)] = row[: len(chunk)].clone()
+    return [cache[id(c)] for c in contents]
 
 
 def _open(path: Path) -> Image.Image:

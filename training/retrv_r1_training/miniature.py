@@ -1,6 +1,6 @@
 """All stages of the miniature in order, each resumable: a finished stage leaves its weights and is not run again.
 
-captions -> episodes -> embedder -> align -> eliminate -> sft -> export
+captions -> episodes -> embedder -> align -> direct -> eliminate -> sft -> export
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from retrv_r1_retriever.model.checkpoint import Manifest, save_checkpoint
 from retrv_r1_retriever.model.modeling import RetrvR1ForConditionalGeneration
 from retrv_r1_retriever.model.processing import Processor
 from retrv_r1_retriever.types import Content
-from retrv_r1_training import align, base, embedder, sft
+from retrv_r1_training import align, base, direct, embedder, sft
 from retrv_r1_training.backbone import build_model, build_processor, build_tokenizer
 from retrv_r1_training.card import write_card
 from retrv_r1_training.data import Pool, encode_pool, load_pool
+from retrv_r1_training.lists import Contrast, ListConfig, Lists, make_lists
 from retrv_r1_training.recipe import Recipe
 from retrv_r1_training.teacher import TeacherStyle
 
@@ -45,7 +46,7 @@ class Miniature:
 
     def train(self, out: Path) -> None:
         """Run what is left and write the checkpoint to `out`."""
-        for stage in (self.captions, self.episodes, self.embedder, self.align, self.eliminate, self.sft):
+        for stage in (self.captions, self.episodes, self.embedder, self.align, self.direct, self.eliminate, self.sft):
             self._once(stage.__name__, stage)
         self.export(out)
 
@@ -82,14 +83,22 @@ class Miniature:
     def align(self) -> RetrvR1ForConditionalGeneration:
         model = self._load("episodes")
         align.train_align(
-            model, self.processor, self.pools[:-1], self.pools[-1], self.recipe.stages.align,
-            self.recipe.pairs_per_query, self.recipe.seed + 4, self.log_file,
+            model, self.processor, self.pools, self.ranked, self.recipe.stages.align,
+            self.recipe.pairs_per_query, Contrast(self.recipe.top_k), self.recipe.seed + 4, self.log_file,
+        )  # fmt: skip
+        return model
+
+    def direct(self) -> RetrvR1ForConditionalGeneration:
+        model = self._load("align")
+        direct.train_direct(
+            model, self.processor, self.lists, Contrast(self.recipe.top_k), self.recipe.stages.direct,
+            self.recipe.rehearsal, self.recipe.seed + 5, self.log_file,
         )  # fmt: skip
         return model
 
     def eliminate(self) -> RetrvR1ForConditionalGeneration:
         """First half of the SFT curriculum: sequences end after the elimination, so three times as many fit."""
-        return self._sft("align", "eliminate", None)
+        return self._sft("direct", "eliminate", None)
 
     def sft(self) -> RetrvR1ForConditionalGeneration:
         return self._sft("eliminate", "sft", TeacherStyle())
@@ -125,19 +134,22 @@ class Miniature:
         return [encode_pool(model.model, self.processor, pool) for pool in self.raw_pools]
 
     @cached_property
-    def lists(self) -> list[sft.Lists]:
+    def ranked(self) -> list[np.ndarray]:
+        """First-stage lists of each pool, (queries, K)."""
+        with np.load(self.run / "lists.npz") as file:
+            return [file[f"arr_{i}"] for i in range(len(self.pools))]
+
+    @cached_property
+    def lists(self) -> list[Lists]:
         model = self._load("align")
-        with np.load(self.run / "lists.npz") as ranked:
-            return [
-                sft.make_lists(model, self.processor, pool, ranked[f"arr_{i}"]) for i, pool in enumerate(self.pools)
-            ]
+        return [make_lists(model, self.processor, p, r) for p, r in zip(self.pools, self.ranked, strict=True)]
 
     def _sft(self, start: str, name: str, style: TeacherStyle | None) -> RetrvR1ForConditionalGeneration:
         model, recipe = self._load(start), self.recipe
         schedule = getattr(recipe.stages, name)
         sft.train_sft(
-            model, self.processor, self.lists[:-1], self.lists[-1], sft.ListConfig(recipe.top_k), style, schedule,
-            recipe.rehearsal, recipe.direct_weight, recipe.seed + 5, self.log_file, name,
+            model, self.processor, self.lists[:-1], self.lists[-1], ListConfig(recipe.top_k), style, schedule,
+            recipe.rehearsal, recipe.direct_weight, recipe.seed + 6, self.log_file, name,
         )  # fmt: skip
         return model
 

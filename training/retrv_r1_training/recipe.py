@@ -22,6 +22,7 @@ class Stages:
     episodes: Schedule
     embedder: Schedule
     align: Schedule
+    direct: Schedule
     eliminate: Schedule
     sft: Schedule
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -23,36 +22,13 @@ from retrv_r1_retriever.model.embedding import encode_pictures
 from retrv_r1_retriever.model.modeling import RetrvR1ForConditionalGeneration
 from retrv_r1_retriever.model.processing import Batch, Chunk, Processor, collate
 from retrv_r1_retriever.parser import Thought, render
-from retrv_r1_retriever.prompt import ADDED_TOKENS, ANSWER_START, CHECK_CUE, Prompt, build_prompt
+from retrv_r1_retriever.prompt import ADDED_TOKENS, ANSWER_START, CHECK_CUE, Prompt
 from retrv_r1_retriever.trace import Full, Sampled, Segment
-from retrv_r1_retriever.types import Candidate, Document, Memory
-from retrv_r1_training.align import content_embeds
 from retrv_r1_training.base import comparison_loss
-from retrv_r1_training.data import Pool
+from retrv_r1_training.lists import ListConfig, Lists, candidate_list, prompt_of, spread_labels
 from retrv_r1_training.loop import Schedule, train
 from retrv_r1_training.loss import TokenWeights, accuracy, token_weights, weighted_ce
-from retrv_r1_training.teacher import Caption, TeacherStyle, wanted, write_thought
-
-
-@dataclass(frozen=True, slots=True)
-class ListConfig:
-    """How training lists are made from first-stage lists. top_k: K.
-
-    shuffle: share of lists in random order, so that rank alone decides nothing
-    inject: share of lists without the positive that get it put in at a random place; the others train `<|none|>`
-    diversify: share of lists in which every second negative is exchanged for one whose first contradiction is a random word:
-        a first stage that is good at colours would otherwise leave no colours to learn from
-    """
-
-    top_k: int = 20
-    shuffle: float = 0.5
-    inject: float = 0.5
-    diversify: float = 0.5
-
-    @classmethod
-    def as_served(cls, top_k: int) -> ListConfig:
-        """The first stage's lists as they are."""
-        return cls(top_k, 0.0, 0.0, 0.0)
+from retrv_r1_training.teacher import TeacherStyle, wanted, write_thought
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,82 +42,22 @@ class Example:
     verdicts: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Lists:
-    """A pool with its first-stage lists and every candidate's memory (frozen by now)."""
-
-    pool: Pool
-    ranked: np.ndarray
-    memories: Sequence[Memory]
-
-    @cached_property
-    def by_prefix(self) -> dict[tuple[str, tuple[str, ...]], list[int]]:
-        """Items of one modality whose coarse words begin alike."""
-        groups: dict[tuple[str, tuple[str, ...]], list[int]] = {}
-        for i, item in enumerate(self.pool.items):
-            coarse = Caption.of(item.caption).coarse
-            for length in range(len(coarse)):
-                groups.setdefault((item.modality, coarse[:length]), []).append(i)
-        return groups
-
-    def contradicting(self, target: int, rng: random.Random) -> int:
-        """An item that agrees with the target up to a random coarse word and contradicts there, if the pool has one."""
-        item = self.pool.items[target]
-        want = Caption.of(item.caption).coarse
-        at = rng.randrange(len(want))
-        members = self.by_prefix[item.modality, want[:at]]
-        for _ in range(8):
-            other = rng.choice(members)
-            if Caption.of(self.pool.items[other].caption).coarse[at] != want[at]:
-                return other
-        return rng.choice(self.by_prefix[item.modality, ()])
-
-
-def make_lists(model: RetrvR1ForConditionalGeneration, processor: Processor, pool: Pool, ranked: np.ndarray) -> Lists:
-    memories = []
-    contents = [item.content for item in pool.items]
-    with torch.no_grad():
-        for start in range(0, len(contents), 256):
-            part = contents[start : start + 256]
-            for embeds in content_embeds(model, processor, part, {}):
-                rows = model.model.icm.memory(embeds).to(torch.float16).numpy()
-                memories.append(Memory(rows, "", "", 0))
-    return Lists(pool, ranked, memories)
-
-
 def make_example(
     processor: Processor, lists: Lists, number: int, config: ListConfig, style: TeacherStyle | None, rng: random.Random
 ) -> Example:
     """One training example. style None: the turn ends after the elimination (the cheap first part of the curriculum)."""
     query = lists.pool.queries[number]
-    chosen, target = _candidate_list(lists, number, config, rng)
-    candidates = tuple(
-        Candidate(Document(lists.pool.items[i].id, lists.pool.items[i].content), None, rank, lists.memories[i])
-        for rank, i in enumerate(chosen, start=1)
-    )
-    prompt = build_prompt(query.query, candidates)
-    captions = [Caption.of(lists.pool.items[i].caption) for i in chosen]
-    thought = write_thought(captions, wanted(query), target, rng, style or TeacherStyle())
+    chosen, target = candidate_list(lists, number, config, rng)
+    labels = spread_labels(len(chosen), rng) if rng.random() < config.spread else list(range(len(chosen)))
+    prompt = prompt_of(lists, number, chosen, labels)
+    captions = {at: lists.pool.captions[i] for at, i in zip(labels, chosen, strict=True)}
+    answer = None if target is None else labels[target]
+    thought = write_thought(captions, wanted(query), answer, rng, style or TeacherStyle())
     turn = _elimination(thought) if style is None else _filled(render(thought), prompt)
     head = processor.chunk(prompt.segments, prompt)
     tail = processor.chunk(turn, prompt, head.next_position)
     verdicts = tuple(v.text for v in thought.verdicts)
-    return Example(head, tail, len(chosen) if target is None else target, prompt.slots, verdicts)
-
-
-def _candidate_list(lists: Lists, number: int, config: ListConfig, rng: random.Random) -> tuple[list[int], int | None]:
-    positive = lists.pool.target(lists.pool.queries[number])
-    chosen: list[int] = lists.ranked[number, : config.top_k].tolist()
-    if positive not in chosen and rng.random() < config.inject:
-        chosen[rng.randrange(len(chosen))] = positive
-    if rng.random() < config.diversify:
-        for place, item in enumerate(chosen):
-            if item != positive and rng.random() < 0.5:
-                other = lists.contradicting(positive, rng)
-                chosen[place] = other if other not in chosen else item
-    if rng.random() < config.shuffle:
-        rng.shuffle(chosen)
-    return chosen, chosen.index(positive) if positive in chosen else None
+    return Example(head, tail, len(prompt.candidates) if answer is None else answer, prompt.slots, verdicts)
 
 
 def _elimination(thought: Thought) -> tuple[Segment, ...]:

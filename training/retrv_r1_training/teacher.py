@@ -6,7 +6,7 @@ A caption is words; words with a digit are its fine part (what only an inspectio
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from retrv_r1_retriever.demo.catalogue import LabelledQuery
@@ -69,10 +69,10 @@ class TeacherStyle:
 
 
 def write_thought(
-    captions: Sequence[Caption], want: Caption, target: int | None, rng: random.Random, style: TeacherStyle
+    captions: Mapping[int, Caption], want: Caption, target: int | None, rng: random.Random, style: TeacherStyle
 ) -> Thought:
-    """The chain of thought over K candidates; `target` None means none of them answers."""
-    verdicts = tuple(Verdict(i, verdict(c, want)) for i, c in enumerate(captions))
+    """The chain of thought over the candidates, by label in ascending order; `target` None means none of them answers."""
+    verdicts = tuple(Verdict(i, verdict(c, want)) for i, c in captions.items())
     kept = [v.index for v in verdicts if v.text == KEEP]
     opened = _choose(kept, captions, want, target, rng, style)
     checks = tuple(Check(i, check_text(captions[i], want), agrees(captions[i], want)) for i in opened)
@@ -81,7 +81,7 @@ def write_thought(
 
 def _choose(
     kept: list[int],
-    captions: Sequence[Caption],
+    captions: Mapping[int, Caption],
     want: Caption,
     target: int | None,
     rng: random.Random,
@@ -92,7 +92,7 @@ def _choose(
         return []
     if len(kept) == 1 and target is not None and rng.random() > style.careful:
         return []
-    others = [i for i in range(len(captions)) if i not in kept and captions[i].fine != want.fine]
+    others = [i for i in captions if i not in kept and captions[i].fine != want.fine]
     extra = rng.sample(others, 1) if others and rng.random() < style.extra else []
     chosen = sorted({*kept, *extra})
     if target in chosen and rng.random() >= style.exhaustive:

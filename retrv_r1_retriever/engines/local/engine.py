@@ -90,7 +90,7 @@ class LocalEngine:
             with torch.inference_mode():
                 chunks = [self._processor.content_chunk(c) for c in part]
                 embeds = self._embed(chunks)
-                rows = [self._model.model.icm.memory(e[: len(c)]) for c, e in zip(chunks, embeds, strict=True)]
+                rows = self._model.model.icm.memories([e[: len(c)] for c, e in zip(chunks, embeds, strict=True)])
             out += [
                 CompressedContent(
                     r.to(torch.float16).cpu().numpy(), self._processor.full_tokens(c), self._processor.cut_tokens(c)
