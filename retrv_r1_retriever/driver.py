@@ -104,7 +104,10 @@ def _unlike_training(count: int, trained: int) -> str | None:
     """A note on a list of another length: longer ones use labels that were never trained, half as long is ours."""
     if not trained or trained / 2 <= count <= trained:
         return None
-    return f"a list of {count}, but the model was trained on lists of {trained}: do not trust the order before `retrv-r1 eval`"
+    return (
+        f"this list has {count} candidates and the model was trained on lists of {trained}: "
+        "measure with `retrv-r1 eval` before trusting the order"
+    )
 
 
 @dataclass(slots=True)

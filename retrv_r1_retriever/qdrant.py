@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from retrv_r1_retriever.errors import InputError, OptionsError, StoreError, explain, missing_extra
+from retrv_r1_retriever.errors import InputError, NotIndexedError, OptionsError, StoreError, explain, missing_extra
 from retrv_r1_retriever.filters import FilterTranslator
 from retrv_r1_retriever.points import MEMORY, CollectionSpec, Found, PointCodec, is_number, native_id
 from retrv_r1_retriever.qdrant_opening import Call, Opening
@@ -103,7 +103,7 @@ class QdrantStore:
             with_vectors=_memory_of(codec, with_memory),
         )
         if not answer.points and (await self._call("count", exact=False)).count == 0:
-            raise StoreError(
+            raise NotIndexedError(
                 explain(self._where, expected="documents", got="an empty collection", fix="Index some first.")
             )
         return codec.decode(_found(answer.points))

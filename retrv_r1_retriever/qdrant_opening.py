@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
-from retrv_r1_retriever.errors import SchemaError, StoreError, explain
+from retrv_r1_retriever.errors import NotIndexedError, SchemaError, StoreError, explain
 from retrv_r1_retriever.points import MEMORY, CollectionSpec, PointCodec
 from retrv_r1_retriever.schema import OWN_SCHEMA, PayloadSchema, found_fields, lookup
 from retrv_r1_retriever.store import Scalar
@@ -33,10 +33,10 @@ class Opening:
     async def __call__(self) -> PointCodec:
         if not await self.call("collection_exists"):
             if self.asked is None or self.read_only:
-                raise StoreError(
+                raise NotIndexedError(
                     explain(
                         self.where, expected="an existing collection", got="none of that name",
-                        fix="Fix the name, or pass spec=CollectionSpec(...) without read_only to make it.",
+                        fix="Run `retrv-r1 index SOURCE`, fix the name, or pass spec=CollectionSpec(...) without read_only.",
                     )
                 )  # fmt: skip
             await self.call("create_collection", **_creation(self.models, self.asked))

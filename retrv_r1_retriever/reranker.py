@@ -224,7 +224,9 @@ def _decide(
     order = rank(read, reading.direct, reading.outcome, options.ranking)
     half_judged = {*(reading.outcome.unreadable if reading.outcome else ()), *reading.stale}
     passed_over = _passed_over(order, reading.outcome)
-    unjudged = passed_over if reading.direct is None and options.ranking == "hybrid" else ()
+    unjudged = [i for i in passed_over if order.signals[i].keep_logprob is None]
+    if reading.direct is not None or options.ranking == "promote":
+        unjudged = []  # they have their place by the direct read, or by nothing but the answer
     unranked = (*(read[i] for i in sorted({*half_judged, *unjudged})), *skipped)
     reasons = [reading.problem] if reading.problem else []
     if skipped:
@@ -263,11 +265,10 @@ def _decide(
 
 
 def _passed_over(order: Order, outcome: Outcome | None) -> tuple[int, ...]:
-    """Indices of candidates that a thought neither judged, opened nor chose."""
+    """Indices of candidates that a thought has no word about, and neither opened nor chose."""
     if outcome is None:
         return ()
-    silent = (s.verdict is None and s.keep_logprob is None and not s.opened for s in order.signals)
-    return tuple(i for i, passed in enumerate(silent) if passed and i != order.answer)
+    return tuple(i for i, s in enumerate(order.signals) if not s.verdict and not s.opened and i != order.answer)
 
 
 def _unknown_labels(count: int, outcome: Outcome | None) -> int:

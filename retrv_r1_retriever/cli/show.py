@@ -16,16 +16,22 @@ CHOSEN = "★"
 
 
 def print_results(results: RankedResults, *, limit: int | None = None, positives: frozenset[str] = frozenset()) -> None:
-    """Status, ranked table, reasoning."""
+    """Status, ranked table, reasoning, notes."""
+    if not results.results:
+        print_wrapped(printable(results.reason or "no candidates"))
+        return
     for line in status_line(results).splitlines():
         print_wrapped(line)
     print()
     _print_ranking(results, limit, positives)
     if results.trace is not None:
         _print_reasoning(results, results.trace)
+        for note in results.trace.notes:
+            _paragraph("note", note)
 
 
 def status_line(results: RankedResults) -> str:
+    """Who decided, at what cost; on lines of their own what the thought left out, that none fits, and the reason."""
     line = f"{results.status.value}"
     trace = results.trace
     if trace is not None:
@@ -36,11 +42,23 @@ def status_line(results: RankedResults) -> str:
             line += f", {trace.usage.prompt_tokens:,} prompt tokens (all in full: {trace.usage.uncompressed_tokens:,})"
         if "total" in trace.timings:
             line += f", {1000 * trace.timings['total']:.0f} ms"
+        if left_out := _left_out(trace):
+            line += f"\n{left_out}"
     if results.none_chosen:
-        line += ", the model says that none fits"
+        line += "\nThe model answers that no candidate fits; this is its next-best order."
     if results.reason:
         line += f"\n{'NOT RERANKED: ' if results.status is Status.FALLBACK else ''}{printable(results.reason)}"
     return line
+
+
+def _left_out(trace: ReasoningTrace) -> str:
+    usage = trace.usage
+    counts = (
+        (usage.refused_inspections, "inspections refused"),
+        (usage.unknown_labels, "verdicts on labels that no candidate has"),
+        (usage.without_verdict, f"of {len(trace.candidates)} candidates without a verdict"),
+    )
+    return ", ".join(f"{count} {what}" for count, what in counts if count)
 
 
 def describe(content: Content) -> str:
@@ -97,8 +115,9 @@ def _print_reasoning(results: RankedResults, trace: ReasoningTrace) -> None:
         return
     ranks = {r.document.id: r.candidate.rank for r in results.results}
     names = {i: f"#{ranks.get(id, i + 1)}" for i, id in enumerate(trace.candidates)}
-    kept = [names.get(v.index, "?") for v in thought.verdicts if v.text == KEEP]
-    out = [f"{names.get(v.index, '?')} {v.text}" for v in thought.verdicts if v.text != KEEP]
+    known = [v for v in thought.verdicts if v.index in names and v.text]  # the others: see the status line
+    kept = [names[v.index] for v in known if v.text == KEEP]
+    out = [f"{names[v.index]} {v.text}" for v in known if v.text != KEEP]
     checks = {c.index: c for c in thought.checks}
     print("\nreasoning (#n: rank before)")
     _paragraph("looks for", thought.hypothesis)
@@ -110,9 +129,7 @@ def _print_reasoning(results: RankedResults, trace: ReasoningTrace) -> None:
     if trace.answer is not None and trace.answer < len(LABELS):
         _paragraph("answers", names.get(trace.answer, "?"))
     else:
-        _paragraph("answers", "none fits" if results.none_chosen else "")
-    for note in trace.notes:
-        _paragraph("note", note)
+        _paragraph("answers", "no candidate fits" if results.none_chosen else "")
 
 
 def _paragraph(name: str, words: str) -> None:

@@ -209,6 +209,10 @@ async def test_candidates_without_a_verdict_are_counted_and_without_a_direct_rea
     assert usage(alone) == (2, 2)
     assert (alone.status, alone.unranked) == (Status.PARTIAL, ("doc-2", "doc-3"))
     assert alone.reason == "2 of 4 candidates got no verdict, and there is no direct read to place them"
+    silent = ScriptedEngine(Thought("x", (Verdict(0, ""), Verdict(1, "no")), (), 1), keep={0: -2.0})
+    result = await RetrvR1Reranker(silent).arerank("q", candidates(4))
+    assert usage(result) == (0, 3), "a label without a word is no verdict"
+    assert result.unranked == ("doc-2", "doc-3"), "but its log p(keep) is a place"
     promoted = BALANCED.with_options(ranking="promote")  # places the answer only, and did
     result = await RetrvR1Reranker(ScriptedEngine(thought), options=promoted).arerank("q", candidates(4))
     assert result.status is Status.RERANKED
@@ -227,7 +231,13 @@ async def test_a_list_unlike_those_of_the_training_is_noted(count: int, said: bo
     engine = ScriptedEngine(slots=lambda prompt: [0.0] * len(prompt.slots), trained_top_k=10)
     results = await RetrvR1Reranker(engine, options=FAST).arerank("q", candidates(count))
     assert results.trace is not None
-    assert any(f"a list of {count}, but the model was trained on lists of 10" in n for n in results.trace.notes) is said
+    assert (
+        any(
+            f"this list has {count} candidates and the model was trained on lists of 10" in n
+            for n in results.trace.notes
+        )
+        is said
+    )
 
 
 async def test_an_untrained_direct_read_decides_only_where_it_must() -> None:

@@ -115,6 +115,25 @@ def test_none_chosen_forced_and_unjudged_are_said() -> None:
         assert words in text
 
 
+def test_none_fits_is_said_of_what_the_reranker_returns() -> None:
+    """Its trace has no answer then: the answer is in `none_chosen`."""
+    entry = text_list()
+    trace = entry.results.trace
+    assert trace is not None
+    usage = replace(trace.usage, unknown_labels=3, without_verdict=1)
+    ranked = replace(entry.results, trace=replace(trace, answer=None, usage=usage))
+    text = Elements(render_report([replace(entry, results=ranked)])).text
+    assert "No candidate fits." in text
+    assert "No answer was given" not in text
+    assert "The model answered that no candidate fits after opening 1 candidate in full; its next-best order is" in text
+    assert "verdicts on unknown labels 3" in text
+    assert "candidates without a verdict 1" in text
+    known = Elements(render_report([replace(entry, results=ranked, positives=frozenset({"text-1"}))])).text
+    assert "no candidate fits after opening 1 candidate in full. The right answer stayed at rank 2." in known
+    cut = Elements(render_report([replace(entry, results=replace(ranked, none_chosen=False))])).text
+    assert "No answer was given." in cut
+
+
 def test_right_answer_outside_the_candidates_is_said() -> None:
     text = Elements(render_report([replace(rescued(), positives=frozenset({"elsewhere"}))])).text
     assert "The right answer is not among the results" in text
