@@ -105,8 +105,8 @@ def _unlike_training(count: int, trained: int) -> str | None:
     if not trained or trained / 2 <= count <= trained:
         return None
     return (
-        f"this list has {count} candidates and the model was trained on lists of {trained}: "
-        "measure with `retrv-r1 eval` before trusting the order"
+        f"this list is {count} long and the model was trained on lists of {trained}: "
+        "its order may mean little (`retrv-r1 eval` measures it)"
     )
 
 

@@ -99,7 +99,7 @@ def _missing(retriever: RetrvR1Retriever, judged: Sequence[Judged], batch: int =
 def _missing_words(missing: Sequence[str]) -> str:
     more = f" and {len(missing) - MISSING_SHOWN} more" if len(missing) > MISSING_SHOWN else ""
     names = printable(", ".join(missing[:MISSING_SHOWN]))
-    return f"{len(missing)} of the right answers are not in the store, so no search can find them: {names}{more}"
+    return f"right answers that are not in the store, so that no search can find them: {len(missing)} ({names}{more})"
 
 
 def shared_notes(results: Sequence[RankedResults]) -> list[str]:
@@ -111,7 +111,7 @@ def shared_notes(results: Sequence[RankedResults]) -> list[str]:
 def verdict(comparison: Comparison) -> str:
     """What reranking did to the first places, in a sentence or two."""
     before, after = comparison.first_stage.recall_at_1, comparison.reranked.recall_at_1
-    moved = f"First place: {comparison.rescued} queries rescued, {comparison.lost} lost by reranking."
+    moved = f"first place: {comparison.rescued} rescued by reranking, {comparison.lost} lost."
     if after >= before:
         return moved
     return f"{moved} Reranking LOWERED R@1, from {before:.3f} to {after:.3f}: here the first stage alone is better."

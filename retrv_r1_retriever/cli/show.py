@@ -6,13 +6,14 @@ from typing import Any
 
 from retrv_r1_retriever.cli.terminal import one_line, print_table, print_wrapped, printable, terminal_width
 from retrv_r1_retriever.images import is_data_uri
-from retrv_r1_retriever.parser import parse
+from retrv_r1_retriever.parser import parse, readable
 from retrv_r1_retriever.prompt import KEEP, LABELS
 from retrv_r1_retriever.trace import ReasoningTrace
 from retrv_r1_retriever.types import Content, Query, RankedResult, RankedResults, Status
 
 OPENED = "◉"
 CHOSEN = "★"
+CHECK_SHOWN = 240  # characters; --json has them all
 
 
 def print_results(results: RankedResults, *, limit: int | None = None, positives: frozenset[str] = frozenset()) -> None:
@@ -54,11 +55,11 @@ def status_line(results: RankedResults) -> str:
 def _left_out(trace: ReasoningTrace) -> str:
     usage = trace.usage
     counts = (
-        (usage.refused_inspections, "inspections refused"),
-        (usage.unknown_labels, "verdicts on labels that no candidate has"),
-        (usage.without_verdict, f"of {len(trace.candidates)} candidates without a verdict"),
+        ("inspections refused", usage.refused_inspections, ""),
+        ("verdicts on labels that no candidate has", usage.unknown_labels, ""),
+        ("candidates without a verdict", usage.without_verdict, f" of {len(trace.candidates)}"),
     )
-    return ", ".join(f"{count} {what}" for count, what in counts if count)
+    return ", ".join(f"{what}: {count}{of}" for what, count, of in counts if count)
 
 
 def describe(content: Content) -> str:
@@ -124,8 +125,8 @@ def _print_reasoning(results: RankedResults, trace: ReasoningTrace) -> None:
     _paragraph("keeps", ", ".join(kept))
     _paragraph("rejects", ", ".join(out))
     for index in trace.inspected:
-        words = checks[index].text if index in checks else "(no words)"
-        _paragraph(f"opens {names.get(index, '?')}", words)
+        words = readable(checks[index].text, lambda i: names.get(i, "?")) if index in checks else ""
+        _paragraph(f"opens {names.get(index, '?')}", one_line(words, CHECK_SHOWN) or "(no words)")
     if trace.answer is not None and trace.answer < len(LABELS):
         _paragraph("answers", names.get(trace.answer, "?"))
     else:

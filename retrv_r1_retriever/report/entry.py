@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from retrv_r1_retriever.parser import Check, Thought, parse
+from retrv_r1_retriever.parser import Check, Thought, parse, readable
 from retrv_r1_retriever.prompt import KEEP, LABELS
 from retrv_r1_retriever.report.markup import EMPTY, Html, html, join
 from retrv_r1_retriever.report.pictures import PictureLoader, thumbnail
@@ -192,7 +192,7 @@ def _opened(check: Check, shown: Mapping[int, RankedResult], load: PictureLoader
         picture,
         css_class,
         word,
-        _short(check.text) or "no words were written",
+        _short(readable(check.text, lambda index: _name(index, shown))) or "no words were written",
     )
     return _step(f"◉ Opens {_name(check.index, shown)} in full", body, f"opened {css_class}")
 

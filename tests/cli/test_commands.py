@@ -102,10 +102,10 @@ def test_eval_compares_with_the_first_stage(workplace: Path, run: Run) -> None:
     assert measured["recall@k"] == pytest.approx(2 / 3)
     assert measured["statuses"] == {"reranked": 3}
     assert measured["missing_positives"] == ["elsewhere"]
-    assert any("this list has 4 candidates and the model was trained on lists of 20" in n for n in measured["notes"])
+    assert any("this list is 4 long and the model was trained on lists of 20" in n for n in measured["notes"])
     assert read_run(Path("run.txt")).keys() == {"a", "90:1", "queries.jsonl:3"}
     everything = " ".join(run("eval", "queries.jsonl").out.split())
-    assert "1 of the right answers are not in the store, so no search can find them: elsewhere" in everything
+    assert "right answers that are not in the store, so that no search can find them: 1 (elsewhere)" in everything
     shown = run("eval", "queries.jsonl", "--limit", 1).out
     assert "not in the store" not in shown
     assert "first stage" in shown

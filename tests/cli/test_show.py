@@ -8,7 +8,7 @@ from retrv_r1_retriever.cli.show import print_results, status_line
 from retrv_r1_retriever.engines.scripted import ScriptedEngine
 from retrv_r1_retriever.options import BALANCED, FAST
 from retrv_r1_retriever.parser import Check, Thought, Verdict
-from retrv_r1_retriever.prompt import NONE_INDEX
+from retrv_r1_retriever.prompt import NONE, NONE_INDEX, label
 from retrv_r1_retriever.reranker import RetrvR1Reranker
 from tests.helpers import candidates
 
@@ -24,8 +24,19 @@ def test_what_a_thought_left_out_is_in_the_summary(capsys: pytest.CaptureFixture
     checks = (Check(1, "match", True), Check(77, "match", True))  # the second one is refused
     thought = Thought("x", (Verdict(0, "blue"), Verdict(1, "keep"), Verdict(9, "keep"), Verdict(2, "")), checks, 1)
     out = shown(ScriptedEngine(thought, slots=SLOTS), capsys)
-    assert "1 inspections refused, 1 verdicts on labels that no candidate has, 2 of 4 candidates without a" in out
+    assert (
+        "inspections refused: 1, verdicts on labels that no candidate has: 1, candidates without a verdict: 2 of 4"
+        in out
+    )
     assert "keeps #2 rejects #1 blue opens" in out, "neither the unknown label nor the one without a word"
+
+
+def test_checks_are_shown_without_labels_and_short(capsys: pytest.CaptureFixture[str]) -> None:
+    noise = f"a4 same differs{label(0)}{NONE * 30} " + "x y " * 200
+    out = shown(ScriptedEngine(Thought("x", (), (Check(3, noise, None),), 3), slots=SLOTS), capsys)
+    assert "opens #4 a4 same differs #1 none (×30) x y" in out
+    assert "<|" not in out
+    assert len(out) < 1000
 
 
 def test_a_complete_thought_needs_no_such_line() -> None:

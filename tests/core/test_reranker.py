@@ -232,10 +232,7 @@ async def test_a_list_unlike_those_of_the_training_is_noted(count: int, said: bo
     results = await RetrvR1Reranker(engine, options=FAST).arerank("q", candidates(count))
     assert results.trace is not None
     assert (
-        any(
-            f"this list has {count} candidates and the model was trained on lists of 10" in n
-            for n in results.trace.notes
-        )
+        any(f"this list is {count} long and the model was trained on lists of 10" in n for n in results.trace.notes)
         is said
     )
 
