@@ -36,12 +36,13 @@ def test_rescued_and_lost_queries_are_counted() -> None:
         ranked([2, 1, 3], 0),
         ranked([2, 1, 3], 0),
         ranked([2, 1], 0),
+        ranked([1, 2], 0),
     ]
-    found = compare([{"d3"}, {"d1"}, {"d1"}, {"d1"}, {"d1", "d2"}], results)
+    found = compare([{"d3"}, {"d1"}, {"d1"}, {"d1"}, {"d1", "d2"}, {"d1"}], results)
     assert (found.rescued, found.lost) == (1, 2)
     words = verdict(found)
     assert "1 rescued by reranking, 2 lost" in words
-    assert "Reranking LOWERED R@1, from 0.800 to 0.600" in words
+    assert "Reranking LOWERED R@1, from 0.833 to 0.667" in words
     better = verdict(compare([{"d3"}], results[:1]))
     assert "LOWERED" not in better
 
