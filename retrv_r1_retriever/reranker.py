@@ -235,7 +235,7 @@ def _decide(
         reasons.append(f"{len(half_judged)} could not be opened or changed after indexing")
     if unjudged:
         reasons.append(
-            f"{len(unjudged)} of {len(read)} candidates got no verdict, and there is no direct read to place them"
+            f"{len(unjudged)} of {len(read)} candidates were not named in the thought, and there is no direct read to place them"
         )
     notes = (*readable.notes, *reading.trace.notes)
     if 2 * len(passed_over) > len(read):

@@ -208,7 +208,7 @@ async def test_candidates_without_a_verdict_are_counted_and_without_a_direct_rea
     alone = await RetrvR1Reranker(ScriptedEngine(thought)).arerank("q", candidates(4))
     assert usage(alone) == (2, 2)
     assert (alone.status, alone.unranked) == (Status.PARTIAL, ("doc-2", "doc-3"))
-    assert alone.reason == "2 of 4 candidates got no verdict, and there is no direct read to place them"
+    assert alone.reason == "2 of 4 candidates were not named in the thought, and there is no direct read to place them"
     silent = ScriptedEngine(Thought("x", (Verdict(0, ""), Verdict(1, "no")), (), 1), keep={0: -2.0})
     result = await RetrvR1Reranker(silent).arerank("q", candidates(4))
     assert usage(result) == (0, 3), "a label without a word is no verdict"
