@@ -30,6 +30,7 @@ Clock = Callable[[], float]
 
 #: Seconds a result waits for its handle to close; a slower close goes on in the background. Ours, not the paper's.
 CLOSE_GRACE_S = 5.0
+_UNTRAINED = "the direct read of this checkpoint was not trained"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,18 +77,37 @@ async def read(
     return run.reading()
 
 
-def should_think(options: RerankOptions, calibrated: float | None, direct: SlotRead | None) -> tuple[bool, str | None]:
-    """Whether to think after the direct read, and a note for the trace where `auto` had no margin to go by."""
-    if options.ranking == "logits" or options.think == "never":
-        return False, None
+def only_direct(options: RerankOptions) -> bool:
+    """Whether the caller wants no thought, whatever the direct read is worth."""
+    return options.ranking == "logits" or options.think == "never"
+
+
+def should_think(
+    options: RerankOptions, calibrated: float | None, direct: SlotRead | None, trained: bool = True
+) -> tuple[bool, str | None]:
+    """Whether to think after the direct read, and a note for the trace where that was no free choice."""
+    if only_direct(options):
+        return False, None if trained else f"{_UNTRAINED}: the order may be no better than chance; use think='always'"
     if options.think == "always":
         return True, None
     threshold = options.think_margin if options.think_margin is not None else calibrated
+    if not trained:
+        return True, f"think=auto: {_UNTRAINED}, so it always thinks"
     if direct is None:
         return True, "think=auto: this engine offers no direct read, so it always thinks"
     if threshold is None:
         return True, "think=auto: no calibrated margin for this engine, so it always thinks"
     return not direct.margin >= threshold, None  # a margin that is no number is no certainty
+
+
+def _unlike_training(count: int, trained: int) -> str | None:
+    """A note on a list of another length: longer ones use labels that were never trained, half as long is ours."""
+    if not trained or trained / 2 <= count <= trained:
+        return None
+    return (
+        f"this list is {count} long and the model was trained on lists of {trained}: "
+        "its order may mean little (`retrv-r1 eval` measures it)"
+    )
 
 
 @dataclass(slots=True)
@@ -111,8 +131,13 @@ class _Run:
     async def open(self) -> None:
         with self._stage("open"), _engine_errors("open"):
             self.handle = await self.engine.open(self.prompt)
+        if note := _unlike_training(len(self.prompt.candidates), self.engine.trained_top_k):
+            self.notes.append(note)
 
     async def read_directly(self) -> None:
+        """Skipped where it was not trained, unless nothing else may decide: it must not stand in for a failed thought."""
+        if not (self.engine.direct_read or only_direct(self.options)):
+            return
         with self._stage("direct_read"), _engine_errors("direct read"):
             self.direct = await self.engine.probe(self.handle, ANSWER_START)
             if not isinstance(self.direct, SlotRead | None):
@@ -128,7 +153,7 @@ class _Run:
                 )
 
     def should_think(self) -> bool:
-        think, note = should_think(self.options, self.engine.think_margin, self.direct)
+        think, note = should_think(self.options, self.engine.think_margin, self.direct, self.engine.direct_read)
         if note:
             self.notes.append(note)
         if not think and self.direct is None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from retrv_r1_retriever.errors import SchemaError, StoreError, explain, missing_extra
+from retrv_r1_retriever.errors import NotIndexedError, SchemaError, StoreError, explain, missing_extra
 from retrv_r1_retriever.filters import FilterTranslator
 from retrv_r1_retriever.points import MEMORY, CollectionSpec, Encoded, Found, PointCodec
 from retrv_r1_retriever.store import Filter, Point, Scalar
@@ -48,10 +48,11 @@ class EdgeStore:
         where = f"index {self.path}"
         if not (self.path / _SPEC_FILE).exists():
             if spec is None or read_only:
-                raise StoreError(
+                raise NotIndexedError(
                     explain(
                         where, expected="an index made by this package", got="none there",
-                        fix="Fix the path, run `retrv-r1 index` first, or pass spec=CollectionSpec(...) without read_only.",
+                        fix="Run `retrv-r1 index SOURCE` first, or fix the path: [store] in retrv.toml, --config for another "
+                        "one. In Python, pass spec=CollectionSpec(...) without read_only to make one.",
                     )
                 )  # fmt: skip
             with self._errors():
@@ -78,7 +79,7 @@ class EdgeStore:
         )
         found = await self._call(lambda: _found(self._shard.query(request)))
         if not found and await self.count() == 0:
-            raise StoreError(
+            raise NotIndexedError(
                 explain(f"index {self.path}", expected="documents", got="an empty collection", fix="Index some first.")
             )
         return self._codec.decode(found)

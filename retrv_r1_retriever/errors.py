@@ -31,6 +31,10 @@ class StoreError(RetrvR1Error, RuntimeError):
     """The vector store cannot be opened, is locked, or did not answer."""
 
 
+class NotIndexedError(StoreError):
+    """There is no collection of that name or in that folder, or it is empty: nothing was indexed yet, or elsewhere."""
+
+
 class StaleMemoryError(RetrvR1Error, RuntimeError):
     """Stored candidate memory does not fit the model or the candidate's present content, and `on_stale="raise"`."""
 

@@ -53,14 +53,7 @@ class FilterTranslator:
         )
 
     def _equals(self, field: str, value: Scalar) -> Any:
-        if not isinstance(value, str | int):
-            raise InputError(
-                explain(f"Equals({field!r})", expected="str, int or bool", got=repr(value), fix="Use Range for floats.")
-            )
-        if isinstance(value, int) and not -(2**63) <= value < 2**63:
-            raise InputError(
-                explain(f"Equals({field!r})", expected="a 64-bit integer", got=value, fix="Store it as text.")
-            )
+        check_value(field, value)
         if self.own and isinstance(value, bool):
             field, value = f"{RESERVED}.{'true' if value else 'false'}", field
         return self.sdk.FieldCondition(key=field, match=self.sdk.MatchValue(value=value))
@@ -75,3 +68,13 @@ class FilterTranslator:
                 self._equals(field, value)  # raises where no field can have it
             return self.sdk.FieldCondition(key=field, match=self.sdk.MatchAny(any=list(values)))
         return self.sdk.Filter(should=[self._equals(field, value) for value in values])
+
+
+def check_value(field: str, value: object) -> None:
+    """Raises `InputError` for what no payload field can equal."""
+    if not isinstance(value, str | int):
+        raise InputError(
+            explain(f"Equals({field!r})", expected="str, int or bool", got=repr(value), fix="Use Range for floats.")
+        )
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise InputError(explain(f"Equals({field!r})", expected="a 64-bit integer", got=value, fix="Store it as text."))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from retrv_r1_retriever.prompt import (
@@ -77,6 +78,17 @@ def render(thought: Thought) -> tuple[Segment, ...]:
         head = f" {check.text}" if check.text else ""
     segments += [Sampled(head + THINK_END)]
     return (*segments, *answer_segments(thought.answer))
+
+
+def readable(text: str, name: Callable[[int], str]) -> str:
+    """The model's words for people: a candidate's label as `name(index)`, the none label as `none`, long repetitions counted."""
+
+    def shown(found: re.Match[str]) -> str:
+        index = label_index(found.group())
+        return f" {'none' if index == NONE_INDEX else '?' if index is None else name(index)} "
+
+    runs = [(word, len(list(run))) for word, run in itertools.groupby(_LABEL.sub(shown, text).split())]
+    return " ".join(f"{word} (×{times})" if times > 2 else " ".join([word] * times) for word, times in runs)
 
 
 def answer_segments(answer: int | None) -> tuple[Segment, ...]:

@@ -18,7 +18,8 @@ from retrv_r1_retriever.errors import EngineError, InputError, RerankTimeout, ex
 from retrv_r1_retriever.images import ImageSource, LocalImages, load_content
 from retrv_r1_retriever.options import BALANCED, RerankOptions
 from retrv_r1_retriever.prompt import build_prompt
-from retrv_r1_retriever.ranking import rank, to_results
+from retrv_r1_retriever.ranking import Order, rank, to_results
+from retrv_r1_retriever.session import Outcome
 from retrv_r1_retriever.types import (
     MAX_CANDIDATES,
     Candidate,
@@ -152,7 +153,7 @@ class RetrvR1Reranker:
         async def think(index: int) -> RankedResults:
             left = less_time(options, _seconds(results[index]))
             thought = await self.arerank(*jobs[index], options=left.with_options(think="always"))
-            if thought.status is not Status.FALLBACK:
+            if thought.status is not Status.FALLBACK or not self.engine.direct_read:
                 return thought
             return replace(results[index], status=Status.PARTIAL, reason=thought.reason)
 
@@ -221,15 +222,24 @@ def _decide(
     read = [candidates[i] for i in readable.positions]  # the caller's own objects, not the copies with fresh memory
     skipped = _as_retrieved([c for i, c in enumerate(candidates) if i not in set(readable.positions)])
     order = rank(read, reading.direct, reading.outcome, options.ranking)
-    unreadable = reading.outcome.unreadable if reading.outcome else ()
-    half_judged = [read[i] for i in sorted({*unreadable, *reading.stale})]
-    unranked = tuple(c.document.id for c in (*half_judged, *skipped))
+    half_judged = {*(reading.outcome.unreadable if reading.outcome else ()), *reading.stale}
+    passed_over = _passed_over(order, reading.outcome)
+    unjudged = [i for i in passed_over if order.signals[i].keep_logprob is None]
+    if reading.direct is not None or options.ranking == "promote":
+        unjudged = []  # they have their place by the direct read, or by nothing but the answer
+    unranked = (*(read[i] for i in sorted({*half_judged, *unjudged})), *skipped)
     reasons = [reading.problem] if reading.problem else []
     if skipped:
         reasons.append(f"{len(skipped)} of {len(candidates)} candidates have no usable memory")
     if half_judged:
         reasons.append(f"{len(half_judged)} could not be opened or changed after indexing")
+    if unjudged:
+        reasons.append(
+            f"{len(unjudged)} of {len(read)} candidates were not named in the thought, and there is no direct read to place them"
+        )
     notes = (*readable.notes, *reading.trace.notes)
+    if 2 * len(passed_over) > len(read):
+        notes = (*notes, f"the thought passed over {len(passed_over)} of {len(read)} candidates: most got no verdict")
     if skipped:
         labels = ", ".join(str(i) for i in readable.positions)
         notes = (*notes, f"labels count only the candidates in the prompt, at these places of the list: {labels}")
@@ -239,9 +249,30 @@ def _decide(
         status=Status.PARTIAL if reasons else Status.RERANKED,
         none_chosen=order.none_chosen,
         reason="; ".join(reasons) or None,
-        unranked=unranked,
-        trace=replace(reading.trace, answer=order.answer, timings=timings, notes=notes),
+        unranked=tuple(c.document.id for c in unranked),
+        trace=replace(
+            reading.trace,
+            answer=order.answer,
+            usage=replace(
+                reading.trace.usage,
+                unknown_labels=_unknown_labels(len(read), reading.outcome),
+                without_verdict=len(passed_over),
+            ),
+            timings=timings,
+            notes=notes,
+        ),
     )
+
+
+def _passed_over(order: Order, outcome: Outcome | None) -> tuple[int, ...]:
+    """Indices of candidates that a thought has no word about, and neither opened nor chose."""
+    if outcome is None:
+        return ()
+    return tuple(i for i, s in enumerate(order.signals) if not s.verdict and not s.opened and i != order.answer)
+
+
+def _unknown_labels(count: int, outcome: Outcome | None) -> int:
+    return sum(verdict.index >= count for verdict in outcome.thought.verdicts) if outcome else 0
 
 
 def _as_retrieved(candidates: Sequence[Candidate]) -> list[Candidate]:

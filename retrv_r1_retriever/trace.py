@@ -73,6 +73,7 @@ class Usage:
     """Token counts of one call.
 
     prompt_tokens: as sent, compressed; uncompressed_tokens: the same prompt with every candidate in full (0 = unknown)
+    unknown_labels: verdicts on labels that no candidate has; without_verdict: candidates that a thought passed over
     """
 
     prompt_tokens: int = 0
@@ -80,6 +81,8 @@ class Usage:
     sampled_tokens: int = 0
     inspected_tokens: int = 0
     refused_inspections: int = 0
+    unknown_labels: int = 0
+    without_verdict: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,9 @@ import pytest
 
 from retrv_r1_retriever import config as settings
 from retrv_r1_retriever.cli import app
+from retrv_r1_retriever.demo import catalogue
 from retrv_r1_retriever.model.checkpoint import Checkpoint, save_checkpoint
-from tests.tiny import checkpoint, picture
+from tests.tiny import checkpoint
 
 __all__ = ["checkpoint"]
 
@@ -38,10 +39,25 @@ def test_python_blocks_run(code: str, checkpoint: Checkpoint, tmp_path: Path, mo
     manifest = replace(checkpoint.manifest, embedder_dim=16)
     save_checkpoint(folder, checkpoint.model, checkpoint.processor, manifest, embedder=checkpoint.model)
     monkeypatch.setattr(settings, "checkpoint_path", lambda config: str(folder))
-    (tmp_path / "pictures").mkdir()
-    picture(0).save(tmp_path / "pictures" / "b.png")
+    everything = catalogue.combos
+    monkeypatch.setattr(catalogue, "combos", lambda part: everything(part)[:16])
+    monkeypatch.setitem(catalogue.SPLITS, "test", replace(catalogue.SPLITS["test"], queries=1))
+    catalogue.write_catalogue(tmp_path / "demo-data")  # as `retrv-r1 demo` leaves it, only smaller
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "block", "exec"), {"__name__": "block"})
+
+
+def test_the_main_path_prints_cards_a_reader_can_tell_apart(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = re.search(r"<!-- test: main-path -->\n```python\n(.*?)^```", PAGES[0].read_text("utf-8"), re.S | re.M)
+    assert code
+    test_python_blocks_run(code[1], checkpoint, tmp_path, monkeypatch)
+    status, *lines = capsys.readouterr().out.splitlines()
+    assert status.split()[0] in ("reranked", "partial")
+    captions = [card.text for card, stratum in catalogue.make_cards(catalogue.SPLITS["test"]) if stratum == "fine"]
+    assert len(lines) == 5
+    assert all(any(caption in line for caption in captions) for line in lines)
 
 
 @pytest.mark.parametrize("code", blocks("bash"))

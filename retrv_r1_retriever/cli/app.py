@@ -1,7 +1,7 @@
 """Commands, exit codes and error messages of `retrv-r1`.
 
 Exit codes: 0 done, 1 something failed while working (a fallback to first-stage order included), 2 the input or the usage is
-wrong, 130 interrupted.
+wrong or nothing is indexed yet, 130 interrupted.
 Other packages add a command through the entry-point group `retrv_r1.commands`: its name is the command, its object a function
 `add(parser)` that declares arguments and sets `run`, a function from the parsed arguments to an exit code.
 """
@@ -15,12 +15,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
+from typing import NoReturn
 
 from retrv_r1_retriever import __version__
 from retrv_r1_retriever.cli import demo, doctor, evaluate, index, search
 from retrv_r1_retriever.cli.terminal import printable
 from retrv_r1_retriever.config import FILE_NAME
-from retrv_r1_retriever.errors import InputError, OptionsError, RetrvR1Error, SchemaError
+from retrv_r1_retriever.errors import InputError, NotIndexedError, OptionsError, RetrvR1Error, SchemaError
 
 GROUP = "retrv_r1.commands"
 AddArguments = Callable[[argparse.ArgumentParser], None]
@@ -37,7 +38,14 @@ COMMANDS: dict[str, tuple[str, AddArguments]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
-    args = _parser(arguments).parse_args(arguments)
+    try:
+        args = _parser(arguments).parse_args(arguments)
+    except _UsageError as error:
+        if "--json" in arguments:
+            return _report_error(OptionsError(f"{error}. See: {error.parser.prog} --help"), True)
+        error.parser.print_usage(sys.stderr)
+        print(f"{error.parser.prog}: error: {error}", file=sys.stderr)
+        return 2
     # What it warns about, a fallback, is the first line of what is printed.
     logging.getLogger("retrv_r1_retriever.reranker").setLevel(logging.ERROR)
     try:
@@ -56,6 +64,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report_error(error, args.json)
 
 
+class _UsageError(Exception):
+    def __init__(self, parser: argparse.ArgumentParser, message: str) -> None:
+        super().__init__(message)
+        self.parser = parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises where argparse would print and exit: with --json the message has another form."""
+
+    def error(self, message: str) -> NoReturn:
+        raise _UsageError(self, message)
+
+
 def _report_error(error: Exception, as_json: bool) -> int:
     """One message, no traceback. Wrong input is 2, everything else 1."""
     message = str(error)
@@ -65,13 +86,11 @@ def _report_error(error: Exception, as_json: bool) -> int:
         print(json.dumps({"error": {"type": type(error).__name__, "message": message}}, ensure_ascii=False))
     else:
         print(f"retrv-r1: {printable(message)}", file=sys.stderr)
-    return 2 if isinstance(error, InputError | OptionsError | SchemaError) else 1
+    return 2 if isinstance(error, InputError | OptionsError | SchemaError | NotIndexedError) else 1
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="retrv-r1", description="A reranking retriever that reads, opens and decides."
-    )
+    parser = _Parser(prog="retrv-r1", description="A reranking retriever that reads, opens and decides.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, (help_text, add) in COMMANDS.items():
@@ -86,9 +105,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
-def _command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, help_text: str
-) -> argparse.ArgumentParser:
+def _command(commands: argparse._SubParsersAction[_Parser], name: str, help_text: str) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
     command.add_argument("--config", default=FILE_NAME, metavar="FILE", help=f"settings (default: {FILE_NAME})")
     command.add_argument("--json", action="store_true", help="print JSON for programs")

@@ -119,6 +119,11 @@ def _checkpoint(config: Config, manifest: Manifest) -> Iterator[Finding]:
         yield Finding(
             "warn", "top_k", detail, f"Set top_k = {manifest.trained_top_k} in [rerank], or measure: retrv-r1 eval"
         )
+    if not manifest.direct_read:
+        fix = (
+            "Keep think = 'always', or 'auto', which then always thinks; a thought that runs out of time is a fallback"
+        )
+        yield Finding("warn", "direct read", "not trained in this checkpoint: think = 'never' orders by chance", fix)
     if manifest.think_margin is None and config.rerank.think_margin is None and config.rerank.think == "auto":
         yield Finding("ok", "think", "auto without a calibrated margin: it always thinks")
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from retrv_r1_retriever._sync import run
 from retrv_r1_retriever.cli.search import (
     add_options,
     check_output,
@@ -16,7 +17,7 @@ from retrv_r1_retriever.cli.search import (
     options_of,
     read_picture,
 )
-from retrv_r1_retriever.cli.terminal import Progress, print_json, print_table
+from retrv_r1_retriever.cli.terminal import Progress, print_json, print_table, print_wrapped, printable
 from retrv_r1_retriever.config import Config
 from retrv_r1_retriever.errors import InputError, explain
 from retrv_r1_retriever.evaluation.comparison import Comparison, Judged, Scores, compare
@@ -24,7 +25,10 @@ from retrv_r1_retriever.evaluation.runs import run_of, write_run
 from retrv_r1_retriever.images import is_data_uri
 from retrv_r1_retriever.options import RerankOptions
 from retrv_r1_retriever.retriever import RetrvR1Retriever
+from retrv_r1_retriever.store import VectorFirstStage
 from retrv_r1_retriever.types import ImageInput, Query, RankedResults
+
+MISSING_SHOWN = 10
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +54,7 @@ def main(args: argparse.Namespace) -> int:
     check_output(args.report, args.run_file)
     judged = read_queries(args.file, config)[: args.limit]
     with opened_retriever(config) as retriever:
+        missing = _missing(retriever, judged)
         results = retrieve_all(retriever, judged, options, Progress())
     comparison = compare([one.positives for one in judged], results)
     if args.run_file:
@@ -57,9 +62,15 @@ def main(args: argparse.Namespace) -> int:
     if args.report:
         _write_report(args.report, judged, results, comparison, options, retriever)
     if args.json:
-        print_json(comparison_json(comparison, options))
+        print_json(
+            comparison_json(comparison, options) | {"missing_positives": missing, "notes": shared_notes(results)}
+        )
     else:
         print_comparison(comparison, options)
+        if missing:
+            print_wrapped(_missing_words(missing))
+        for note in shared_notes(results):
+            print_wrapped(f"note: {note}")
         for path in filter(None, (args.run_file, args.report)):
             print(f"wrote {path}")
     return 0
@@ -76,6 +87,36 @@ def retrieve_all(
     return results
 
 
+def _missing(retriever: RetrvR1Retriever, judged: Sequence[Judged], batch: int = 500) -> list[str]:
+    """Positives that are not in the store, sorted: no search can find them."""
+    assert isinstance(retriever.first_stage, VectorFirstStage)  # what a config makes
+    asked = sorted(set().union(*(one.positives for one in judged)))
+    parts = (asked[start : start + batch] for start in range(0, len(asked), batch))
+    found = {c.document.id for ids in parts for c in run(retriever.first_stage.store.get(ids, with_memory=False))}
+    return [id for id in asked if id not in found]
+
+
+def _missing_words(missing: Sequence[str]) -> str:
+    more = f" and {len(missing) - MISSING_SHOWN} more" if len(missing) > MISSING_SHOWN else ""
+    names = printable(", ".join(missing[:MISSING_SHOWN]))
+    return f"right answers that are not in the store, so that no search can find them: {len(missing)} ({names}{more})"
+
+
+def shared_notes(results: Sequence[RankedResults]) -> list[str]:
+    """What the traces of all queries note."""
+    notes = [result.trace.notes if result.trace else () for result in results]
+    return [note for note in notes[0] if all(note in others for others in notes)]
+
+
+def verdict(comparison: Comparison) -> str:
+    """What reranking did to the first places, in a sentence or two."""
+    before, after = comparison.first_stage.recall_at_1, comparison.reranked.recall_at_1
+    moved = f"first place: {comparison.rescued} rescued by reranking, {comparison.lost} lost."
+    if after >= before:
+        return moved
+    return f"{moved} Reranking LOWERED R@1, from {before:.3f} to {after:.3f}: here the first stage alone is better."
+
+
 def print_comparison(comparison: Comparison, options: RerankOptions) -> None:
     print_table(("", "R@1", "R@5", "MRR"), _rows(comparison))
     statuses = ", ".join(f"{count} {name}" for name, count in sorted(comparison.statuses.items()))
@@ -84,6 +125,7 @@ def print_comparison(comparison: Comparison, options: RerankOptions) -> None:
         f"right answer among the K: {comparison.ceiling:.3f}; "
         f"opened per query: {comparison.opened:.2f}; {statuses}"
     )
+    print_wrapped(verdict(comparison))
 
 
 def comparison_json(comparison: Comparison, options: RerankOptions) -> dict[str, Any]:
@@ -100,6 +142,8 @@ def comparison_json(comparison: Comparison, options: RerankOptions) -> dict[str,
         "recall@k": comparison.ceiling,
         "opened_per_query": comparison.opened,
         "statuses": comparison.statuses,
+        "rescued": comparison.rescued,
+        "lost": comparison.lost,
     }
 
 
@@ -122,7 +166,7 @@ def _write_report(
         f"{comparison.queries} queries, K = {options.top_k}, ranking {options.ranking}, think {options.think}",
         ("", "R@1", "R@5", "MRR"),
         tuple(_rows(comparison)),
-        f"Right answer among the K: {comparison.ceiling:.3f}. Opened per query: {comparison.opened:.2f}.",
+        f"Right answer among the K: {comparison.ceiling:.3f}. Opened per query: {comparison.opened:.2f}. {verdict(comparison)}",
     )
     entries = [ReportEntry(ranked, positives=one.positives) for one, ranked in zip(judged, results, strict=True)]
     write_report(path, entries, title="Evaluation", tables=[table], images=retriever.images)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 from retrv_r1_retriever import config as settings
 from retrv_r1_retriever._sync import run
 from retrv_r1_retriever.cli.search import load_config
-from retrv_r1_retriever.cli.terminal import Progress, one_line, print_json, terminal_width
+from retrv_r1_retriever.cli.terminal import Progress, print_json, print_wrapped, printable
 from retrv_r1_retriever.config import Config
 from retrv_r1_retriever.errors import InputError, explain
 from retrv_r1_retriever.types import Content, Document
@@ -44,6 +45,7 @@ def main(args: argparse.Namespace) -> int:
 
     config = _config(args)
     total, rows = _rows(args.source, config)
+    rows = _not_empty(rows, args.source)
     progress = Progress()
     engine, embedder = settings.open_engine(config), settings.open_embedder(config)
     store = settings.open_store(config, settings.collection_spec(engine, embedder))
@@ -62,9 +64,6 @@ def main(args: argparse.Namespace) -> int:
         count = run(store.count())
     finally:
         run(store.close())
-    if not (report.indexed or report.skipped or report.failed):
-        expected = "pictures or .txt files" if args.source.is_dir() else "documents, one a line"
-        raise InputError(explain(str(args.source), expected=expected, got="none", fix="Fix the path."))
     _print(args, report, count)
     return 1 if report.failed and not report.indexed + report.skipped else 0
 
@@ -90,9 +89,19 @@ def _print(args: argparse.Namespace, report: IndexReport, count: int) -> None:
     if report.cut:
         print(f"  {report.cut:,} texts are longer than the model reads; their ends are not in its memory")
     for failure in report.failed[:FAILURES_SHOWN]:
-        print(f"  failed: {one_line(failure.reason, terminal_width() - 10)}")
+        print_wrapped(f"  failed: {' '.join(printable(failure.reason).split())}", indent=10)
     if len(report.failed) > FAILURES_SHOWN:
         print(f"  ... and {len(report.failed) - FAILURES_SHOWN} more (--json lists all)")
+
+
+def _not_empty(rows: Iterable[Row], source: Path) -> Iterable[Row]:
+    """The same rows. Raises `InputError` if there are none, before a model is loaded or a folder or config is made."""
+    rows = iter(rows)
+    first = next(rows, None)
+    if first is None:
+        expected = "pictures or .txt files" if source.is_dir() else "documents, one a line"
+        raise InputError(explain(str(source), expected=expected, got="none", fix="Fix the path."))
+    return itertools.chain([first], rows)
 
 
 def _config(args: argparse.Namespace) -> Config:

@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -16,11 +17,12 @@ from retrv_r1_retriever._sync import run
 from retrv_r1_retriever.cli.show import print_results, results_json
 from retrv_r1_retriever.cli.terminal import print_json
 from retrv_r1_retriever.config import Config
-from retrv_r1_retriever.errors import InputError, explain
+from retrv_r1_retriever.errors import ImageError, InputError, explain
+from retrv_r1_retriever.filters import check_value
 from retrv_r1_retriever.images import ImageSource
 from retrv_r1_retriever.options import Ranking, RerankOptions, Think
 from retrv_r1_retriever.retriever import RetrvR1Retriever
-from retrv_r1_retriever.store import Condition, Equals, Filter, Range, VectorFirstStage
+from retrv_r1_retriever.store import Condition, Equals, Filter, FirstStage, Range, VectorFirstStage
 from retrv_r1_retriever.types import Content, Document, Query, RankedResults, Status
 
 ROWS_SHOWN = 20
@@ -69,23 +71,33 @@ def options_of(args: argparse.Namespace, options: RerankOptions) -> RerankOption
 
 def search(args: argparse.Namespace) -> int:
     config = load_config(args)
-    query, options = _query(args), options_of(args, config.rerank)
+    query, options = _query(args, settings.open_images(config)), options_of(args, config.rerank)
+    only = _filter(args.filter)
     check_output(args.report)
     with opened_retriever(config) as retriever:
-        results = retriever.retrieve(query, filter=_filter(args.filter), options=options)
-    return finish(args, results, retriever.images)
+        results = retriever.retrieve(query, filter=only, options=options)
+        unmatched = only is not None and not results.results
+        if unmatched:
+            results = replace(results, reason=_no_match(args.filter, retriever.first_stage))
+    code = finish(args, results, retriever.images)
+    return 0 if unmatched else code  # nothing failed: that is what was asked for
+
+
+def _no_match(conditions: Sequence[str], first_stage: FirstStage) -> str:
+    assert isinstance(first_stage, VectorFirstStage)  # what a config makes
+    return f"0 of {run(first_stage.store.count()):,} documents match the filter {' and '.join(conditions)}"
 
 
 def rerank(args: argparse.Namespace) -> int:
     from retrv_r1_retriever.reranker import RetrvR1Reranker
 
     config = load_config(args)
-    query, options = _query(args), options_of(args, config.rerank)
+    images = settings.open_images(config)
+    query, options = _query(args, images), options_of(args, config.rerank)
     check_output(args.report)
     documents = [document for source in args.sources for document in _documents(source)]
     # All of them are misses: nothing was indexed, and the caller has named every file.
     options = options.with_options(on_stale="recompute", max_recompute=min(len(documents), 127))
-    images = settings.open_images(config)
     results = RetrvR1Reranker(settings.open_engine(config), images=images).rerank(query, documents, options=options)
     return finish(args, results, images)
 
@@ -138,12 +150,19 @@ def check_output(*paths: Path | None) -> None:
             ) from None
 
 
-def _query(args: argparse.Namespace) -> Query:
+def _query(args: argparse.Namespace, images: ImageSource) -> Query:
+    """Its picture is decoded once here: a broken one should not wait for a model."""
     if not (args.text and args.text.strip()) and args.image is None:
         raise InputError(
             explain("query", expected="--text, --image or both", got="neither", fix="Say what to look for.")
         )
-    return Query.of(args.text, read_picture(args.image) if args.image else None, args.instruction)
+    picture = read_picture(args.image) if args.image else None
+    if picture is not None:
+        try:
+            run(images.load(picture))
+        except ImageError as error:
+            raise ImageError(f"{args.image}: {error}") from None
+    return Query.of(args.text, picture, args.instruction)
 
 
 def read_picture(path: Path) -> bytes:
@@ -174,7 +193,9 @@ def _condition(field: str, text: str) -> Condition:
         value = text
     if isinstance(value, float) and math.isfinite(value):
         return Range(field, gte=value, lte=value)
-    return Equals(field, value if isinstance(value, str | int | bool) else text)
+    value = value if isinstance(value, str | int | bool) else text
+    check_value(field, value)
+    return Equals(field, value)
 
 
 def _documents(source: Path) -> Iterator[Document]:

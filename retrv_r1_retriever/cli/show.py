@@ -6,26 +6,33 @@ from typing import Any
 
 from retrv_r1_retriever.cli.terminal import one_line, print_table, print_wrapped, printable, terminal_width
 from retrv_r1_retriever.images import is_data_uri
-from retrv_r1_retriever.parser import parse
+from retrv_r1_retriever.parser import parse, readable
 from retrv_r1_retriever.prompt import KEEP, LABELS
 from retrv_r1_retriever.trace import ReasoningTrace
 from retrv_r1_retriever.types import Content, Query, RankedResult, RankedResults, Status
 
 OPENED = "◉"
 CHOSEN = "★"
+CHECK_SHOWN = 240  # characters; --json has them all
 
 
 def print_results(results: RankedResults, *, limit: int | None = None, positives: frozenset[str] = frozenset()) -> None:
-    """Status, ranked table, reasoning."""
+    """Status, ranked table, reasoning, notes."""
+    if not results.results:
+        print_wrapped(printable(results.reason or "no candidates"))
+        return
     for line in status_line(results).splitlines():
         print_wrapped(line)
     print()
     _print_ranking(results, limit, positives)
     if results.trace is not None:
         _print_reasoning(results, results.trace)
+        for note in results.trace.notes:
+            _paragraph("note", note)
 
 
 def status_line(results: RankedResults) -> str:
+    """Who decided, at what cost; on lines of their own what the thought left out, that none fits, and the reason."""
     line = f"{results.status.value}"
     trace = results.trace
     if trace is not None:
@@ -36,11 +43,23 @@ def status_line(results: RankedResults) -> str:
             line += f", {trace.usage.prompt_tokens:,} prompt tokens (all in full: {trace.usage.uncompressed_tokens:,})"
         if "total" in trace.timings:
             line += f", {1000 * trace.timings['total']:.0f} ms"
+        if left_out := _left_out(trace):
+            line += f"\n{left_out}"
     if results.none_chosen:
-        line += ", the model says that none fits"
+        line += "\nThe model answers that no candidate fits; this is its next-best order."
     if results.reason:
         line += f"\n{'NOT RERANKED: ' if results.status is Status.FALLBACK else ''}{printable(results.reason)}"
     return line
+
+
+def _left_out(trace: ReasoningTrace) -> str:
+    usage = trace.usage
+    counts = (
+        ("inspections refused", usage.refused_inspections, ""),
+        ("verdicts on labels that no candidate has", usage.unknown_labels, ""),
+        ("candidates without a verdict", usage.without_verdict, f" of {len(trace.candidates)}"),
+    )
+    return ", ".join(f"{what}: {count}{of}" for what, count, of in counts if count)
 
 
 def describe(content: Content) -> str:
@@ -97,22 +116,21 @@ def _print_reasoning(results: RankedResults, trace: ReasoningTrace) -> None:
         return
     ranks = {r.document.id: r.candidate.rank for r in results.results}
     names = {i: f"#{ranks.get(id, i + 1)}" for i, id in enumerate(trace.candidates)}
-    kept = [names.get(v.index, "?") for v in thought.verdicts if v.text == KEEP]
-    out = [f"{names.get(v.index, '?')} {v.text}" for v in thought.verdicts if v.text != KEEP]
+    known = [v for v in thought.verdicts if v.index in names and v.text]  # the others: see the status line
+    kept = [names[v.index] for v in known if v.text == KEEP]
+    out = [f"{names[v.index]} {v.text}" for v in known if v.text != KEEP]
     checks = {c.index: c for c in thought.checks}
     print("\nreasoning (#n: rank before)")
     _paragraph("looks for", thought.hypothesis)
     _paragraph("keeps", ", ".join(kept))
     _paragraph("rejects", ", ".join(out))
     for index in trace.inspected:
-        words = checks[index].text if index in checks else "(no words)"
-        _paragraph(f"opens {names.get(index, '?')}", words)
+        words = readable(checks[index].text, lambda i: names.get(i, "?")) if index in checks else ""
+        _paragraph(f"opens {names.get(index, '?')}", one_line(words, CHECK_SHOWN) or "(no words)")
     if trace.answer is not None and trace.answer < len(LABELS):
         _paragraph("answers", names.get(trace.answer, "?"))
     else:
-        _paragraph("answers", "none fits" if results.none_chosen else "")
-    for note in trace.notes:
-        _paragraph("note", note)
+        _paragraph("answers", "no candidate fits" if results.none_chosen else "")
 
 
 def _paragraph(name: str, words: str) -> None:

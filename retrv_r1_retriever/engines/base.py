@@ -46,6 +46,14 @@ class Engine(Protocol):
     def think_margin(self) -> float | None:
         """The checkpoint's calibrated `think_margin`; None = not calibrated."""
 
+    @property
+    def trained_top_k(self) -> int:
+        """K of the lists it was trained on; 0 = unknown, or any."""
+
+    @property
+    def direct_read(self) -> bool:
+        """False: `probe` works, but was never trained; it is read only where a caller insists on it (`think="never"`)."""
+
     async def open(self, prompt: Prompt) -> Any:
         """Read the prompt; returns a handle. `handle.prompt_tokens` is its length in tokens."""
 

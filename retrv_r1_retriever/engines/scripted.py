@@ -41,6 +41,7 @@ class ScriptedEngine:
     script: a `Thought`, or its generations one by one, or a function from the prompt to these
     slots: the direct read as scores, candidates first, none last (normalised here); None = offers no direct read
     keep: log p(keep) reported for a candidate's label where it stands outside an inspection request
+    trained_top_k, direct_read: as in `Engine`
     failing: step ("open", "probe", "append", "generate", "close") -> the error it raises
     delay_s: seconds every step takes
     """
@@ -53,6 +54,8 @@ class ScriptedEngine:
         keep: Mapping[int, float] | None = None,
         think_margin: float | None = None,
         max_context: int | None = None,
+        trained_top_k: int = 0,
+        direct_read: bool = True,
         failing: Mapping[str, Exception] | None = None,
         delay_s: float = 0.0,
     ) -> None:
@@ -61,6 +64,8 @@ class ScriptedEngine:
         self.keep = dict(keep or {})
         self.think_margin = think_margin
         self.max_context = max_context
+        self.trained_top_k = trained_top_k
+        self.direct_read = direct_read
         self.failing = dict(failing or {})
         self.delay_s = delay_s
         self.versions = {"engine": "scripted"}

@@ -29,7 +29,10 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """ceiling: share of queries with a right answer among the candidates; opened: candidates opened per query."""
+    """ceiling: share of queries with a right answer among the candidates; opened: candidates opened per query.
+
+    rescued: queries whose first result became right; lost: whose first result was right and is not any more
+    """
 
     queries: int
     first_stage: Scores
@@ -37,6 +40,8 @@ class Comparison:
     ceiling: float
     opened: float
     statuses: Mapping[str, int]
+    rescued: int
+    lost: int
 
 
 def compare(positives: Sequence[Collection[str]], results: Sequence[RankedResults]) -> Comparison:
@@ -48,6 +53,7 @@ def compare(positives: Sequence[Collection[str]], results: Sequence[RankedResult
         for i, ranked in enumerate(results)
     }
     longest = max(len(ranked.results) for ranked in results)
+    first = [(_hit(before[query], grades), _hit(after[query], grades)) for query, grades in qrels.items()]
     opened = [len(ranked.trace.inspected) if ranked.trace else 0 for ranked in results]
     return Comparison(
         queries=len(results),
@@ -56,7 +62,13 @@ def compare(positives: Sequence[Collection[str]], results: Sequence[RankedResult
         ceiling=recall_at(before, qrels, longest),
         opened=sum(opened) / len(opened),
         statuses=dict(Counter(ranked.status.value for ranked in results)),
+        rescued=sum(is_right and not was for was, is_right in first),
+        lost=sum(was and not is_right for was, is_right in first),
     )
+
+
+def _hit(ranking: Sequence[str], right: Collection[str]) -> bool:
+    return bool(ranking) and ranking[0] in right
 
 
 def _scores(run: Mapping[str, Sequence[str]], qrels: Mapping[str, Mapping[str, int]]) -> Scores:

@@ -48,6 +48,7 @@ class Manifest:
 
     base, base_revision, licence: of the backbone; they bind users of the checkpoint
     trained_top_k: K of the training lists; think_margin: calibrated threshold of `think="auto"`, None = not calibrated
+    direct_read: whether the direct read was trained; False keeps it from deciding unless asked to (`think="never"`)
     max_text_tokens: longest candidate text kept; embedder_dim: 0 = no embedder inside
     embedder_digest: of the embedder's weights; vectors of two embedders cannot be told apart by looking at them
     """
@@ -62,6 +63,7 @@ class Manifest:
     max_text_tokens: int = 512
     trained_top_k: int = 0
     think_margin: float | None = None
+    direct_read: bool = True
     embedder_dim: int = 0
     embedder_digest: str = ""
     memory_digest: str = ""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from retrv_r1_retriever.parser import Check, Thought, parse
+from retrv_r1_retriever.parser import Check, Thought, parse, readable
 from retrv_r1_retriever.prompt import KEEP, LABELS
 from retrv_r1_retriever.report.markup import EMPTY, Html, html, join
 from retrv_r1_retriever.report.pictures import PictureLoader, thumbnail
@@ -46,17 +46,20 @@ class ReportEntry:
 def headline(entry: ReportEntry) -> str:
     """What happened, in one sentence."""
     results = entry.results
+    if not results.results:
+        return f"Nothing to rank: {results.reason or 'no candidates'}"
     if results.status is Status.FALLBACK:
         return f"Not reranked, first-stage order shown: {results.reason or 'no reason given'}"
     opened = len(results.trace.inspected) if results.trace else 0
     effort = f" after opening {opened} candidate{'s' if opened != 1 else ''} in full" if opened else ""
     right = next((r for r in results.results if r.document.id in entry.positives), None)
+    if results.none_chosen:
+        moved = f". {_rise(right)}" if right else "; its next-best order is shown"
+        return f"The model answered that no candidate fits{effort}{moved}."
     if right is not None:
         return f"{_rise(right)}{effort}."
     if entry.positives:
         return f"The right answer is not among the results{effort}."
-    if results.none_chosen:
-        return f"The model answered that no candidate fits{effort}."
     selected = results.selected
     if selected is not None:
         return f"Answered with candidate #{selected.candidate.rank}{effort}."
@@ -107,7 +110,7 @@ def _badges(results: RankedResults) -> Html:
         stop = results.trace.stop_reason
         badges.append(html("<span class='badge {}'>{}</span>", stop.value, STOP_WORDS[stop]))
     if results.none_chosen:
-        badges.append(html("<span class='badge partial'>none chosen</span>"))
+        badges.append(html("<span class='badge partial'>no candidate fits</span>"))
     if results.unranked:
         badges.append(html("<span class='badge partial'>{} not judged</span>", len(results.unranked)))
     return join(badges)
@@ -125,7 +128,7 @@ def _reasoning(trace: ReasoningTrace, entry: ReportEntry, load: PictureLoader) -
         else EMPTY,
         _elimination(thought, trace, shown),
         join(_opened(check, shown, load) for check in _checks(thought, trace)),
-        _answer(trace, shown, load),
+        _answer(trace, entry.results.none_chosen, shown, load),
     ]
     raw = html("<details><summary>The model's own words</summary><pre>{}</pre></details>", trace.thought)
     return html(
@@ -153,10 +156,12 @@ def _name(index: int, shown: Mapping[int, RankedResult]) -> str:
 
 
 def _elimination(thought: Thought, trace: ReasoningTrace, shown: Mapping[int, RankedResult]) -> Html:
-    if not thought.verdicts:
+    count = len(trace.candidates) or len(LABELS)
+    verdicts = [v for v in thought.verdicts if v.index < count and v.text]  # the others are counted below
+    if not verdicts:
         return EMPTY
     chips = []
-    for verdict in thought.verdicts:
+    for verdict in verdicts:
         css_class = "keep" if verdict.text == KEEP else "out"
         opened = html("<i title='opened in full'>◉</i>") if verdict.index in trace.inspected else EMPTY
         chips.append(
@@ -168,8 +173,8 @@ def _elimination(thought: Thought, trace: ReasoningTrace, shown: Mapping[int, Ra
                 opened,
             )
         )
-    kept = sum(v.text == KEEP for v in thought.verdicts)
-    name = f"Eliminates {len(thought.verdicts) - kept} of {len(thought.verdicts)} from their compressed tokens"
+    kept = sum(v.text == KEEP for v in verdicts)
+    name = f"Eliminates {len(verdicts) - kept} of {len(verdicts)} from their compressed tokens"
     return _step(name, html("<p class='chips'>{}</p>", join(chips)))
 
 
@@ -187,14 +192,14 @@ def _opened(check: Check, shown: Mapping[int, RankedResult], load: PictureLoader
         picture,
         css_class,
         word,
-        _short(check.text) or "no words were written",
+        _short(readable(check.text, lambda index: _name(index, shown))) or "no words were written",
     )
     return _step(f"◉ Opens {_name(check.index, shown)} in full", body, f"opened {css_class}")
 
 
-def _answer(trace: ReasoningTrace, shown: Mapping[int, RankedResult], load: PictureLoader) -> Html:
+def _answer(trace: ReasoningTrace, none_chosen: bool, shown: Mapping[int, RankedResult], load: PictureLoader) -> Html:
     if trace.answer is None or trace.answer >= len(LABELS):
-        words = "No candidate fits." if trace.answer is not None else "No answer was given."
+        words = "No candidate fits." if none_chosen else "No answer was given."
         return _step("Answers", html("<p>{}</p>", words), "answer")
     picture = _content(trace.answer, shown, load)
     body = html("<div class='inspection'>{}<p><b>{}</b> is the one.</p></div>", picture, _name(trace.answer, shown))
@@ -303,6 +308,8 @@ def _cost(trace: ReasoningTrace) -> Html:
         ("written", usage.sampled_tokens),
         ("opened in full", usage.inspected_tokens),
         ("refused inspections", usage.refused_inspections),
+        ("verdicts on unknown labels", usage.unknown_labels),
+        ("candidates without a verdict", usage.without_verdict),
     ]
     facts = [html("<span>{} <b>{}</b></span>", f"tokens {name}", f"{value:,}") for name, value in counts[:2] if value]
     facts += [html("<span>{} <b>{}</b></span>", name, value) for name, value in counts[2:] if value]

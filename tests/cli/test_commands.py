@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from retrv_r1_retriever import _sync
+from retrv_r1_retriever import config as settings
 from retrv_r1_retriever.cli import index as index_command
 from retrv_r1_retriever.config import read_config
 from retrv_r1_retriever.errors import CheckpointError
@@ -45,7 +46,7 @@ def test_search_by_picture_filters_and_writes_a_report(workplace: Path, run: Run
     assert found.code == 0
     assert "reranked" in found.out
     assert "card0 [card0.png]" in found.out
-    assert "note" not in found.out
+    assert "note  which card" not in found.out
     page = (workplace / "page.html").read_text()
     assert page.count("<img") >= 3  # the query and two candidates
     direct = run("search", *query, "--think", "never", "--ranking", "logits", "--top-n", 1, "--json")
@@ -100,8 +101,13 @@ def test_eval_compares_with_the_first_stage(workplace: Path, run: Run) -> None:
     assert measured["queries"] == 3
     assert measured["recall@k"] == pytest.approx(2 / 3)
     assert measured["statuses"] == {"reranked": 3}
+    assert measured["missing_positives"] == ["elsewhere"]
+    assert any("this list is 4 long and the model was trained on lists of 20" in n for n in measured["notes"])
     assert read_run(Path("run.txt")).keys() == {"a", "90:1", "queries.jsonl:3"}
+    everything = " ".join(run("eval", "queries.jsonl").out.split())
+    assert "right answers that are not in the store, so that no search can find them: 1 (elsewhere)" in everything
     shown = run("eval", "queries.jsonl", "--limit", 1).out
+    assert "not in the store" not in shown
     assert "first stage" in shown
     assert "1 queries, K = 20, ranking hybrid" in shown
     assert "Evaluation" in Path("eval.html").read_text()
@@ -120,11 +126,15 @@ def test_doctor_says_what_fits_and_what_to_change(workplace: Path, run: Run) -> 
     original = manifest.read_text()
     try:
         values = json.loads(original)
-        manifest.write_text(json.dumps({**values, "memory_digest": "other", "licence": "Qwen Research License"}))
+        manifest.write_text(
+            json.dumps({**values, "direct_read": False, "memory_digest": "other", "licence": "Qwen Research License"})
+        )
         changed = run("doctor")
     finally:
         manifest.write_text(original)
     assert "0 of 4 sampled documents have memory other; 4 have another" in " ".join(changed.out.split())
+    assert "direct read" not in after
+    assert "direct read not trained in this checkpoint" in " ".join(changed.out.split())
     assert "Check the licence of the base before commercial use." in " ".join(changed.out.split())
 
 
@@ -190,14 +200,57 @@ def test_wrong_input_is_one_message_and_exit_code_2(
     assert as_json.code == code
 
 
-def test_searching_without_an_index_is_a_failure_and_says_what_to_do(workplace: Path, run: Run) -> None:
+def test_searching_without_an_index_says_what_to_do(workplace: Path, run: Run, no_model: None) -> None:
     ran = run("search", "--text", "x")
-    assert ran.code == 1
-    assert "expected an index made by this package, got none there" in ran.err
+    assert ran.code == 2
+    assert "expected an index made by this package, got none there. Run `retrv-r1 index SOURCE` first" in ran.err
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever fails under this fixture failed before any weight was read."""
+    monkeypatch.setattr(settings, "open_engine", lambda config: pytest.fail("the engine was loaded"))
+    monkeypatch.setattr(settings, "open_embedder", lambda config: pytest.fail("the embedder was loaded"))
+
+
+def test_wrong_input_does_not_wait_for_a_model(workplace: Path, run: Run, no_model: None) -> None:
+    picture = run("search", "--image", "items/broken.png")
+    assert (picture.code, picture.err.startswith("retrv-r1: items/broken.png: image")) == (2, True)
+    assert run("rerank", "--image", "items/broken.png", "items/note.txt").code == 2
+    assert run("search", "--text", "x", "--filter", "red").code == 2
+    assert "64-bit integer" in run("search", "--text", "x", "--filter", f"price={10**20}").err
+    (workplace / "empty").mkdir()
+    assert run("index", "empty", "--images", ".", "--config", "new.toml").code == 2
+    assert not Path("new.toml").exists()
+    assert not Path("retrv-index").exists()
+
+
+def test_a_filter_that_matches_nothing_is_an_answer(workplace: Path, run: Run) -> None:
+    run("index", "items")
+    ran = run("search", "--text", "red", "--filter", "modality=sound", "--report", "page.html")
+    assert ran.code == 0
+    assert ran.out.splitlines()[0] == "0 of 4 documents match the filter modality=sound"
+    assert "Nothing to rank: 0 of 4 documents" in Path("page.html").read_text()
+    as_json = run("search", "--text", "red", "--filter", "modality=sound", "--json").json
+    assert (as_json["results"], as_json["status"]) == ([], "fallback")
+
+
+def test_a_failed_items_reason_is_shown_whole(workplace: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    out = run("index", "items").out
+    assert "Save it again as PNG or JPEG." in " ".join(out.split())
+    assert max(map(len, out.splitlines()[1:])) <= 60
 
 
 def test_usage_errors_and_help(run: Run) -> None:
     assert run("serach").code == 2
+    wrong = run("search", "--top-k", "many")
+    assert (wrong.code, wrong.out) == (2, "")
+    assert wrong.err.startswith("usage: retrv-r1 search")
+    as_json = run("search", "--top-k", "many", "--json")
+    assert (as_json.code, as_json.err) == (2, "")
+    assert as_json.json["error"]["message"].startswith("argument --top-k: invalid int value: 'many'. See: retrv-r1 sea")
+    assert run("serach", "--json").json["error"]["type"] == "OptionsError"
     assert "COMMAND" in run("--help").out
     assert run("search", "--help").code == 0
 

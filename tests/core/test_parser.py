@@ -6,7 +6,16 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from retrv_r1_retriever.parser import Check, Thought, Verdict, answer_segments, parse, render, requested_inspection
+from retrv_r1_retriever.parser import (
+    Check,
+    Thought,
+    Verdict,
+    answer_segments,
+    parse,
+    readable,
+    render,
+    requested_inspection,
+)
 from retrv_r1_retriever.prompt import (
     ADDED_TOKENS,
     DIFFERS,
@@ -120,3 +129,10 @@ def test_escaped_text_holds_no_tag_and_stays_as_it_is(text: str) -> None:
 @given(st.text(alphabet=st.characters(exclude_characters="<>")))
 def test_harmless_text_is_not_touched(text: str) -> None:
     assert escape(text) == text
+
+
+def test_readable_words_hold_no_label() -> None:
+    names = {0: "#4", 1: "#1"}
+    text = f"a4 same b7 differs differs{label(0)} red{label(9)}{NONE}{NONE}{NONE} x <|c999|>"
+    words = readable(text, lambda index: names.get(index, "?"))
+    assert words == "a4 same b7 differs differs #4 red ? none (×3) x ?"

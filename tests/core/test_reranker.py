@@ -192,6 +192,73 @@ async def test_the_engine_gets_the_query_decoded_and_escaped() -> None:
     assert asked.endswith("ignore all ‹|c3|›‹/think›")
 
 
+# --- what a thought leaves out, and what was never trained -----------------------------------------------------------------
+
+
+def usage(results: RankedResults) -> tuple[int, int]:
+    assert results.trace is not None
+    return results.trace.usage.unknown_labels, results.trace.usage.without_verdict
+
+
+async def test_candidates_without_a_verdict_are_counted_and_without_a_direct_read_unranked() -> None:
+    thought = Thought("x", (Verdict(0, "blue"), Verdict(9, "keep"), Verdict(12, "red")), (Check(1, "match", True),), 1)
+    placed = await RetrvR1Reranker(ScriptedEngine(thought, slots=SLOTS)).arerank("q", candidates(4))
+    assert usage(placed) == (2, 2)
+    assert (placed.status, placed.unranked) == (Status.RERANKED, ()), "the direct read placed doc-2 and doc-3"
+    alone = await RetrvR1Reranker(ScriptedEngine(thought)).arerank("q", candidates(4))
+    assert usage(alone) == (2, 2)
+    assert (alone.status, alone.unranked) == (Status.PARTIAL, ("doc-2", "doc-3"))
+    assert alone.reason == "2 of 4 candidates were not named in the thought, and there is no direct read to place them"
+    silent = ScriptedEngine(Thought("x", (Verdict(0, ""), Verdict(1, "no")), (), 1), keep={0: -2.0})
+    result = await RetrvR1Reranker(silent).arerank("q", candidates(4))
+    assert usage(result) == (0, 3), "a label without a word is no verdict"
+    assert result.unranked == ("doc-2", "doc-3"), "but its log p(keep) is a place"
+    promoted = BALANCED.with_options(ranking="promote")  # places the answer only, and did
+    result = await RetrvR1Reranker(ScriptedEngine(thought), options=promoted).arerank("q", candidates(4))
+    assert result.status is Status.RERANKED
+
+
+@pytest.mark.parametrize(("judged", "said"), [(0, True), (1, True), (2, False), (4, False)])
+async def test_a_thought_that_passed_over_most_candidates_is_noted(judged: int, said: bool) -> None:
+    thought = Thought("x", tuple(Verdict(i, "no") for i in range(judged)), (), NONE_INDEX)
+    results = await RetrvR1Reranker(ScriptedEngine(thought, slots=SLOTS)).arerank("q", candidates(4))
+    assert results.trace is not None
+    assert any(f"passed over {4 - judged} of 4 candidates" in note for note in results.trace.notes) is said
+
+
+@pytest.mark.parametrize(("count", "said"), [(1, True), (4, True), (5, False), (10, False), (11, True)])
+async def test_a_list_unlike_those_of_the_training_is_noted(count: int, said: bool) -> None:
+    engine = ScriptedEngine(slots=lambda prompt: [0.0] * len(prompt.slots), trained_top_k=10)
+    results = await RetrvR1Reranker(engine, options=FAST).arerank("q", candidates(count))
+    assert results.trace is not None
+    assert (
+        any(f"this list is {count} long and the model was trained on lists of 10" in n for n in results.trace.notes)
+        is said
+    )
+
+
+async def test_an_untrained_direct_read_decides_only_where_it_must() -> None:
+    engine = ScriptedEngine(THOUGHT, slots=SLOTS, direct_read=False, think_margin=0.0)
+    thought = await RetrvR1Reranker(engine).arerank("q", candidates(4))
+    assert (ids(thought)[0], thought.status, thought.unranked) == ("doc-1", Status.PARTIAL, ("doc-2", "doc-3"))
+    assert thought.trace is not None
+    assert any("think=auto: the direct read of this checkpoint was not trained" in n for n in thought.trace.notes)
+    direct = await RetrvR1Reranker(engine, options=FAST).arerank("q", candidates(4))
+    assert (ids(direct), direct.status) == (["doc-3", "doc-1", "doc-0", "doc-2"], Status.RERANKED)
+    assert direct.trace is not None
+    assert any("no better than chance" in note for note in direct.trace.notes)
+    options = BALANCED.with_options(timeout_s=0.3)
+    slow = await RetrvR1Reranker(SlowThought(slots=SLOTS, direct_read=False), options=options).arerank(
+        "q", candidates(4)
+    )
+    assert (ids(slow)[0], slow.status) == ("doc-0", Status.FALLBACK)
+    shared = BALANCED.with_options(max_think_share=0.5, timeout_s=0.3)
+    batch = await RetrvR1Reranker(SlowThought(slots=SLOTS, direct_read=False)).arerank_batch(
+        ["a", "b"], [candidates(4)] * 2, options=shared
+    )
+    assert sorted(r.status.value for r in batch) == ["fallback", "reranked"]
+
+
 # --- memory ---------------------------------------------------------------------------------------------------------------
 
 

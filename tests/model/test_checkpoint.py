@@ -102,6 +102,16 @@ def test_other_versions_are_refused(saved, tmp_path, field):
         load_checkpoint(tmp_path)
 
 
+def test_what_was_trained_is_in_the_manifest_and_older_ones_lack_it(saved, tmp_path):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    edit_manifest(tmp_path, direct_read=False, trained_top_k=7)
+    engine = LocalEngine.from_pretrained(tmp_path)
+    assert (engine.direct_read, engine.trained_top_k) == (False, 7)
+    older = tmp_path / "retrv" / "manifest.json"
+    older.write_text(json.dumps({k: v for k, v in json.loads(older.read_text()).items() if k != "direct_read"}))
+    assert read_manifest(tmp_path).direct_read is True
+
+
 def test_plain_directory_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"expected a Retrv-R1 checkpoint, got no retrv/manifest\.json"):
         load_checkpoint(tmp_path)

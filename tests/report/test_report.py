@@ -14,7 +14,7 @@ from PIL import Image
 from retrv_r1_retriever.images import LocalImages
 from retrv_r1_retriever.parser import Check, Thought, Verdict
 from retrv_r1_retriever.parser import render as render_turn
-from retrv_r1_retriever.prompt import build_prompt
+from retrv_r1_retriever.prompt import NONE, build_prompt, label
 from retrv_r1_retriever.report import ReportEntry, ReportTable, render_report, write_report
 from retrv_r1_retriever.report.markup import html
 from retrv_r1_retriever.report.pictures import loader
@@ -113,6 +113,34 @@ def test_none_chosen_forced_and_unjudged_are_said() -> None:
     text = Elements(render_report([text_list()])).text
     for words in ("no candidate fits", "answer forced: budget spent", "1 not judged", "undecided"):
         assert words in text
+
+
+def test_none_fits_is_said_of_what_the_reranker_returns() -> None:
+    """Its trace has no answer then: the answer is in `none_chosen`."""
+    entry = text_list()
+    trace = entry.results.trace
+    assert trace is not None
+    usage = replace(trace.usage, unknown_labels=3, without_verdict=1)
+    ranked = replace(entry.results, trace=replace(trace, answer=None, usage=usage))
+    text = Elements(render_report([replace(entry, results=ranked)])).text
+    assert "No candidate fits." in text
+    assert "No answer was given" not in text
+    assert "The model answered that no candidate fits after opening 1 candidate in full; its next-best order is" in text
+    assert "verdicts on unknown labels 3" in text
+    assert "candidates without a verdict 1" in text
+    known = Elements(render_report([replace(entry, results=ranked, positives=frozenset({"text-1"}))])).text
+    assert "no candidate fits after opening 1 candidate in full. The right answer stayed at rank 2." in known
+    cut = Elements(render_report([replace(entry, results=replace(ranked, none_chosen=False))])).text
+    assert "No answer was given." in cut
+
+
+def test_checks_are_shown_without_labels() -> None:
+    candidates = [Candidate(Document(f"d{n}", Content("x")), 0.5, n + 1) for n in range(3)]
+    thought = Thought("x", (), (Check(1, f"a4 differs{label(2)}{NONE}{NONE}{NONE}", None),), 1)
+    trace = ReasoningTrace(render_turn(thought), answer=1, inspected=(1,), candidates=("d0", "d1", "d2"))
+    results = tuple(RankedResult(c, c.rank, 0.5) for c in candidates)
+    page = render_report([ReportEntry(RankedResults(Query.of("q"), results, Status.RERANKED, trace=trace))])
+    assert "<p class='check'>a4 differs #3 none (×3)</p>" in page
 
 
 def test_right_answer_outside_the_candidates_is_said() -> None:

@@ -51,6 +51,14 @@ class LocalEngine:
         return self._checkpoint.manifest.think_margin
 
     @property
+    def trained_top_k(self) -> int:
+        return self._checkpoint.manifest.trained_top_k
+
+    @property
+    def direct_read(self) -> bool:
+        return self._checkpoint.manifest.direct_read
+
+    @property
     def versions(self) -> dict[str, str]:
         manifest = self._checkpoint.manifest
         return {
