@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import get_args
 
 from retrv_r1_retriever import config as settings
-from retrv_r1_retriever._sync import run
 from retrv_r1_retriever.cli.show import print_results, results_json
 from retrv_r1_retriever.cli.terminal import print_json
 from retrv_r1_retriever.config import Config
@@ -20,7 +19,7 @@ from retrv_r1_retriever.errors import InputError, explain
 from retrv_r1_retriever.images import ImageSource
 from retrv_r1_retriever.options import Ranking, RerankOptions, Think
 from retrv_r1_retriever.retriever import RetrvR1Retriever
-from retrv_r1_retriever.store import Condition, Equals, Filter, Range, VectorFirstStage
+from retrv_r1_retriever.store import Condition, Equals, Filter, Range
 from retrv_r1_retriever.types import Content, Document, Query, RankedResults, Status
 
 ROWS_SHOWN = 20
@@ -92,13 +91,12 @@ def rerank(args: argparse.Namespace) -> int:
 
 @contextmanager
 def opened_retriever(config: Config) -> Iterator[RetrvR1Retriever]:
-    """The config's retriever; the store's lock is given back at the end."""
+    """The config's retriever; at the end what is written in the background is finished and the store's lock given back."""
     retriever = settings.open_retriever(config)
     try:
         yield retriever
     finally:
-        if isinstance(retriever.first_stage, VectorFirstStage):
-            run(retriever.first_stage.store.close())
+        retriever.close()
 
 
 def load_config(args: argparse.Namespace) -> Config:
