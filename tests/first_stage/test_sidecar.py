@@ -116,7 +116,9 @@ async def test_blue_green(store: Any) -> None:
         ("new", COUNT, True),
         ("newest", COUNT, False),
     ]
-    with pytest.raises(StoreError, match="expected a sidecar that is not in use, got new. Switch to another one first"):
+    with pytest.raises(
+        StoreError, match=r"expected a sidecar that is not in use, got new\. Switch to another one first"
+    ):
         await store.sidecars.drop("new")
     await store.sidecars.drop("newest")
     assert [one.digest for one in await store.sidecars.all()] == ["new"]
@@ -204,7 +206,7 @@ async def test_a_name_that_is_taken_is_left_alone() -> None:
     client.create_collection("shop__retrv_new", vectors_config={})
     store = QdrantStore("shop", client=client, schema=PayloadSchema(text="text", vector=""))
     for act in (store.sidecars.make("new", 8), store.sidecars.drop("new"), store.sidecars.forget("new", ["1"])):
-        with pytest.raises(StoreError, match="expected a sidecar made by this package .* got one without our mark"):
+        with pytest.raises(StoreError, match=r"expected a sidecar made by this package .* got one without our mark"):
             await act
 
 
