@@ -112,9 +112,7 @@ class EdgeBackend:
     def close(self) -> None:
         """All but the collection's own shard, which the store closes."""
         for digest in [name for name in self._shards if name != COLLECTION]:
-            shard = self._shards.pop(digest)
-            shard.flush()
-            shard.close()
+            self._shards.pop(digest).close()
 
     async def _update(self, digest: str, operation: Any) -> None:
         def work() -> None:

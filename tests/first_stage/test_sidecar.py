@@ -32,6 +32,7 @@ from retrv_r1_retriever.sidecar_build import BuildReport, MemoryBuilder, Shard
 from retrv_r1_retriever.types import Candidate, Content, Document, Memory
 
 from .fakes import HashCompressor, HashEmbedder
+from .grpc_stub import grpc_stub
 from .rest_stub import Stub, rest_stub
 
 IMAGES = LocalImages()
@@ -390,6 +391,38 @@ def test_grpc_is_preferred_where_its_port_answers(server: Stub, monkeypatch: pyt
     monkeypatch.setattr(qdrant_transport, "GRPC_PORT", 9)
     assert qdrant_transport.over_rest(qdrant_transport.connect(qdrant_client, server.url, None, None))
     assert not qdrant_transport.over_rest(QdrantClient(":memory:"))
+
+
+async def test_the_whole_life_cycle_over_grpc(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    heavy = HashCompressor(rows=3, width=128, digest="new")
+    with grpc_stub() as (port, held):
+        fill(held)
+        monkeypatch.setattr(qdrant_transport, "GRPC_PORT", port)
+        schema = PayloadSchema(text="text", id="sku", vector="")
+        store = QdrantStore("shop", url="http://127.0.0.1:9", schema=schema)  # nothing answers REST there
+        assert await digests(store) == {None}
+        report = await MemoryBuilder(store.sidecars, heavy, IMAGES, batch_size=16).build()
+        assert (report.written, report.failed) == (COUNT, ())
+        await store.sidecars.switch("new")
+        assert await digests(store) == {"new"}
+        memory = (await found(store)).memory
+        assert memory is not None
+        np.testing.assert_allclose(memory.rows, heavy.compress([Content("text number 7")])[0].rows, atol=1e-2)
+        assert (await resolve([await found(store)], heavy, IMAGES, RerankOptions(on_stale="raise"))).fresh == ()
+        assert (await MemoryBuilder(store.sidecars, heavy, IMAGES).build()).current == COUNT
+        held.delete("shop", [3])
+        assert await store.sidecars.orphans("new", None, 100) == (["3"], None)
+        await store.sidecars.forget("new", ["3"])
+        await MemoryBuilder(store.sidecars, NEW.__class__(digest="next"), IMAGES).build()
+        await store.sidecars.switch("next")
+        await store.sidecars.drop("new")
+        assert [(one.digest, one.points) for one in await store.sidecars.all()] == [("next", COUNT - 1)]
+        own = QdrantStore("ours", url="http://127.0.0.1:9", spec=CollectionSpec(32, 8))
+        await Indexer(own, HashEmbedder(), OLD).aindex([Document("d1", Content("text number 1"))])
+        assert (await own.get(["d1"]))[0].memory is not None
+        await store.close()
+        await own.close()
+    assert "MB of JSON" not in caplog.text
 
 
 # -- killed
