@@ -125,7 +125,7 @@ def _text(fields: _Fields, shape: Shape) -> tuple[str | None, str | None]:
     named = sorted((name for name in prose if _last(name) in _TEXTS), key=lambda n: _TEXTS.index(_last(n)))
     title = next((name for name in prose if _last(name) in _TITLES), None)
     body = named[0] if named else _longest(prose, title)
-    others = [name for name in prose if name not in (title, body)]
+    others = [name for name in prose if name not in (title, body, _id(fields))]
     note = f"other fields that hold text: {', '.join(others)}" if others else None
     if title and body:
         return f"{{{title}}}. {{{body}}}", note

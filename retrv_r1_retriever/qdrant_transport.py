@@ -52,7 +52,7 @@ class Scales:
         as_json, as_floats = await asyncio.to_thread(_weights, found)
         if as_json > _HEAVY:
             _log.warning(
-                "%s: the memory of %d candidates came as %.1f MB of JSON per query; gRPC sends %.1f MB. Open the server's port %d, "
+                "%s: the memory of %d candidates came as %.1f MB of JSON; gRPC sends %.1f MB. Open the server's port %d, "
                 "or pass a client made with prefer_grpc=True.",
                 self._where, len(found), as_json / 1e6, as_floats / 1e6, GRPC_PORT,
             )  # fmt: skip

@@ -210,4 +210,7 @@ def _bytes(count: float) -> str:
 
 
 def _hours(hours: float) -> str:
-    return f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:,.1f} minutes"
+    for size, name in ((1.0, "hours"), (1 / 60, "minutes")):
+        if hours >= size:
+            return f"{hours / size:,.1f} {name}"
+    return f"{hours * 3600:,.1f} seconds"

@@ -61,7 +61,12 @@ class Points(q.PointsServicer):
         vector = list(request.query.nearest.dense.data)
         using = request.using or None
         answer = self.client.query_points(
-            request.collection_name, vector, using=using, query_filter=_filter(request), limit=request.limit, **_selected(request)
+            request.collection_name,
+            vector,
+            using=using,
+            query_filter=_filter(request),
+            limit=request.limit,
+            **_selected(request),
         )
         return q.QueryResponse(result=[RestToGrpc.convert_scored_point(_full(p)) for p in answer.points])
 

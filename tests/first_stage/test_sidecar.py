@@ -393,7 +393,9 @@ def test_grpc_is_preferred_where_its_port_answers(server: Stub, monkeypatch: pyt
     assert not qdrant_transport.over_rest(QdrantClient(":memory:"))
 
 
-async def test_the_whole_life_cycle_over_grpc(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_whole_life_cycle_over_grpc(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     heavy = HashCompressor(rows=3, width=128, digest="new")
     with grpc_stub() as (port, held):
         fill(held)
