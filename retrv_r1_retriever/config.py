@@ -37,7 +37,7 @@ from retrv_r1_retriever.store import Scalar
 if TYPE_CHECKING:
     from retrv_r1_retriever.edge import EdgeStore
     from retrv_r1_retriever.engines.local import LocalEngine
-    from retrv_r1_retriever.images import LocalImages
+    from retrv_r1_retriever.images import ImageSource
     from retrv_r1_retriever.model.embedding import BackboneEmbedder
     from retrv_r1_retriever.points import CollectionSpec
     from retrv_r1_retriever.qdrant import QdrantStore
@@ -56,6 +56,7 @@ class StoreConfig:
 
     text, image, id, vector: how a collection of somebody else's is laid out, see `PayloadSchema`; none of them = our own layout
     tenant_field, tenant_value: if given, ANDed into every read and write
+    memory: "lazy" writes memory that a query had to make into the sidecar (docs/memory.md)
     """
 
     kind: Literal["edge", "qdrant"] = "edge"
@@ -70,6 +71,8 @@ class StoreConfig:
     tenant_field: str | None = None
     tenant_value: str | int | bool | None = None
     read_only: bool = False
+    grpc: bool | None = None
+    memory: Literal["stored", "lazy"] = "stored"
 
     @property
     def tenant(self) -> tuple[str, Scalar] | None:
@@ -93,9 +96,10 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True)
 class ImagesConfig:
-    """See `images.LocalImages`."""
+    """See `images.LocalImages`; hosts: what pictures may be fetched from, see `remote_images.HttpImages`."""
 
     root: str = "."
+    hosts: tuple[str, ...] = ()
     max_bytes: int = 20_000_000
     max_pixels: int = 50_000_000
     max_frames: int = 1_000
@@ -151,7 +155,7 @@ def _section(kind: type[T], values: object, name: str, path: Path) -> T:
                 explain(f"{path}: [{name}] {key}", expected=expected, got=repr(value), fix="Fix the value.")
             )
     try:
-        return kind(**values)
+        return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
     except OptionsError as error:
         raise OptionsError(f"{path}: [{name}] {error}") from None
 
@@ -175,6 +179,8 @@ def _fits(value: object, hint: Any) -> bool:
         return any(_fits(value, option) for option in get_args(hint) if option is not NoneType)
     if get_origin(hint) is Literal:
         return value in get_args(hint)
+    if get_origin(hint) is tuple:
+        return isinstance(value, list) and all(_fits(one, get_args(hint)[0]) for one in value)
     if isinstance(value, bool) or hint is bool:
         return isinstance(value, bool) and hint is bool
     return isinstance(value, (int, float) if hint is float else hint)
@@ -228,17 +234,22 @@ def open_embedder(config: Config) -> BackboneEmbedder:
     )
 
 
-def open_images(config: Config) -> LocalImages:
+def open_images(config: Config) -> ImageSource:
     from retrv_r1_retriever.images import LocalImages
 
     limits = config.images
-    return LocalImages(
+    local = LocalImages(
         config.path(limits.root),
         max_bytes=limits.max_bytes,
         max_pixels=limits.max_pixels,
         max_frames=limits.max_frames,
         timeout_s=limits.timeout_s,
     )
+    if not limits.hosts:
+        return local
+    from retrv_r1_retriever.remote_images import HttpImages
+
+    return HttpImages(limits.hosts, then=local, max_bytes=limits.max_bytes, timeout_s=limits.timeout_s)
 
 
 def open_store(config: Config, spec: CollectionSpec | None = None) -> EdgeStore | QdrantStore:
@@ -257,8 +268,13 @@ def _check_store(store: StoreConfig) -> None:
     edge, foreign = store.kind == "edge", store.text is not None or store.image is not None
     idle: tuple[str, ...] = () if foreign and not edge else ("id", "vector")
     if edge:
-        idle = ("url", "collection", "api_key_env", "text", "image", *idle)
+        idle = ("url", "collection", "api_key_env", "grpc", "text", "image", *idle)
     reason = "with kind = 'edge'" if edge else "without text or image"
+    if store.read_only and store.memory == "lazy":
+        raise OptionsError(
+            explain('[store] memory = "lazy"', expected="a store that may be written to", got="read_only = true",
+                    fix="Leave one of them out; lazy memory goes beside the collection, never into it.")
+        )  # fmt: skip
     for name in idle:
         if getattr(store, name) is not None:
             raise OptionsError(
@@ -285,21 +301,27 @@ def _open_qdrant(store: StoreConfig, spec: CollectionSpec | None) -> QdrantStore
         schema=PayloadSchema(store.text, store.image, store.id, vector) if foreign else None,
         tenant=store.tenant,
         read_only=store.read_only,
+        grpc=store.grpc,
     )
 
 
 def open_retriever(config: Config) -> RetrvR1Retriever:
+    from retrv_r1_retriever.lazy import check_pointer
     from retrv_r1_retriever.retriever import RetrvR1Retriever
 
     store = open_store(config)  # the quick part first: a wrong path should not wait for a model
     try:
         embedder = open_embedder(config)
         store.spec.check_against(_vectors_of(embedder), "[store]")
+        engine = open_engine(config)
+        if config.store.memory == "lazy":
+            check_pointer(run(store.sidecars.in_use()), engine.memory_digest)
         return RetrvR1Retriever(
             store=store,
             embedder=embedder,
-            engine=open_engine(config),
+            engine=engine,
             images=open_images(config),
+            memory=config.store.memory,
             options=config.rerank,
         )
     except BaseException:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,6 +15,8 @@ import numpy as np
 from retrv_r1_retriever.errors import NotIndexedError, SchemaError, StoreError, explain, missing_extra
 from retrv_r1_retriever.filters import FilterTranslator
 from retrv_r1_retriever.points import MEMORY, CollectionSpec, Encoded, Found, PointCodec
+from retrv_r1_retriever.sidecar import Sidecars, join
+from retrv_r1_retriever.sidecar_edge import EdgeBackend, found_points, memory_params, open_shard
 from retrv_r1_retriever.store import Filter, Point, Scalar
 from retrv_r1_retriever.types import Candidate
 
@@ -33,6 +33,8 @@ class EdgeStore:
     spec: makes the collection if there is none; compared with the one that is there otherwise. None = it must be there
     tenant: (payload field, value) this store is limited to, in reads and writes
     read_only: refuses writes (the folder is locked all the same)
+
+    `sidecars`: memory beside the collection (docs/memory.md); the one in use is read in place of the collection's own
     """
 
     def __init__(
@@ -64,30 +66,35 @@ class EdgeStore:
         self._native = FilterTranslator(self._edge, self._edge.RangeFloat, own=True)
         self._closed = False
         with self._errors():
-            self._shard = self._open_shard()
+            self._shard = open_shard(self._edge, self.path / _SHARD_FOLDER, self._config())
+        self._beside = EdgeBackend(self.path, self._edge, self._shard, self._codec, self._call)
+        self.sidecars = Sidecars(self._beside)
 
     async def search(
         self, vector: np.ndarray, top_k: int, *, filter: Filter | None = None, with_memory: bool = True
     ) -> list[Candidate]:
         query = self._codec.check_query(vector, top_k)
+        beside = with_memory and await self.sidecars.ready()
         request = self._edge.QueryRequest(
             limit=top_k,
             query=self._edge.Query.Nearest(query, using=self._codec.schema.vector),
             filter=self._native(self._codec.filter(filter)),
             with_payload=True,
-            with_vector=[MEMORY] if self._has_memory(with_memory) else False,
+            with_vector=[MEMORY] if self._has_memory(with_memory and not beside) else False,
         )
-        found = await self._call(lambda: _found(self._shard.query(request)))
+        found = await self._call(lambda: found_points(self._shard.query(request)))
         if not found and await self.count() == 0:
             raise NotIndexedError(
                 explain(f"index {self.path}", expected="documents", got="an empty collection", fix="Index some first.")
             )
-        return self._codec.decode(found)
+        return self._codec.decode(await self._joined(found) if beside else found)
 
     async def get(self, ids: Sequence[str], *, with_memory: bool = True) -> list[Candidate]:
-        found = await self._retrieve(ids, True, with_memory)
+        beside = with_memory and await self.sidecars.ready()
+        point_ids = [self._codec.point_id(id) for id in dict.fromkeys(ids)]
+        found = await self._retrieve(point_ids, True, with_memory and not beside)
         self._codec.check_ids(ids, found)
-        return self._codec.in_order(ids, found)
+        return self._codec.in_order(ids, await self._joined(found) if beside else found)
 
     async def upsert(self, points: Sequence[Point]) -> None:
         """Written to disk when this returns."""
@@ -103,7 +110,8 @@ class EdgeStore:
         await asyncio.to_thread(write)
 
     async def content_hashes(self, ids: Sequence[str], *, memory_digest: str | None = None) -> dict[str, str]:
-        found = await self._retrieve(ids, self._codec.note_fields, with_memory=False)
+        point_ids = [self._codec.point_id(id) for id in dict.fromkeys(ids)]
+        found = await self._retrieve(point_ids, self._codec.note_fields, with_memory=False)
         self._codec.check_ids(ids, found)
         return self._codec.hashes(found, memory_digest)
 
@@ -112,7 +120,7 @@ class EdgeStore:
         request = self._edge.ScrollRequest(
             limit=limit, filter=self._native(self._codec.filter(None)), with_payload=True, with_vector=False
         )
-        return self._codec.decode(await self._call(lambda: _found(self._shard.scroll(request)[0])))
+        return self._codec.decode(await self._call(lambda: found_points(self._shard.scroll(request)[0])))
 
     async def count(self) -> int:
         request = self._edge.CountRequest(exact=True, filter=self._native(self._codec.filter(None)))
@@ -129,15 +137,18 @@ class EdgeStore:
         self._closed = True
 
         def close() -> None:
+            self._beside.close()
             self._shard.flush()
             self._shard.close()
 
         await self._call(close)
 
+    async def _joined(self, found: list[Found]) -> list[Found]:
+        return await join(found, self.sidecars, lambda ids: self._retrieve(ids, True, True))
+
     async def _retrieve(self, ids: Sequence[str], payload: bool | list[str], with_memory: bool) -> list[Found]:
-        point_ids = [self._codec.point_id(id) for id in dict.fromkeys(ids)]
         vectors = [MEMORY] if self._has_memory(with_memory) else False
-        return await self._call(lambda: _found(self._shard.retrieve(point_ids, payload, vectors)))
+        return await self._call(lambda: found_points(self._shard.retrieve(list(ids), payload, vectors)))
 
     async def _call(self, work: Callable[[], _T]) -> _T:
         def guarded() -> _T:
@@ -152,30 +163,13 @@ class EdgeStore:
     def _point(self, encoded: Encoded) -> Any:
         return self._edge.Point(encoded.id, encoded.vectors, encoded.payload)
 
-    def _open_shard(self) -> Any:
-        shard = self.path / _SHARD_FOLDER
-        if not shard.exists():  # made aside and moved here in one step: a kill in between leaves no half-made shard
-            aside = tempfile.mkdtemp(prefix=".new-", dir=self.path)
-            try:
-                self._edge.EdgeShard.create(aside, self._config()).close()
-                os.rename(aside, shard)
-            finally:
-                shutil.rmtree(aside, ignore_errors=True)
-        return self._edge.EdgeShard.load(str(shard))
-
     def _config(self) -> Any:
         edge = self._edge
         vectors = {
             self._codec.schema.vector: edge.EdgeVectorParams(size=self.spec.vector_size, distance=edge.Distance.Cosine)
         }
-        if self.spec.memory_width is not None:  # fetched by id, never searched: no graph
-            vectors[MEMORY] = edge.EdgeVectorParams(
-                size=self.spec.memory_width,
-                distance=edge.Distance.Dot,
-                datatype=edge.VectorStorageDatatype.Float16,
-                multivector_config=edge.MultiVectorConfig(edge.MultiVectorComparator.MaxSim),
-                hnsw_config=edge.HnswIndexConfig(m=0, ef_construct=4, full_scan_threshold=10),
-            )
+        if self.spec.memory_width is not None:
+            vectors[MEMORY] = memory_params(edge, self.spec.memory_width)
         return edge.EdgeConfig(vectors=vectors)
 
     @contextmanager
@@ -202,14 +196,6 @@ class EdgeStore:
             raise StoreError(
                 explain(f"index {self.path}", expected="an answer", got=f"{error}", fix="Run `retrv-r1 doctor` on it.")
             ) from error
-
-
-def _found(points: Iterable[Any]) -> list[Found]:
-    found = []
-    for point in points:
-        vectors = point.vector or {}
-        found.append(Found(str(point.id), point.payload or {}, getattr(point, "score", None), vectors.get(MEMORY)))
-    return found
 
 
 def _write_spec(path: Path, spec: CollectionSpec) -> None:

@@ -17,12 +17,13 @@ from retrv_r1_retriever.types import Candidate, Content, Memory
 class Readable:
     """positions: which of the given candidates the model can read; candidates: the same ones, each with fitting memory.
 
-    notes: why the others were left out, for the trace
+    notes: why the others were left out, for the trace; fresh: those of `candidates` whose memory was made now
     """
 
     positions: tuple[int, ...]
     candidates: tuple[Candidate, ...]
     notes: tuple[str, ...] = ()
+    fresh: tuple[Candidate, ...] = ()
 
 
 async def resolve(
@@ -49,12 +50,10 @@ async def resolve(
         notes.append(f"memory of {len(misses) - len(allowed)} candidates is missing or stale and was not recomputed")
     if fresh:
         notes.append(f"memory of {len(fresh)} candidates was recomputed; index them again to save this time")
+    renewed = {i: replace(candidates[i], memory=made_now) for i, made_now in fresh.items()}
     positions = tuple(i for i in range(len(candidates)) if i in fresh or i not in misses)
-    return Readable(
-        positions,
-        tuple(replace(candidates[i], memory=fresh[i]) if i in fresh else candidates[i] for i in positions),
-        tuple(notes),
-    )
+    readable = tuple(renewed.get(i, candidates[i]) for i in positions)
+    return Readable(positions, readable, tuple(notes), tuple(renewed.values()))
 
 
 def _hash(content: Content) -> str | None:

@@ -82,12 +82,16 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One point as a store gives it back. rows: memory as nested lists or array, None if not there or not asked for."""
+    """One point as a store gives it back.
+
+    rows: its own memory as nested lists or array, None if not there or not asked for; memory: from a sidecar
+    """
 
     id: str
     payload: dict[str, Any]
     score: float | None = None
     rows: Any = None
+    memory: Memory | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +206,7 @@ class PointCodec:
             self.schema.vector: self._vector(point.vector, f"vector of document {document.id!r}")
         }
         if point.memory is not None:
-            vectors[MEMORY] = self._rows(point.memory, document.id)
+            vectors[MEMORY] = memory_rows(point.memory, self.spec.memory_width, document.id)
         return Encoded(self.point_id(document.id), vectors, self._payload(point))
 
     def _payload(self, point: Point) -> dict[str, Any]:
@@ -223,10 +227,7 @@ class PointCodec:
             note["false"] = [path for path, value in bools if not value]
         note["content_hash"] = content_hash(Content(note.get("text"), note.get("image")))
         if (memory := point.memory) is not None:
-            note.update(
-                content_hash=memory.content_hash, memory_digest=memory.digest,
-                full_tokens=memory.full_tokens, image_hash=memory.image_hash,
-            )  # fmt: skip
+            note.update(memory_note(memory))
         return _checked_json(payload, document.id)
 
     def _stamp(self, metadata: dict[str, Any], id: str) -> None:
@@ -261,31 +262,45 @@ class PointCodec:
         listed: list[float] = values.tolist()
         return listed
 
-    def _rows(self, memory: Memory, id: str) -> list[list[float]]:
-        rows = np.asarray(memory.rows, dtype=np.float16)
-        width = self.spec.memory_width
-        if width is None or rows.ndim != 2 or len(rows) == 0 or rows.shape[1] != width:
-            expected = "no memory (the collection was made without)" if width is None else f"(1 or more, {width})"
-            raise SchemaError(
-                explain(
-                    f"document {id!r}: memory width", expected=expected, got=rows.shape,
-                    fix="Use the model the collection was made with, or index into a new one.",
-                )
-            )  # fmt: skip
-        if not np.isfinite(rows).all():
-            raise InputError(
-                explain(f"memory of document {id!r}", expected="finite", got="NaN or inf", fix="Check it.")
-            )
-        listed: list[list[float]] = rows.astype(np.float32).tolist()
-        return listed
-
     def _candidate(self, point: Found) -> Candidate:
         document: Document = self.schema.to_document(point.id, point.payload)
-        memory, note = None, point.payload.get(RESERVED, {})
-        if self.own and point.rows is not None and "memory_digest" in note:
-            rows = np.asarray(point.rows, dtype=np.float16)
-            memory = Memory(rows, note["memory_digest"], note["content_hash"], note["full_tokens"], note["image_hash"])
+        memory, note = point.memory, point.payload.get(RESERVED, {})
+        if self.own and memory is None and point.rows is not None and "memory_digest" in note:
+            memory = noted_memory(point.rows, note)
         return Candidate(document, point.score, 1, memory)
+
+
+def memory_rows(memory: Memory, width: int | None, id: str) -> list[list[float]]:
+    """As both stores take it. width: columns the collection has for it, None = it has no memory. Raises if it does not fit."""
+    rows = np.asarray(memory.rows, dtype=np.float16)
+    if width is None or rows.ndim != 2 or len(rows) == 0 or rows.shape[1] != width:
+        expected = "no memory (the collection was made without)" if width is None else f"(1 or more, {width})"
+        raise SchemaError(
+            explain(
+                f"document {id!r}: memory width", expected=expected, got=rows.shape,
+                fix="Use the model the collection was made with, or index into a new one.",
+            )
+        )  # fmt: skip
+    if not np.isfinite(rows).all():
+        raise InputError(explain(f"memory of document {id!r}", expected="finite", got="NaN or inf", fix="Check it."))
+    listed: list[list[float]] = rows.astype(np.float32).tolist()
+    return listed
+
+
+def memory_note(memory: Memory) -> dict[str, Any]:
+    """What is kept in the payload beside the rows, under `RESERVED`."""
+    return {
+        "content_hash": memory.content_hash,
+        "memory_digest": memory.digest,
+        "full_tokens": memory.full_tokens,
+        "image_hash": memory.image_hash,
+    }
+
+
+def noted_memory(rows: Any, note: Mapping[str, Any]) -> Memory:
+    """The way back from `memory_rows` and `memory_note`."""
+    rows = np.asarray(rows, dtype=np.float16)
+    return Memory(rows, note["memory_digest"], note["content_hash"], note["full_tokens"], note["image_hash"])
 
 
 def is_number(text: str) -> bool:

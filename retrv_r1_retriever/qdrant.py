@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import weakref
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -14,14 +14,25 @@ from retrv_r1_retriever.errors import InputError, NotIndexedError, OptionsError,
 from retrv_r1_retriever.filters import FilterTranslator
 from retrv_r1_retriever.points import MEMORY, CollectionSpec, Found, PointCodec, is_number, native_id
 from retrv_r1_retriever.qdrant_opening import Call, Opening
+from retrv_r1_retriever.qdrant_transport import Scales, connect
 from retrv_r1_retriever.schema import PayloadSchema
+from retrv_r1_retriever.sidecar import Sidecars, join
+from retrv_r1_retriever.sidecar_qdrant import QdrantBackend, found_points
 from retrv_r1_retriever.store import Filter, Point, Scalar
 from retrv_r1_retriever.types import Candidate
 
 if TYPE_CHECKING:
     from qdrant_client import AsyncQdrantClient, QdrantClient
 
-_REFUSED = (400, 413, 422)  # HTTP: these points are at fault (too large, malformed), not the server
+_SAME_ID = 256  # points looked at when a few documents are asked for by a payload field: several may have one id
+_WITHOUT_COLLECTION = ("get_aliases", "get_collections", "update_collection_aliases")
+_REFUSED = (
+    400,
+    413,
+    422,
+    "INVALID_ARGUMENT",
+    "RESOURCE_EXHAUSTED",
+)  # HTTP, gRPC: these points are at fault (too large, malformed), not the server
 _T = TypeVar("_T")
 
 # Local mode is a numpy scan that breaks when one thread writes while another reads; one lock for each such client.
@@ -29,13 +40,15 @@ _local_locks: weakref.WeakKeyDictionary[object, threading.Lock] = weakref.WeakKe
 
 
 class QdrantStore:
-    """One collection. One that this package did not make is *foreign*: it needs `schema`, comes without memory, and is
-    never written to.
+    """One collection. One that this package did not make is *foreign*: it needs `schema` and is never written to; its
+    candidates have the memory of its sidecar, if one is in use.
 
     client: sync (its calls run in threads) or async; the caller closes it. url: a sync client is made and closed here
     spec: makes the collection if there is none; compared with the one that is there otherwise. None = it must be there
     tenant: (payload field, value) this store is limited to, in reads and writes
+    grpc: with url, whether to talk gRPC; None = if the server's port for it answers
 
+    `sidecars`: memory beside the collection (docs/memory.md); the one in use is read in place of the collection's own
     The collection is checked here; with an async client, on first use.
     """
 
@@ -50,17 +63,14 @@ class QdrantStore:
         schema: PayloadSchema | None = None,
         tenant: tuple[str, Scalar] | None = None,
         read_only: bool = False,
+        grpc: bool | None = None,
     ) -> None:
         if (client is None) == (url is None):
             raise OptionsError(explain("QdrantStore", expected="client= or url=", got="both or none", fix="Pass one."))
         qdrant_client = _import_qdrant()
         self._models = qdrant_client.models
         self._owns_client = client is None
-        self._client: Any = (
-            client
-            if client is not None
-            else qdrant_client.QdrantClient(url=url, api_key=api_key, check_compatibility=False)
-        )
+        self._client: Any = client if client is not None else connect(qdrant_client, str(url), api_key, grpc)
         self._is_async = isinstance(self._client, qdrant_client.AsyncQdrantClient)
         self._lock = _local_lock(self._client)
         self.collection, self.read_only = collection, read_only
@@ -71,6 +81,12 @@ class QdrantStore:
         self._open = opening
         self._codec: PointCodec | None = None
         self._opening = asyncio.Lock()
+        self._scales = Scales(self._client, self._where)
+        self.sidecars = Sidecars(
+            QdrantBackend(
+                collection, self._call, self._models, self.open, self._points_of_documents, self._scales.weigh
+            )
+        )
         if not self._is_async:
             self._codec = _finish(self._open(self._call_here))
 
@@ -93,6 +109,7 @@ class QdrantStore:
         self, vector: np.ndarray, top_k: int, *, filter: Filter | None = None, with_memory: bool = True
     ) -> list[Candidate]:
         codec = await self.open()
+        beside = with_memory and await self.sidecars.ready()
         answer = await self._call(
             "query_points",
             query=codec.check_query(vector, top_k),
@@ -100,26 +117,21 @@ class QdrantStore:
             limit=top_k,
             query_filter=self._native(codec, filter),
             with_payload=True,
-            with_vectors=_memory_of(codec, with_memory),
+            with_vectors=_memory_of(codec, with_memory and not beside),
         )
         if not answer.points and (await self._call("count", exact=False)).count == 0:
             raise NotIndexedError(
                 explain(self._where, expected="documents", got="an empty collection", fix="Index some first.")
             )
-        return codec.decode(_found(answer.points))
+        found = found_points(answer.points)
+        await self._scales.weigh(found)
+        return codec.decode(await self._joined(codec, found) if beside else found)
 
     async def get(self, ids: Sequence[str], *, with_memory: bool = True) -> list[Candidate]:
         codec = await self.open()
-        if codec.own:
-            found = await self._retrieve(codec, [codec.point_id(id) for id in ids], True, with_memory)
-            codec.check_ids(ids, found)
-        elif codec.schema.id is None:
-            found = await self._retrieve(
-                codec, [id for text in ids if (id := native_id(text)) is not None], True, False
-            )
-        else:
-            found = await self._scroll(len(ids), self._by_field(codec.schema.id, ids))
-        return codec.in_order(ids, found)
+        beside = with_memory and await self.sidecars.ready()
+        found = await self._points_of_documents(ids, with_memory and not beside)
+        return codec.in_order(ids, await self._joined(codec, found) if beside else found)
 
     async def upsert(self, points: Sequence[Point]) -> None:
         codec = await self.open()
@@ -170,6 +182,21 @@ class QdrantStore:
             should=[models.FieldCondition(key=field, match=models.MatchAny(any=kind)) for kind in kinds if kind]
         )
 
+    async def _points_of_documents(self, ids: Sequence[str], with_memory: bool = False) -> list[Found]:
+        codec = await self.open()
+        if codec.own:
+            found = await self._retrieve(codec, [codec.point_id(id) for id in ids], True, with_memory)
+            codec.check_ids(ids, found)
+            return found
+        if codec.schema.id is None:
+            native = [id for text in ids if (id := native_id(text)) is not None]
+            return await self._retrieve(codec, native, True, False)
+        return await self._scroll(max(len(ids), _SAME_ID), self._by_field(codec.schema.id, ids))
+
+    async def _joined(self, codec: PointCodec, found: list[Found]) -> list[Found]:
+        own = codec.own and codec.spec.memory_width is not None
+        return await join(found, self.sidecars, (lambda ids: self._retrieve(codec, ids, True, True)) if own else None)
+
     async def _retrieve(
         self, codec: PointCodec, ids: Sequence[Any], payload: bool | list[str], with_memory: bool
     ) -> list[Found]:
@@ -178,20 +205,20 @@ class QdrantStore:
         records = await self._call(
             "retrieve", ids=list(dict.fromkeys(ids)), with_payload=payload, with_vectors=_memory_of(codec, with_memory)
         )
-        return _found(records)
+        return found_points(records)
 
     async def _scroll(self, limit: int, native_filter: Any) -> list[Found]:
         records, _ = await self._call(
             "scroll", limit=limit, scroll_filter=native_filter, with_payload=True, with_vectors=False
         )
-        return _found(records)
+        return found_points(records)
 
     async def _call(self, method: str, **arguments: Any) -> Any:  # kwargs: the client's own, passed on unread
         """One call of the client, off the event loop, its errors as ours."""
         if not self._is_async:
             return await asyncio.to_thread(self._call_now, method, arguments)
         try:
-            return await getattr(self._client, method)(collection_name=self.collection, **arguments)
+            return await getattr(self._client, method)(**self._addressed(method, arguments))
         except Exception as error:
             raise self._error(method, error) from error
 
@@ -200,16 +227,20 @@ class QdrantStore:
         return self._call_now(method, arguments)
 
     def _call_now(self, method: str, arguments: dict[str, Any]) -> Any:
+        addressed = self._addressed(method, arguments)
         try:
             if self._lock is None:
-                return getattr(self._client, method)(collection_name=self.collection, **arguments)
+                return getattr(self._client, method)(**addressed)
             with self._lock:
-                return getattr(self._client, method)(collection_name=self.collection, **arguments)
+                return getattr(self._client, method)(**addressed)
         except Exception as error:
             raise self._error(method, error) from error
 
+    def _addressed(self, method: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        return arguments if method in _WITHOUT_COLLECTION else {"collection_name": self.collection, **arguments}
+
     def _error(self, method: str, error: Exception) -> StoreError | InputError:
-        if method == "upsert" and getattr(error, "status_code", None) in _REFUSED:
+        if method == "upsert" and _status(error) in _REFUSED:
             return InputError(
                 explain(
                     f"{self._where}: {method}", expected="points that Qdrant takes", got=f"{type(error).__name__}: {error}",
@@ -228,12 +259,10 @@ def _memory_of(codec: PointCodec, with_memory: bool) -> bool | list[str]:
     return [MEMORY] if with_memory and codec.own and codec.spec.memory_width is not None else False
 
 
-def _found(points: Iterable[Any]) -> list[Found]:
-    found = []
-    for point in points:
-        vectors = point.vector if isinstance(point.vector, dict) else {}
-        found.append(Found(str(point.id), point.payload or {}, getattr(point, "score", None), vectors.get(MEMORY)))
-    return found
+def _status(error: Exception) -> int | str | None:
+    """HTTP status or gRPC code of what the client raised."""
+    code = getattr(error, "code", None)
+    return getattr(code(), "name", None) if callable(code) else getattr(error, "status_code", None)
 
 
 def _finish(work: Coroutine[Any, Any, _T]) -> _T:
@@ -261,3 +290,23 @@ def _import_qdrant() -> Any:
     except ImportError as error:
         raise missing_extra("qdrant-client", "qdrant") from error
     return qdrant_client
+
+
+def look_into(
+    collection: str, url: str, api_key: str | None, limit: int
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Some payloads of a collection of unknown layout, and its dense vectors by name, with sizes. Raises `StoreError`."""
+    client = connect(_import_qdrant(), url, api_key, None)
+    try:
+        vectors = client.get_collection(collection).config.params.vectors or {}
+        records, _ = client.scroll(collection, limit=limit, with_payload=True, with_vectors=False)
+    except Exception as error:
+        raise StoreError(
+            explain(f"collection {collection!r}", expected=f"one at {url}", got=f"{type(error).__name__}: {error}",
+                    fix="Check the url, the name and the api key.")
+        ) from error  # fmt: skip
+    finally:
+        client.close()
+    named = vectors if isinstance(vectors, dict) else {"": vectors}
+    dense = {name: int(params.size) for name, params in named.items() if params.multivector_config is None}
+    return [record.payload or {} for record in records], dense

@@ -11,10 +11,10 @@ from retrv_r1_retriever.points import MEMORY, CollectionSpec, PointCodec
 from retrv_r1_retriever.schema import OWN_SCHEMA, PayloadSchema, found_fields, lookup
 from retrv_r1_retriever.store import Scalar
 
-#: A call of the client on one collection: method name and its arguments.
+#: A call of the client: method name and its arguments; on the store's collection unless they name another.
 Call: TypeAlias = "Callable[..., Awaitable[Any]]"
 
-_MARK = "retrv"  # collection metadata under this key says that we made the collection, and how
+MARK = "retrv"  # collection metadata under this key says that we made the collection, and how
 _SAMPLE = 64  # payloads looked at before each missing field is asked for by itself
 
 
@@ -41,7 +41,7 @@ class Opening:
                 )  # fmt: skip
             await self.call("create_collection", **_creation(self.models, self.asked))
         config = (await self.call("get_collection")).config
-        mark = (getattr(config, "metadata", None) or {}).get(_MARK)
+        mark = (getattr(config, "metadata", None) or {}).get(MARK)
         if mark is None and self.asked is not None and self.schema is None:
             raise StoreError(
                 explain(
@@ -132,12 +132,18 @@ def _names(vectors: dict[str, Any]) -> str:
 
 def _creation(models: Any, spec: CollectionSpec) -> dict[str, Any]:
     vectors = {OWN_SCHEMA.vector: models.VectorParams(size=spec.vector_size, distance=models.Distance.COSINE)}
-    if spec.memory_width is not None:  # fetched by id, never searched: no graph
-        vectors[MEMORY] = models.VectorParams(
-            size=spec.memory_width,
-            distance=models.Distance.DOT,
-            datatype=models.Datatype.FLOAT16,
-            multivector_config=models.MultiVectorConfig(comparator=models.MultiVectorComparator.MAX_SIM),
-            hnsw_config=models.HnswConfigDiff(m=0),
-        )
-    return {"vectors_config": vectors, "metadata": {_MARK: spec.to_json()}}
+    if spec.memory_width is not None:
+        vectors[MEMORY] = memory_vector(models, spec.memory_width)
+    return {"vectors_config": vectors, "metadata": {MARK: spec.to_json()}}
+
+
+def memory_vector(models: Any, width: int, on_disk: bool | None = None) -> Any:
+    """Fetched by id, never searched: no graph."""
+    return models.VectorParams(
+        size=width,
+        distance=models.Distance.DOT,
+        datatype=models.Datatype.FLOAT16,
+        multivector_config=models.MultiVectorConfig(comparator=models.MultiVectorComparator.MAX_SIM),
+        hnsw_config=models.HnswConfigDiff(m=0),
+        on_disk=on_disk,
+    )

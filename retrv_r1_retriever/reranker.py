@@ -43,6 +43,7 @@ class RetrvR1Reranker:
     compressor: makes candidate memory where it is missing; by default the engine itself, if it can. An engine that reads
         candidates without memory (a chat model) needs none
     images: where pictures come from; the default reads bytes, data URIs and Pillow images, never files or networks
+    write_back: is given the candidates whose memory a call had to make, e.g. `lazy.WriteBack`; must return at once
     """
 
     def __init__(
@@ -52,13 +53,14 @@ class RetrvR1Reranker:
         compressor: Compressor | None = None,
         images: ImageSource | None = None,
         options: RerankOptions = BALANCED,
+        write_back: Callable[[Sequence[Candidate]], None] | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
         self.engine = engine
         self.compressor = compressor or (engine if isinstance(engine, Compressor) else None)
         self.images = images or LocalImages()
         self.options = options
-        self._clock = clock
+        self._clock, self._write_back = clock, write_back
 
     async def arerank(
         self, query: Query | str, candidates: Candidates, *, options: RerankOptions | None = None
@@ -129,6 +131,8 @@ class RetrvR1Reranker:
                 readable = await memory.resolve(candidates, self.compressor, self.images, options)
         except TimeoutError as error:
             raise RerankTimeout("timed out before the model had read the candidates. Raise timeout_s.") from error
+        if self._write_back is not None and readable.fresh:
+            self._write_back(readable.fresh)
         if not readable.candidates:
             raise EngineError("no candidate has usable memory: " + "; ".join(readable.notes))
         prepared = self._clock() - started

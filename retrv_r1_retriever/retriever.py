@@ -7,15 +7,17 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 from retrv_r1_retriever._sync import run
 from retrv_r1_retriever.embedders import Embedder
 from retrv_r1_retriever.engines.base import Compressor, Engine
 from retrv_r1_retriever.errors import InputError, OptionsError, RerankTimeout, explain
 from retrv_r1_retriever.images import ImageSource, LocalImages, load_content
+from retrv_r1_retriever.lazy import WriteBack
 from retrv_r1_retriever.options import BALANCED, RerankOptions
 from retrv_r1_retriever.reranker import Candidates, RetrvR1Reranker, as_candidates, as_query, bounded, less_time
+from retrv_r1_retriever.sidecar import Sidecars
 from retrv_r1_retriever.store import Filter, FirstStage, Store, VectorFirstStage
 from retrv_r1_retriever.types import Candidate, ImageInput, Query, RankedResults
 
@@ -43,6 +45,8 @@ class RetrvR1Retriever:
     First stage: `store` and `embedder`, or `first_stage`, any async callable `(query, *, top_k, filter) -> candidates`.
     Reranker: an `engine` (with `compressor` as in `RetrvR1Reranker`), or a ready `reranker`.
     images: where pictures of queries and candidates come from; the default reads bytes, data URIs and Pillow images only
+    memory: "lazy" keeps memory that a call had to make in a sidecar of the store, written in the background (docs/memory.md);
+        needs `store` and `engine`. Call `aclose()` at the end, or the last of it is lost
     """
 
     def __init__(
@@ -55,10 +59,12 @@ class RetrvR1Retriever:
         compressor: Compressor | None = None,
         reranker: Reranker | None = None,
         images: ImageSource | None = None,
+        memory: Literal["stored", "lazy"] = "stored",
         options: RerankOptions = BALANCED,
     ) -> None:
         self.images = images or LocalImages()
-        self.reranker = _reranker(engine, compressor, reranker, self.images, options)
+        self._write_back = None if memory == "stored" else _write_back(memory, store, engine)
+        self.reranker = _reranker(engine, compressor, reranker, self.images, options, self._write_back)
         reads_memory = not isinstance(self.reranker, RetrvR1Reranker) or self.reranker.compressor is not None
         self.first_stage = _first_stage(store, embedder, first_stage, reads_memory)
         self.options = options
@@ -127,6 +133,16 @@ class RetrvR1Retriever:
     ) -> list[RankedResults]:
         return run(self.aretrieve_batch(queries, filter=filter, options=options, concurrency=concurrency))
 
+    async def aclose(self) -> None:
+        """Finish what is written in the background, and close the store."""
+        if self._write_back is not None:
+            await self._write_back.flush()
+        if isinstance(self.first_stage, VectorFirstStage):
+            await self.first_stage.store.close()
+
+    def close(self) -> None:
+        run(self.aclose())
+
     async def _find(self, query: Query, filter: Filter | None, options: RerankOptions) -> _Found:
         started = time.monotonic()
         try:
@@ -173,17 +189,27 @@ def _first_stage(
     raise OptionsError(explain("first stage", expected="store and embedder, or first_stage", got=given, fix=fix))
 
 
+def _write_back(memory: str, store: Store | None, engine: Engine | None) -> WriteBack:
+    sidecars = getattr(store, "sidecars", None)
+    if memory != "lazy" or not isinstance(sidecars, Sidecars) or engine is None:
+        fix = "Pass store=EdgeStore(...) or QdrantStore(...) and engine=..., or leave memory out."
+        got = f"{memory!r} with store {type(store).__name__} and engine {type(engine).__name__}"
+        raise OptionsError(explain("memory", expected='"stored", or "lazy" with store and engine', got=got, fix=fix))
+    return WriteBack(sidecars)
+
+
 def _reranker(
     engine: Engine | None,
     compressor: Compressor | None,
     reranker: Reranker | None,
     images: ImageSource,
     options: RerankOptions,
+    write_back: WriteBack | None,
 ) -> Reranker:
     if reranker is not None and engine is None and compressor is None:
         return reranker
     if engine is not None and reranker is None:
-        return RetrvR1Reranker(engine, compressor=compressor, images=images, options=options)
+        return RetrvR1Reranker(engine, compressor=compressor, images=images, options=options, write_back=write_back)
     given = [n for n, v in (("engine", engine), ("compressor", compressor), ("reranker", reranker)) if v is not None]
     fix = "A reranker brings its own engine and compressor."
     raise OptionsError(explain("model", expected="engine, or reranker alone", got=given, fix=fix))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -140,11 +141,19 @@ OWN_SCHEMA = PayloadSchema(text=f"{RESERVED}.text", image=f"{RESERVED}.image", i
 
 
 def lookup(payload: Mapping[str, Any], path: str) -> Any:
-    """The value at a dotted path, None if there is none. A key that itself holds the dots wins over nesting."""
+    """The value at a dotted path, None if there is none. A key that itself holds the dots wins over nesting.
+
+    A string that holds a JSON object counts as that object: LlamaIndex keeps its nodes that way (`_node_content.text`).
+    """
     if path in payload:
         return payload[path]
     head, dot, rest = path.partition(".")
     inner = payload.get(head)
+    if dot and isinstance(inner, str) and inner.startswith("{"):
+        try:
+            inner = json.loads(inner)
+        except ValueError:
+            return None
     return lookup(inner, rest) if dot and isinstance(inner, Mapping) else None
 
 

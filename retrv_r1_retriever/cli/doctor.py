@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from retrv_r1_retriever import config as settings
 from retrv_r1_retriever._sync import run
+from retrv_r1_retriever.cli.draft import write_config
 from retrv_r1_retriever.cli.search import load_config
 from retrv_r1_retriever.cli.show import describe
 from retrv_r1_retriever.cli.terminal import one_line, print_json, print_wrapped, printable, terminal_width
 from retrv_r1_retriever.config import Config
 from retrv_r1_retriever.errors import RetrvR1Error
+from retrv_r1_retriever.images import content_hash
 
 if TYPE_CHECKING:
     from retrv_r1_retriever.model.checkpoint import Manifest
@@ -32,6 +34,7 @@ LIBRARIES = {
     "safetensors": "local",
 }
 SAMPLE = 5
+BUILD = "Run `retrv-r1 memory build` and `memory switch`, or index again; until then it is recomputed per query."
 #: Licences that do not allow commercial use, by a part of their name.
 RESTRICTED = ("research", "non-commercial", "noncommercial", "cc-by-nc")
 
@@ -47,10 +50,17 @@ class Finding:
 
 
 def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--write-config", nargs=2, metavar=("URL", "COLLECTION"),
+        help="draft the config file for a collection on a Qdrant server, from what lies in it",
+    )  # fmt: skip
+    parser.add_argument("--api-key-env", metavar="NAME", help="environment variable with the server's API key")
     parser.set_defaults(run=main)
 
 
 def main(args: argparse.Namespace) -> int:
+    if args.write_config:
+        return write_config(args, *args.write_config)
     findings = list(_findings(args))
     if args.json:
         print_json([{"level": f.level, "name": f.name, "detail": f.detail, "fix": f.fix} for f in findings])
@@ -168,11 +178,13 @@ def _store(config: Config, manifest: Manifest | None) -> Iterator[Finding]:
 
 def _memory(ids: list[str], store: Any, manifest: Manifest) -> Finding:
     digest = manifest.memory_digest
-    stored = [c.memory for c in run(store.get(ids)) if c.memory is not None]
-    fitting = sum(memory.digest == digest for memory in stored)
+    found = run(store.get(ids))
+    stored = [(c.memory, content_hash(c.document.content)) for c in found if c.memory is not None]
+    fitting = sum(memory.digest == digest for memory, _ in stored)
+    changed = sum(memory.content_hash != present for memory, present in stored)
+    if changed:
+        return Finding("warn", "memory", f"{changed} of {len(ids)} sampled documents changed since it was made", BUILD)
     if fitting == len(ids):
         return Finding("ok", "memory", f"digest {digest} on all {len(ids)} sampled documents")
     detail = f"{fitting} of {len(ids)} sampled documents have memory {digest}; {len(stored) - fitting} have another"
-    return Finding(
-        "warn", "memory", detail, "Index again with this checkpoint; until then memory is recomputed per query."
-    )
+    return Finding("warn", "memory", detail, BUILD)

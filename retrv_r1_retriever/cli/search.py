@@ -104,13 +104,12 @@ def rerank(args: argparse.Namespace) -> int:
 
 @contextmanager
 def opened_retriever(config: Config) -> Iterator[RetrvR1Retriever]:
-    """The config's retriever; the store's lock is given back at the end."""
+    """The config's retriever; at the end what is written in the background is finished and the store's lock given back."""
     retriever = settings.open_retriever(config)
     try:
         yield retriever
     finally:
-        if isinstance(retriever.first_stage, VectorFirstStage):
-            run(retriever.first_stage.store.close())
+        retriever.close()
 
 
 def load_config(args: argparse.Namespace) -> Config:
