@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -197,3 +199,9 @@ def test_a_bundle_with_everything_is_still_a_bundle() -> None:
     bundle = RerankQuery("q", image=np.zeros(0).tobytes(), options=FAST)
     assert isinstance(bundle, QueryBundle)
     assert bundle.embedding_strs == ["q"]
+
+
+def test_without_llama_index_the_extra_is_named() -> None:
+    code = "import sys; sys.modules['llama_index'] = None; import llama_index_retrv_r1"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "pip install 'retrv-r1-retriever[llamaindex]'" in done.stderr

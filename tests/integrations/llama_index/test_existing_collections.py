@@ -103,6 +103,15 @@ async def test_it_is_read_and_left_as_it_was(write: Any, form: str, monkeypatch:
     assert everything(client) == before
 
 
+def test_the_query_mode_reaches_the_store() -> None:
+    """A sparse search finds the one text with these words, a dense one would find all."""
+    store = hybrid(QdrantClient(":memory:"), texts(4))
+    retriever = RetrvR1Retriever(
+        store, reranker=reranker(), embed_model=Words(), query_mode=VectorStoreQueryMode.SPARSE
+    )
+    assert [n.get_content() for n in retriever.retrieve("text 2")] == ["text 2"]
+
+
 async def test_every_kind_of_node_comes_back_as_what_it_was(tmp_path: Path) -> None:
     nodes: list[BaseNode] = [
         texts(1)[0],
