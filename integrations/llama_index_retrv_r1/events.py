@@ -1,0 +1,66 @@
+"""The rerank call as LlamaIndex's instrumentation sees it: a span of its own with a start and an end event."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llama_index.core import instrumentation
+from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
+
+from llama_index_retrv_r1.nodes import NodeCandidate, to_nodes
+from retrv_r1_retriever.errors import OptionsError, explain
+from retrv_r1_retriever.images import ImageSource, LocalImages
+from retrv_r1_retriever.options import BALANCED, RerankOptions
+from retrv_r1_retriever.reranker import Candidates, RetrvR1Reranker
+from retrv_r1_retriever.retriever import Reranker
+from retrv_r1_retriever.types import Query, RankedResults
+
+dispatcher = instrumentation.get_dispatcher(__package__)  # type: ignore[attr-defined]  # re-exported without __all__
+
+
+@dataclass(frozen=True)
+class AnnouncedReranker:
+    """A reranker of `NodeCandidate`s that announces what it does; images, options: where a call names none."""
+
+    reranker: Reranker
+    images: ImageSource
+    options: RerankOptions
+
+    @classmethod
+    def of(cls, reranker: Reranker | None, options: RerankOptions | None = None) -> AnnouncedReranker:
+        """With the pictures and options of the reranker itself, as far as it has any (a remote one has not)."""
+        if isinstance(reranker, RetrvR1Reranker):
+            return cls(reranker, reranker.images, options or reranker.options)
+        if reranker is None or not callable(getattr(reranker, "arerank", None)):
+            fix = "Pass RetrvR1Reranker(engine)."
+            raise OptionsError(explain("reranker", expected="a Reranker", got=type(reranker).__name__, fix=fix))
+        return cls(reranker, LocalImages(), options or BALANCED)
+
+    @dispatcher.span
+    async def arerank(
+        self, query: Query | str, candidates: Candidates, *, options: RerankOptions | None = None
+    ) -> RankedResults:
+        nodes = [c.item for c in candidates if isinstance(c, NodeCandidate)]
+        text = query if isinstance(query, str) else query.content.text or ""
+        options = options or self.options
+        top_n = min(options.top_n or len(nodes), len(nodes))
+        dispatcher.event(ReRankStartEvent(query=text, nodes=nodes, top_n=top_n, model_name=model_name(self.reranker)))
+        results = await self.reranker.arerank(query, candidates, options=options)
+        dispatcher.event(ReRankEndEvent(nodes=to_nodes(results)))
+        return results
+
+    async def arerank_batch(
+        self,
+        queries: Sequence[Query | str],
+        candidates: Sequence[Candidates],
+        *,
+        options: RerankOptions | None = None,
+        concurrency: int = 8,
+    ) -> list[RankedResults]:
+        return await self.reranker.arerank_batch(queries, candidates, options=options, concurrency=concurrency)
+
+
+def model_name(reranker: Reranker) -> str:
+    versions = reranker.engine.versions if isinstance(reranker, RetrvR1Reranker) else {}
+    return " ".join(["retrv-r1", *(versions[key] for key in ("engine", "checkpoint") if key in versions)])

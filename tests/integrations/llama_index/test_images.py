@@ -1,0 +1,277 @@
+"""Pictures on every path, compared pixel by pixel: node -> Qdrant -> node -> model -> node."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from llama_index.core.schema import BaseNode, ImageNode, MediaResource, Node, QueryBundle, TextNode
+from llama_index.vector_stores.qdrant import QdrantVectorStore
+from llama_index_retrv_r1 import RerankQuery, RetrvR1Rerank, RetrvR1Retriever
+from PIL import Image
+from qdrant_client import AsyncQdrantClient, QdrantClient
+
+from retrv_r1_retriever import (
+    CollectionSpec,
+    Content,
+    Document,
+    EdgeStore,
+    ImageError,
+    InputError,
+    LocalImages,
+    RerankOptions,
+    RetrvR1Reranker,
+)
+from retrv_r1_retriever import RetrvR1Retriever as Pipeline
+from retrv_r1_retriever.engines.scripted import ScriptedEngine
+from retrv_r1_retriever.parser import Check, Thought, Verdict
+from retrv_r1_retriever.store import Point
+from retrv_r1_retriever.trace import Full
+from tests.integrations.llama_index.parts import (
+    DIM,
+    Fixed,
+    OwnEmbedder,
+    Pictures,
+    Words,
+    b64,
+    by_number,
+    image_node,
+    picture,
+    png,
+    scored,
+    vector,
+)
+
+OPENS_ONE = Thought("x", (Verdict(0, "keep"),), (Check(0, "it is a match", True),), 0)
+THINK = RerankOptions(think="always")
+KINDS = ("base64", "data URI", "path", "resource path", "resource data")
+STORED = KINDS[:-1]  # LlamaIndex does not store the bytes of a MediaResource
+
+
+def opening_engine() -> ScriptedEngine:
+    """Opens its first candidate, whichever picture that is."""
+    return ScriptedEngine(OPENS_ONE, slots=by_number)
+
+
+def node_of(kind: str, root: Path) -> BaseNode:
+    (root / "blue.png").write_bytes(png("blue"))
+    common: dict[str, Any] = {"id_": "00000000-0000-0000-0000-000000000001"}
+    match kind:
+        case "base64":
+            return ImageNode(**common, text="text 1", image=b64("blue"))
+        case "data URI":
+            return ImageNode(**common, text="text 1", image=f"data:image/png;base64,{b64('blue')}")
+        case "path":
+            return ImageNode(**common, text="text 1", image_path=str(root / "blue.png"))
+        case "resource path":
+            return Node(
+                **common,
+                text_resource=MediaResource(text="text 1"),
+                image_resource=MediaResource(path=root / "blue.png"),
+            )
+        case "resource data":
+            return Node(
+                **common, text_resource=MediaResource(text="text 1"), image_resource=MediaResource(data=png("blue"))
+            )
+    raise AssertionError(kind)
+
+
+def pixels_of(node: BaseNode) -> np.ndarray:
+    """As a user of LlamaIndex would open it; it has no way of its own for a data URI."""
+    if isinstance(node, ImageNode):
+        encoded = node.image.partition(",")[2] if node.image and node.image.startswith("data:") else None
+        found = node.resolve_image() if encoded is None else io.BytesIO(base64.b64decode(encoded))
+    else:
+        resource = node.image_resource  # type: ignore[attr-defined]
+        found = io.BytesIO(base64.b64decode(resource.data)) if resource.data else resource.path
+    return np.asarray(Image.open(found).convert("RGB"))
+
+
+def opened(engine: ScriptedEngine) -> np.ndarray:
+    [full] = [s for s in engine.opened[-1].segments if isinstance(s, Full)]
+    assert full.content is not None
+    assert isinstance(full.content.image, Image.Image)
+    return np.asarray(full.content.image)
+
+
+def assert_blue(*pixels: np.ndarray) -> None:
+    for one in pixels:
+        np.testing.assert_array_equal(one, np.asarray(picture("blue")))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_picture_reaches_the_model_and_comes_back(kind: str, tmp_path: Path) -> None:
+    node, engine = node_of(kind, tmp_path), opening_engine()
+    rerank = RetrvR1Rerank(RetrvR1Reranker(engine, images=LocalImages(tmp_path), options=THINK))
+    [found] = rerank.postprocess_nodes(scored([node]), query_str="q")
+    assert found.metadata["rerank_status"] == "reranked"
+    assert found.node is node
+    assert_blue(opened(engine), pixels_of(found.node))
+
+
+@pytest.mark.parametrize("form", ["sync", "async"])
+@pytest.mark.parametrize("kind", STORED)
+async def test_through_qdrant_and_back(kind: str, form: str, tmp_path: Path) -> None:
+    node, engine = node_of(kind, tmp_path), opening_engine()
+    node.embedding = vector(b"anything")
+    if form == "sync":
+        store = QdrantVectorStore("things", client=QdrantClient(":memory:"))
+        store.add([node])
+    else:
+        store = QdrantVectorStore("things", aclient=AsyncQdrantClient(":memory:"))
+        await store.async_add([node])
+    decides = RetrvR1Reranker(engine, images=LocalImages(tmp_path), options=THINK)
+    retriever = RetrvR1Retriever(store, reranker=decides, embed_model=Pictures())
+    [found] = retriever.retrieve("q") if form == "sync" else await retriever.aretrieve("q")
+    assert type(found.node) is type(node)
+    assert_blue(opened(engine), pixels_of(found.node))
+
+
+@pytest.mark.parametrize("kind", ["bytes", "data URI", "path", "Pillow"])
+async def test_from_our_own_store_to_a_node(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "blue.png").write_bytes(png("blue"))
+    image: Any = {
+        "bytes": png("blue"), "data URI": f"data:image/png;base64,{b64('blue')}", "path": "blue.png", "Pillow": picture("blue"),
+    }[kind]  # fmt: skip
+    store, engine = EdgeStore(tmp_path / "index", spec=CollectionSpec(DIM)), opening_engine()
+    await store.upsert([Point(Document("a", Content("text 1", image), {"x": 1}), np.array(vector(b"a"), np.float32))])
+    pipeline = Pipeline(store=store, embedder=OwnEmbedder(), engine=engine, images=LocalImages(tmp_path), options=THINK)
+    [found] = await RetrvR1Retriever(pipeline).aretrieve("q")
+    assert (found.node_id, found.get_content(), found.metadata["x"]) == ("a", "text 1", 1)
+    assert_blue(opened(engine), pixels_of(found.node))
+
+
+async def test_mixed_nodes_are_one_list() -> None:
+    nodes: list[BaseNode] = [
+        TextNode(text="text 2"),
+        image_node("blue", 7),
+        Node(text_resource=MediaResource(text="text 5")),
+    ]
+    rerank = RetrvR1Rerank(RetrvR1Reranker(ScriptedEngine(slots=by_number), options=RerankOptions(think="never")))
+    found = await rerank.apostprocess_nodes(scored(nodes), query_str="q")
+    assert [n.node for n in found] == [nodes[1], nodes[2], nodes[0]]
+
+
+async def test_an_empty_picture_is_said(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    store = QdrantVectorStore("things", client=QdrantClient(":memory:"))
+    node = node_of("resource data", tmp_path)
+    node.embedding = vector(b"a")
+    store.add([node])
+    retriever = RetrvR1Retriever(store, reranker=RetrvR1Reranker(opening_engine(), options=THINK), embed_model=Words())
+    await retriever.aretrieve("q")
+    assert "LlamaIndex does not store MediaResource.data" in caplog.text
+
+
+async def test_a_url_is_not_fetched() -> None:
+    node = ImageNode(text="text 1", image_url="https://example.org/a.png")
+    engine = opening_engine()
+    rerank = RetrvR1Rerank(RetrvR1Reranker(engine, options=THINK))
+    [found] = await rerank.apostprocess_nodes(scored([node]), query_str="q")
+    assert found.metadata["rerank_status"] == "partial"
+    assert "LocalImages fetches nothing" in " ".join(found.results.trace.notes)
+
+
+# -- image queries -----------------------------------------------------------------------------------------------------
+
+
+def picture_store(colors: list[str]) -> QdrantVectorStore:
+    store = QdrantVectorStore("things", client=QdrantClient(":memory:"))
+    nodes = [image_node(color, i) for i, color in enumerate(colors)]
+    for node, color in zip(nodes, colors, strict=True):
+        node.embedding = vector(picture(color).tobytes())
+    store.add(list(nodes))
+    return store
+
+
+def asked(kind: str, root: Path) -> tuple[Any, dict[str, Any]]:
+    (root / "blue.png").write_bytes(png("blue"))
+    match kind:
+        case "image_path":
+            return QueryBundle("", image_path=str(root / "blue.png")), {}
+        case "argument":
+            return "", {"image": png("blue")}
+        case "data URI":
+            return "", {"image": f"data:image/png;base64,{b64('blue')}"}
+        case "Pillow":
+            return "", {"image": picture("blue")}
+    return RerankQuery("", image=png("blue")), {}
+
+
+@pytest.mark.parametrize("form", ["sync", "async"])
+@pytest.mark.parametrize("kind", ["image_path", "argument", "data URI", "Pillow", "bundle"])
+async def test_a_picture_as_query(kind: str, form: str, tmp_path: Path) -> None:
+    engine = opening_engine()
+    decides = RetrvR1Reranker(engine, images=LocalImages(tmp_path), options=THINK.with_options(top_k=1))
+    retriever = RetrvR1Retriever(picture_store(["red", "green", "blue"]), reranker=decides, embed_model=Pictures())
+    query, more = asked(kind, tmp_path)
+    [found] = retriever.retrieve(query, **more) if form == "sync" else await retriever.aretrieve(query, **more)
+    assert found.get_content() == "text 2"  # the first stage searched with the picture ...
+    seen = engine.opened[-1].prompt.query.content
+    assert seen.text is None
+    assert isinstance(seen.image, Image.Image)
+    assert_blue(np.asarray(seen.image))  # ... and the model sees it
+
+
+async def test_text_and_picture_together_search_with_both() -> None:
+    class Watched(Pictures):
+        def aget_image_embedding(self, img_file_path: Any) -> Any:
+            calls.append("image")
+            return super().aget_image_embedding(img_file_path)
+
+        def aget_agg_embedding_from_queries(self, queries: list[str], agg_fn: Any = None) -> Any:
+            calls.append(queries[0])
+            return super().aget_agg_embedding_from_queries(queries)
+
+    calls: list[str] = []
+    decides = RetrvR1Reranker(opening_engine(), options=THINK)
+    retriever = RetrvR1Retriever(picture_store(["red", "blue"]), reranker=decides, embed_model=Watched())
+    assert len(await retriever.aretrieve("but green", image=png("blue"))) == 2
+    assert sorted(calls) == ["but green", "image"]
+
+
+async def test_an_embedding_in_the_bundle_is_used() -> None:
+    decides = RetrvR1Reranker(opening_engine(), options=THINK.with_options(top_k=1))
+    retriever = RetrvR1Retriever(picture_store(["red", "blue"]), reranker=decides, embed_model=Words())
+    bundle = QueryBundle("q", embedding=vector(picture("blue").tobytes()))
+    [found] = await retriever.aretrieve(bundle)
+    assert found.get_content() == "text 1"
+    [found] = await retriever.aretrieve(bundle, image=png("red"))
+    assert found.get_content() == "text 1"
+
+
+@pytest.mark.parametrize("text", ["", "but green"])
+async def test_a_picture_on_a_text_only_embedder_is_an_error(text: str) -> None:
+    decides = RetrvR1Reranker(opening_engine(), options=THINK)
+    retriever = RetrvR1Retriever(picture_store(["red"]), reranker=decides, embed_model=Words())
+    with pytest.raises(InputError, match="expected a multimodal embed_model, got Words, which reads text only"):
+        await retriever.aretrieve(text, image=png("blue"))
+
+
+async def test_a_picture_on_a_text_only_index_is_an_error() -> None:
+    from llama_index.core import VectorStoreIndex
+
+    index = VectorStoreIndex.from_vector_store(picture_store(["red"]), embed_model=Words())
+    decides = RetrvR1Reranker(opening_engine(), options=THINK.with_options(top_k=2))
+    with pytest.raises(InputError, match="VectorIndexRetriever, which searches by text only"):
+        RetrvR1Retriever(index.as_retriever(), reranker=decides).retrieve("x", image=png("blue"))
+
+
+async def test_a_wrapped_retriever_gets_the_path(tmp_path: Path) -> None:
+    source = Fixed(scored([image_node("blue", 1)]))
+    (tmp_path / "blue.png").write_bytes(png("blue"))
+    decides = RetrvR1Reranker(opening_engine(), images=LocalImages(tmp_path), options=THINK)
+    await RetrvR1Retriever(source, reranker=decides).aretrieve(QueryBundle("q", image_path=str(tmp_path / "blue.png")))
+    assert source.asked[0].image_path == str(tmp_path / "blue.png")
+
+
+async def test_a_query_picture_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
+    decides = RetrvR1Reranker(opening_engine(), images=LocalImages(tmp_path), options=THINK)
+    retriever = RetrvR1Retriever(picture_store(["red"]), reranker=decides, embed_model=Pictures())
+    with pytest.raises(ImageError, match="no such file"):
+        await retriever.aretrieve(QueryBundle("", image_path="nowhere.png"))
+    with pytest.raises(InputError, match="expected image or image_path, got both"):
+        await retriever.aretrieve(QueryBundle("", image_path="a.png"), image=png("red"))
