@@ -130,7 +130,9 @@ async def test_time_the_first_stage_used_is_not_given_to_the_reranker() -> None:
     given = []
 
     class Spy(RetrvR1Reranker):
-        async def arerank(self, query: Any, candidates: Any, *, options: Any = None) -> RankedResults:
+        async def arerank(
+            self, query: Any, candidates: Any, *, options: Any = None, progress: Any = None
+        ) -> RankedResults:
             given.append(options.timeout_s)
             return await super().arerank(query, candidates, options=options)
 
