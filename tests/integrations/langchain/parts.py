@@ -17,12 +17,13 @@ from langchain_qdrant.sparse_embeddings import SparseEmbeddings, SparseVector
 from PIL import Image
 from qdrant_client import QdrantClient, models
 
-from retrv_r1_retriever import FAST, LocalImages, RetrvR1Reranker
+from retrv_r1_retriever import BALANCED, FAST, LocalImages, RetrvR1Reranker
 from retrv_r1_retriever.engines.scripted import ScriptedEngine
 from retrv_r1_retriever.prompt import Prompt
 
 TEXTS = ("two red rings", "one blue square", "three green stars", "one red circle", "two blue rings")
 OPTIONS = FAST.with_options(top_k=10)
+THINKING = BALANCED.with_options(top_k=10, think="always", timeout_s=None)
 
 
 def _buckets(text: str) -> list[int]:
