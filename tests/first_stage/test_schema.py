@@ -153,6 +153,6 @@ def test_content_alone_takes_pictures_as_documents_in_memory_hold_them() -> None
     for image in ("1.png", b"bytes", Path("1.png"), Image.new("RGB", (1, 1))):
         assert schema.content(1, {"title": "Shoe", "image": image, "rest": object()}) == Content("Shoe", image)
     with pytest.raises(
-        SchemaError, match="payload of point 7: expected text and/or image .* got an image field of type int"
+        SchemaError, match=r"payload of point 7: expected text and/or image .* got an image field of type int"
     ):
         schema.content(7, {"image": 3})
