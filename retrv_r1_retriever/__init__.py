@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from retrv_r1_retriever.indexing import Indexer, IndexReport
     from retrv_r1_retriever.options import BALANCED, FAST, THOROUGH, RerankOptions
     from retrv_r1_retriever.points import CollectionSpec
+    from retrv_r1_retriever.progress import Progress, ProgressFn
     from retrv_r1_retriever.qdrant import QdrantStore
     from retrv_r1_retriever.reranker import RetrvR1Reranker
     from retrv_r1_retriever.retriever import RetrvR1Retriever
@@ -81,6 +82,8 @@ __all__ = [
     "OneOf",
     "OptionsError",
     "PayloadSchema",
+    "Progress",
+    "ProgressFn",
     "QdrantStore",
     "Query",
     "Range",
@@ -110,6 +113,7 @@ _MODULES = (
     "types",
     "options",
     "trace",
+    "progress",
     "engines.base",
     "images",
     "embedders",

@@ -20,6 +20,7 @@ from retrv_r1_retriever.engines.base import Engine, SlotRead
 from retrv_r1_retriever.errors import EngineError, RerankTimeout
 from retrv_r1_retriever.images import ImageSource, load_content
 from retrv_r1_retriever.options import RerankOptions
+from retrv_r1_retriever.progress import Progress, ProgressFn
 from retrv_r1_retriever.prompt import ANSWER_START, Prompt
 from retrv_r1_retriever.session import Generation, InspectionSession, Outcome, SessionLimits, Step
 from retrv_r1_retriever.trace import Full, ReasoningTrace, Usage
@@ -56,13 +57,14 @@ async def read(
     images: ImageSource,
     deadline: float | None = None,
     clock: Clock = time.monotonic,
+    progress: ProgressFn | None = None,
 ) -> Reading:
     """Run the model over one prompt.
 
     deadline: on the running loop's clock. Past it the thought is dropped for the direct read; before that: `RerankTimeout`.
     Raises `EngineError` if the model decided nothing at all.
     """
-    run = _Run(engine, prompt, options, images, clock)
+    run = _Run(engine, prompt, options, images, clock, progress)
     try:
         try:
             async with asyncio.timeout_at(deadline):
@@ -119,6 +121,7 @@ class _Run:
     options: RerankOptions
     images: ImageSource
     clock: Clock
+    progress: ProgressFn | None = None
     handle: Any = None
     direct: SlotRead | None = None
     session: InspectionSession | None = None
@@ -164,6 +167,8 @@ class _Run:
 
     async def think(self, deadline: float | None) -> None:
         """Drive a session to its end. A failure is kept as `problem` if the direct read can stand in, and raised if not."""
+        if self.progress:
+            await self.progress(Progress("thinking"))
         self.session = self._new_session()
         try:
             async with asyncio.timeout_at(deadline):
@@ -230,6 +235,8 @@ class _Run:
         except Exception as error:  # a user's own ImageSource may raise anything; one picture must not cost the ranking
             self.notes.append(f"candidate {full.index} ({candidate.document.id!r}) could not be opened: {error}")
             return session.unreadable(full.index)
+        if self.progress:
+            await self.progress(Progress("opened", index=full.index, id=candidate.document.id))
         if candidate.memory is not None and candidate.memory.image_hash not in (None, image_hash):
             self.stale.append(full.index)
             name = f"candidate {full.index} ({candidate.document.id!r})"

@@ -17,6 +17,7 @@ from retrv_r1_retriever.engines.base import Compressor, Engine
 from retrv_r1_retriever.errors import EngineError, InputError, RerankTimeout, explain
 from retrv_r1_retriever.images import ImageSource, LocalImages, load_content
 from retrv_r1_retriever.options import BALANCED, RerankOptions
+from retrv_r1_retriever.progress import Progress, ProgressFn
 from retrv_r1_retriever.prompt import build_prompt
 from retrv_r1_retriever.ranking import Order, rank, to_results
 from retrv_r1_retriever.session import Outcome
@@ -63,7 +64,12 @@ class RetrvR1Reranker:
         self._clock, self._write_back = clock, write_back
 
     async def arerank(
-        self, query: Query | str, candidates: Candidates, *, options: RerankOptions | None = None
+        self,
+        query: Query | str,
+        candidates: Candidates,
+        *,
+        options: RerankOptions | None = None,
+        progress: ProgressFn | None = None,
     ) -> RankedResults:
         """All candidates in a new order (`options.top_k` belongs to a first stage and is not applied here).
 
@@ -72,22 +78,21 @@ class RetrvR1Reranker:
         the model are raised with `on_failure="raise"` and otherwise give the first-stage order with status `fallback`.
         """
         options, query, ranked = options or self.options, as_query(query), as_candidates(candidates)
-        if not ranked:
-            return fallback(query, ranked, options, "no candidates to rank: the first stage returned none")
-        deadline = _deadline(options)
-        try:
-            return await self._rerank(query, ranked, options, deadline)
-        except EngineError as error:
-            if options.on_failure == "raise":
-                raise
-            log.warning("falling back to first-stage order: %s", error)
-            return fallback(query, ranked, options, str(error))
+        results = await self._answer(query, ranked, options, progress)
+        if progress:
+            await progress(Progress("answered", results=results))
+        return results
 
     def rerank(
-        self, query: Query | str, candidates: Candidates, *, options: RerankOptions | None = None
+        self,
+        query: Query | str,
+        candidates: Candidates,
+        *,
+        options: RerankOptions | None = None,
+        progress: ProgressFn | None = None,
     ) -> RankedResults:
         """`arerank` for callers without an event loop; also works inside a running one."""
-        return run(self.arerank(query, candidates, options=options))
+        return run(self.arerank(query, candidates, options=options, progress=progress))
 
     async def arerank_batch(
         self,
@@ -121,10 +126,24 @@ class RetrvR1Reranker:
     ) -> list[RankedResults]:
         return run(self.arerank_batch(queries, candidates, options=options, concurrency=concurrency))
 
-    async def _rerank(
-        self, query: Query, candidates: tuple[Candidate, ...], options: RerankOptions, deadline: float | None
+    async def _answer(
+        self, query: Query, ranked: tuple[Candidate, ...], options: RerankOptions, progress: ProgressFn | None
     ) -> RankedResults:
-        started = self._clock()
+        """The model's order, or the first stage's where the model failed and `options` allow it."""
+        if not ranked:
+            return fallback(query, ranked, options, "no candidates to rank: the first stage returned none")
+        try:
+            return await self._rerank(query, ranked, options, progress)
+        except EngineError as error:
+            if options.on_failure == "raise":
+                raise
+            log.warning("falling back to first-stage order: %s", error)
+            return fallback(query, ranked, options, str(error))
+
+    async def _rerank(
+        self, query: Query, candidates: tuple[Candidate, ...], options: RerankOptions, progress: ProgressFn | None
+    ) -> RankedResults:
+        started, deadline = self._clock(), _deadline(options)
         try:
             async with asyncio.timeout_at(deadline):
                 content, _ = await load_content(self.images, query.content)
@@ -138,7 +157,7 @@ class RetrvR1Reranker:
         prepared = self._clock() - started
         prompt = build_prompt(replace(query, content=content), readable.candidates)
         reading = await driver.read(
-            self.engine, prompt, options, images=self.images, deadline=deadline, clock=self._clock
+            self.engine, prompt, options, images=self.images, deadline=deadline, clock=self._clock, progress=progress
         )
         timings = {"memory": prepared, **reading.trace.timings, "total": self._clock() - started}
         return _decide(query, candidates, readable, reading, options, timings)

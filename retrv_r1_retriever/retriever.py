@@ -16,6 +16,7 @@ from retrv_r1_retriever.errors import InputError, OptionsError, RerankTimeout, e
 from retrv_r1_retriever.images import ImageSource, LocalImages, load_content
 from retrv_r1_retriever.lazy import WriteBack
 from retrv_r1_retriever.options import BALANCED, RerankOptions
+from retrv_r1_retriever.progress import Progress, ProgressFn
 from retrv_r1_retriever.reranker import Candidates, RetrvR1Reranker, as_candidates, as_query, bounded, less_time
 from retrv_r1_retriever.sidecar import Sidecars
 from retrv_r1_retriever.store import Filter, FirstStage, Store, VectorFirstStage
@@ -26,7 +27,12 @@ class Reranker(Protocol):
     """What the retriever needs of a reranker: ours, or a client of a served one."""
 
     async def arerank(
-        self, query: Query | str, candidates: Candidates, *, options: RerankOptions | None = None
+        self,
+        query: Query | str,
+        candidates: Candidates,
+        *,
+        options: RerankOptions | None = None,
+        progress: ProgressFn | None = None,
     ) -> RankedResults: ...
 
     async def arerank_batch(
@@ -83,16 +89,19 @@ class RetrvR1Retriever:
         image: ImageInput | None = None,
         filter: Filter | None = None,
         options: RerankOptions | None = None,
+        progress: ProgressFn | None = None,
     ) -> RankedResults:
         """The `top_k` candidates of the first stage, reranked. `image` is added to a query given as text.
 
         `options.timeout_s` covers everything. First-stage failures are always raised: without candidates there is nothing
-        to fall back to.
+        to fall back to. `progress` is awaited at each step: retrieved, thinking, opened, answered.
         """
         options, query = options or self.options, _query(query, image)
         found = await self._find(query, filter, options)
         remaining = less_time(options, found.seconds)
-        results = await self.reranker.arerank(found.query, found.candidates, options=remaining)
+        if progress:
+            await progress(Progress("retrieved", candidates=len(found.candidates)))
+        results = await self.reranker.arerank(found.query, found.candidates, options=remaining, progress=progress)
         return _finished(results, query, found.seconds)
 
     def retrieve(
@@ -102,9 +111,10 @@ class RetrvR1Retriever:
         image: ImageInput | None = None,
         filter: Filter | None = None,
         options: RerankOptions | None = None,
+        progress: ProgressFn | None = None,
     ) -> RankedResults:
         """`aretrieve` for callers without an event loop; also works inside a running one."""
-        return run(self.aretrieve(query, image=image, filter=filter, options=options))
+        return run(self.aretrieve(query, image=image, filter=filter, options=options, progress=progress))
 
     async def aretrieve_batch(
         self,

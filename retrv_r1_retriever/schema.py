@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from PIL import Image
 
 from retrv_r1_retriever.errors import InputError, OptionsError, SchemaError, explain
 from retrv_r1_retriever.images import image_reference
@@ -27,7 +30,7 @@ class PayloadSchema:
 
     text: a field, or a template over several ("{title} - {attrs.color}"); dots reach into nested objects, lists are joined
         with commas; a missing field is left out together with the text before it
-    image: field with a path or data URI, as the `ImageSource` understands it
+    image: field with a path or data URI (in memory also bytes or a Pillow image), as the `ImageSource` understands it
     id: field with the caller's id; None = the point id
     vector: name of the dense vector that is searched; "" = the collection's unnamed one
     """
@@ -74,13 +77,19 @@ class PayloadSchema:
     def to_document(self, point_id: object, payload: Mapping[str, Any]) -> Document:
         """Raises `SchemaError` if the payload holds neither text nor image where this schema looks."""
         id = lookup(payload, self.id) if self.id else point_id
+        if id is None:
+            raise self._unusable(point_id, payload, "no id")
+        return Document(str(id), self.content(point_id, payload), self._metadata(payload))
+
+    def content(self, point_id: object, payload: Mapping[str, Any]) -> Content:
+        """The text and the picture alone; `point_id` is for messages. Raises `SchemaError` as `to_document` does."""
         image = lookup(payload, self.image) if self.image else None
-        if image is not None and not isinstance(image, str):
+        if image is not None and not isinstance(image, str | bytes | os.PathLike | Image.Image):
             raise self._unusable(point_id, payload, f"an image field of type {type(image).__name__}")
         text = self._text(payload)
-        if id is None or not (text.strip() or image):
-            raise self._unusable(point_id, payload, "no id" if id is None else "neither text nor image")
-        return Document(str(id), Content(text or None, image or None), self._metadata(payload))
+        if not (text.strip() or image):
+            raise self._unusable(point_id, payload, "neither text nor image")
+        return Content(text or None, image or None)
 
     def to_payload(self, document: Document) -> dict[str, Any]:
         """The way back. Raises `InputError` where metadata and a field of the schema would overwrite each other."""

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from retrv_r1_retriever import config as settings
 from retrv_r1_retriever.cli.search import load_config
-from retrv_r1_retriever.cli.show import describe, print_results, results_json
+from retrv_r1_retriever.cli.show import describe, print_results
 from retrv_r1_retriever.cli.terminal import Progress, print_json, print_table, print_wrapped, printable
 from retrv_r1_retriever.demo import run as demo
 from retrv_r1_retriever.evaluation.comparison import Comparison
 from retrv_r1_retriever.images import LocalImages
+from retrv_r1_retriever.plain import results_json
 from retrv_r1_retriever.report import ReportEntry, ReportTable, write_report
 
 HEADER = ("", "queries", "first stage R@1", "reranked R@1", "first stage R@5", "reranked R@5", "opened per query")

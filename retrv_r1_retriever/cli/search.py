@@ -14,13 +14,14 @@ from typing import get_args
 
 from retrv_r1_retriever import config as settings
 from retrv_r1_retriever._sync import run
-from retrv_r1_retriever.cli.show import print_results, results_json
+from retrv_r1_retriever.cli.show import print_results
 from retrv_r1_retriever.cli.terminal import print_json
 from retrv_r1_retriever.config import Config
 from retrv_r1_retriever.errors import ImageError, InputError, explain
 from retrv_r1_retriever.filters import check_value
 from retrv_r1_retriever.images import ImageSource
 from retrv_r1_retriever.options import Ranking, RerankOptions, Think
+from retrv_r1_retriever.plain import results_json
 from retrv_r1_retriever.retriever import RetrvR1Retriever
 from retrv_r1_retriever.store import Condition, Equals, Filter, FirstStage, Range, VectorFirstStage
 from retrv_r1_retriever.types import Content, Document, Query, RankedResults, Status

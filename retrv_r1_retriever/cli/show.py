@@ -1,15 +1,13 @@
-"""Ranked results on a terminal and as JSON."""
+"""Ranked results on a terminal."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from retrv_r1_retriever.cli.terminal import one_line, print_table, print_wrapped, printable, terminal_width
 from retrv_r1_retriever.images import is_data_uri
 from retrv_r1_retriever.parser import parse, readable
 from retrv_r1_retriever.prompt import KEEP, LABELS
 from retrv_r1_retriever.trace import ReasoningTrace
-from retrv_r1_retriever.types import Content, Query, RankedResult, RankedResults, Status
+from retrv_r1_retriever.types import Content, RankedResult, RankedResults, Status
 
 OPENED = "◉"
 CHOSEN = "★"
@@ -136,62 +134,3 @@ def _print_reasoning(results: RankedResults, trace: ReasoningTrace) -> None:
 def _paragraph(name: str, words: str) -> None:
     if words := " ".join(printable(words).split()):
         print_wrapped(f"  {name:<10}  {words}", indent=14)
-
-
-# -- JSON --------------------------------------------------------------------------------------------------------------
-
-
-def results_json(results: RankedResults) -> dict[str, Any]:
-    """Plain values for programs; pictures that are not references are left out."""
-    return {
-        "query": _query_json(results.query),
-        "status": results.status.value,
-        "reason": results.reason,
-        "none_chosen": results.none_chosen,
-        "unranked": list(results.unranked),
-        "results": [_result_json(r) for r in results.results],
-        "trace": None if results.trace is None else _trace_json(results.trace),
-    }
-
-
-def _query_json(query: Query) -> dict[str, Any]:
-    return {"id": query.id, "instruction": query.instruction, **_content_json(query.content)}
-
-
-def _content_json(content: Content) -> dict[str, Any]:
-    reference = content.image if isinstance(content.image, str) and not is_data_uri(content.image) else None
-    return {"text": content.text, "image": reference}
-
-
-def _result_json(result: RankedResult) -> dict[str, Any]:
-    signals = result.signals
-    return {
-        "rank": result.rank,
-        "id": result.document.id,
-        "score": result.score,
-        "retrieval_score": result.retrieval_score,
-        "retrieval_rank": result.candidate.rank,
-        "selected": result.selected,
-        "opened": signals.opened,
-        "match": signals.match,
-        "verdict": signals.verdict,
-        "keep_logprob": signals.keep_logprob,
-        "slot_logprob": signals.slot_logprob,
-        **_content_json(result.document.content),
-        "metadata": dict(result.document.metadata),
-    }
-
-
-def _trace_json(trace: ReasoningTrace) -> dict[str, Any]:
-    usage = trace.usage
-    return {
-        "thought": trace.thought,
-        "candidates": list(trace.candidates),
-        "inspected": list(trace.inspected),
-        "answer": trace.answer,
-        "stop_reason": trace.stop_reason.value if trace.stop_reason else None,
-        "usage": {name: getattr(usage, name) for name in usage.__dataclass_fields__},
-        "timings": dict(trace.timings),
-        "versions": dict(trace.versions),
-        "notes": list(trace.notes),
-    }

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, TextIO
+
+from retrv_r1_retriever.plain import finite
 
 ELLIPSIS = "…"
 
@@ -29,16 +30,7 @@ def terminal_width() -> int:
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(_finite(value), ensure_ascii=False, indent=2, default=str, allow_nan=False))
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity: the log-probability of what cannot be is null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
-    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
+    print(json.dumps(finite(value), ensure_ascii=False, indent=2, default=str, allow_nan=False))
 
 
 def print_wrapped(text: str, *, indent: int = 0) -> None:

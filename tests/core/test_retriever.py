@@ -12,7 +12,8 @@ from retrv_r1_retriever.embedders import TextEmbedder
 from retrv_r1_retriever.engines.scripted import ScriptedEngine
 from retrv_r1_retriever.errors import ImageError, InputError, OptionsError, RerankTimeout
 from retrv_r1_retriever.options import BALANCED, FAST
-from retrv_r1_retriever.parser import Thought
+from retrv_r1_retriever.parser import Check, Thought
+from retrv_r1_retriever.progress import Progress
 from retrv_r1_retriever.reranker import RetrvR1Reranker
 from retrv_r1_retriever.retriever import RetrvR1Retriever
 from retrv_r1_retriever.store import Equals, Filter
@@ -130,7 +131,9 @@ async def test_time_the_first_stage_used_is_not_given_to_the_reranker() -> None:
     given = []
 
     class Spy(RetrvR1Reranker):
-        async def arerank(self, query: Any, candidates: Any, *, options: Any = None) -> RankedResults:
+        async def arerank(
+            self, query: Any, candidates: Any, *, options: Any = None, progress: Any = None
+        ) -> RankedResults:
             given.append(options.timeout_s)
             return await super().arerank(query, candidates, options=options)
 
@@ -203,3 +206,40 @@ def test_the_sync_forms_and_documents_from_a_first_stage() -> None:
 def test_the_main_path_reads_aloud() -> None:
     body = inspect.getsource(RetrvR1Retriever.aretrieve).split('"""')[-1].strip().splitlines()
     assert len(body) <= 10
+
+
+@pytest.mark.parametrize("thinks", [True, False])
+async def test_progress_is_told_in_order(thinks: bool) -> None:
+    steps: list[Progress] = []
+
+    async def listen(progress: Progress) -> None:
+        steps.append(progress)
+
+    engine = ScriptedEngine(Thought("x", (), (Check(2, "no", False), Check(1, "yes", True)), 1), slots=SLOTS)
+    options = BALANCED.with_options(think="always" if thinks else "never")
+    retriever = RetrvR1Retriever(first_stage=FirstStage(), engine=engine, options=options)
+    results = await retriever.aretrieve("q", progress=listen)
+    opened = [Progress("thinking"), Progress("opened", index=2, id="doc-2"), Progress("opened", index=1, id="doc-1")]
+    assert steps[:-1] == [Progress("retrieved", candidates=3), *(opened if thinks else [])]
+    assert steps[-1].stage == "answered"
+    assert steps[-1].results is not None
+    assert ids(steps[-1].results) == ids(results)
+    assert results.status is Status.RERANKED
+    steps.clear()
+    await RetrvR1Retriever(first_stage=FirstStage(0), engine=engine).aretrieve("q", progress=listen)
+    assert [(s.stage, None if s.results is None else s.results.status) for s in steps] == [
+        ("retrieved", None),
+        ("answered", Status.FALLBACK),
+    ]
+
+
+async def test_a_listener_that_fails_ends_the_call_and_leaks_nothing() -> None:
+    async def listen(progress: Progress) -> None:
+        if progress.stage == "opened":
+            raise LookupError("no such bar")
+
+    engine = ScriptedEngine(Thought("x", (), (Check(1, "yes", True),), 1), slots=SLOTS)
+    options = BALANCED.with_options(think="always")
+    with pytest.raises(LookupError, match="no such bar"):
+        await RetrvR1Retriever(first_stage=FirstStage(), engine=engine).aretrieve("q", progress=listen, options=options)
+    assert engine.leaked == 0

@@ -24,3 +24,28 @@ def test_own_pictures(tmp_path):
     assert "30 pictures indexed, 0 failed" in done.stdout
     assert "reranked" in done.stdout
     assert "<think>" in done.stdout
+
+
+def run(name: str, *arguments: str) -> str:
+    argv = [sys.executable, str(EXAMPLES / name), *arguments]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_langchain_rag():
+    out = run("langchain_rag.py")
+    assert "retrv_r1.retrieved {'candidates': 20}" in out
+    assert "retrv_r1.thinking" in out
+    assert "retrv_r1.answered reranked" in out
+    assert out.count(".png, reranked)") == 3
+    assert "Question: two green triangle" in out
+
+
+def test_langchain_existing_collection():
+    out = run("langchain_existing_collection.py")
+    for name in ("dense", "hybrid", "named"):
+        assert f"{name}, all:" in out
+        assert f"{name}, only red:" in out
+    assert out.count("unchanged: True") == 3
+    assert out.count("reranked") == 18

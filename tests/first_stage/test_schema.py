@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from retrv_r1_retriever.errors import InputError, OptionsError, SchemaError
 from retrv_r1_retriever.schema import OWN_SCHEMA, PayloadSchema, found_fields, lookup
@@ -144,3 +146,13 @@ def test_lookup_prefers_a_key_that_holds_the_dots() -> None:
     assert lookup({"a": {"b": 2}}, "a.b") == 2
     assert lookup({"a": {"b.c": 3}}, "a.b.c") == 3
     assert lookup({"a": [1]}, "a.b") is None
+
+
+def test_content_alone_takes_pictures_as_documents_in_memory_hold_them() -> None:
+    schema = PayloadSchema(text="title", image="image")
+    for image in ("1.png", b"bytes", Path("1.png"), Image.new("RGB", (1, 1))):
+        assert schema.content(1, {"title": "Shoe", "image": image, "rest": object()}) == Content("Shoe", image)
+    with pytest.raises(
+        SchemaError, match=r"payload of point 7: expected text and/or image .* got an image field of type int"
+    ):
+        schema.content(7, {"image": 3})

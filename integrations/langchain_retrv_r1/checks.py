@@ -1,0 +1,67 @@
+"""What is wrong with a construction or a call, said before any work is done."""
+
+from __future__ import annotations
+
+from langchain_core.retrievers import BaseRetriever
+from langchain_core.vectorstores import VectorStore
+
+from langchain_retrv_r1.first_stage import BY_VECTOR
+from retrv_r1_retriever import BALANCED, Engine, OptionsError, RerankOptions
+from retrv_r1_retriever import RetrvR1Retriever as CoreRetriever
+from retrv_r1_retriever.errors import explain
+
+
+def check_base(base: object, reranker: object, embedder: object) -> None:
+    if not isinstance(base, VectorStore | BaseRetriever | CoreRetriever):
+        raise OptionsError(
+            explain("base", expected="a LangChain VectorStore or BaseRetriever, or retrv_r1_retriever.RetrvR1Retriever",
+                    got=type(base).__name__, fix="Put any other first stage into retrv_r1_retriever.RetrvR1Retriever.")
+        )  # fmt: skip
+    if isinstance(base, CoreRetriever) and (reranker is not None or embedder is not None):
+        fix = "Leave them out, or pass a LangChain vector store as base."
+        raise OptionsError(
+            explain("base", expected="our own pipeline alone", got="a reranker or embedder beside it", fix=fix)
+        )
+    if embedder is not None and not hasattr(base, BY_VECTOR):
+        fix = "Pass its vector store, or leave embedder out."
+        raise OptionsError(
+            explain("base", expected=f"a vector store with {BY_VECTOR}", got=type(base).__name__, fix=fix)
+        )
+
+
+def check_reranker(reranker: object) -> None:
+    if not hasattr(reranker, "arerank"):
+        fix = "Wrap it: retrv_r1_retriever.RetrvR1Reranker(engine)." if isinstance(reranker, Engine) else "Pass one."
+        got = type(reranker).__name__
+        raise OptionsError(explain("reranker", expected="retrv_r1_retriever.RetrvR1Reranker", got=got, fix=fix))
+
+
+def check_count(name: str, count: object) -> None:
+    """0 documents are never meant."""
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+        fix = "None returns all that were ranked."
+        raise OptionsError(explain(name, expected="an integer >= 1 or None", got=repr(count), fix=fix))
+
+
+def call_options(
+    name: str,
+    count: int | None,
+    options: RerankOptions | None,
+    default_count: int | None,
+    default: RerankOptions | None,
+) -> RerankOptions:
+    """The options of one call. The number of documents: the call's own, else its options', else the constructor's."""
+    check_count(name, count)
+    if options is not None and not isinstance(options, RerankOptions):
+        fix = "E.g. BALANCED.with_options(think='never')."
+        raise OptionsError(explain("options", expected="RerankOptions", got=type(options).__name__, fix=fix))
+    if count is None and (options is None or options.top_n is None):
+        count = default_count
+    asked = options or default or BALANCED
+    return asked if count is None else asked.with_options(top_n=count)
+
+
+def check_reach(options: RerankOptions) -> None:
+    if options.top_n is not None and options.top_n > options.top_k:
+        fix = "Raise options.top_k: only what the first stage found can be ranked."
+        raise OptionsError(explain("k", expected=f"at most top_k={options.top_k}", got=options.top_n, fix=fix))
