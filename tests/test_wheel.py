@@ -44,6 +44,7 @@ def test_everything_is_in_the_wheel(wheel):
         "retrv_r1_retriever/demo/checkpoint/retrv/icm.safetensors",
         "retrv_r1_retriever/demo/checkpoint/README.md",
         "retrv_r1_training/recipes/miniature.yaml",
+        "langchain_retrv_r1/py.typed",
     ):
         assert needed in names
     assert not [n for n in names if n.startswith("tests/")]

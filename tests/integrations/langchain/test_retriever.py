@@ -173,6 +173,19 @@ async def test_a_filter_of_the_stores_own_kind_holds_per_call(as_retriever: bool
     assert len(retriever.invoke("one")) == len(TEXTS)
 
 
+def test_our_own_filter_reaches_our_own_pipeline() -> None:
+    asked: list[Any] = []
+
+    async def first_stage(query: Any, *, top_k: int, filter: Any = None) -> Any:
+        asked.append((query, filter))
+        return candidates(3)
+
+    retriever = RetrvR1Retriever(base=CoreRetriever(first_stage=first_stage, engine=ScriptedEngine(), options=OPTIONS))
+    only_red = Filter(must=(Equals("color", "red"),))
+    retriever.invoke("q", filter=only_red)
+    assert asked == [(CoreQuery.of("q"), only_red)]
+
+
 def test_a_filter_that_would_be_passed_over_is_refused() -> None:
     with pytest.raises(InputError, match="filter for Fixed: expected none, got one it takes no account of"):
         over(Fixed(found=documents())).invoke("q", filter=red())
