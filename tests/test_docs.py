@@ -43,6 +43,7 @@ def test_python_blocks_run(code: str, checkpoint: Checkpoint, tmp_path: Path, mo
     monkeypatch.setattr(catalogue, "combos", lambda part: everything(part)[:16])
     monkeypatch.setitem(catalogue.SPLITS, "test", replace(catalogue.SPLITS["test"], queries=1))
     catalogue.write_catalogue(tmp_path / "demo-data")  # as `retrv-r1 demo` leaves it, only smaller
+    (tmp_path / "pictures").mkdir()
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "block", "exec"), {"__name__": "block"})
 

@@ -12,6 +12,7 @@ from llama_index_retrv_r1.nodes import NodeCandidate, to_nodes
 from retrv_r1_retriever.errors import OptionsError, explain
 from retrv_r1_retriever.images import ImageSource, LocalImages
 from retrv_r1_retriever.options import BALANCED, RerankOptions
+from retrv_r1_retriever.progress import ProgressFn
 from retrv_r1_retriever.reranker import Candidates, RetrvR1Reranker
 from retrv_r1_retriever.retriever import Reranker
 from retrv_r1_retriever.types import Query, RankedResults
@@ -39,14 +40,19 @@ class AnnouncedReranker:
 
     @dispatcher.span
     async def arerank(
-        self, query: Query | str, candidates: Candidates, *, options: RerankOptions | None = None
+        self,
+        query: Query | str,
+        candidates: Candidates,
+        *,
+        options: RerankOptions | None = None,
+        progress: ProgressFn | None = None,
     ) -> RankedResults:
         nodes = [c.item for c in candidates if isinstance(c, NodeCandidate)]
         text = query if isinstance(query, str) else query.content.text or ""
         options = options or self.options
         top_n = min(options.top_n or len(nodes), len(nodes))
         dispatcher.event(ReRankStartEvent(query=text, nodes=nodes, top_n=top_n, model_name=model_name(self.reranker)))
-        results = await self.reranker.arerank(query, candidates, options=options)
+        results = await self.reranker.arerank(query, candidates, options=options, progress=progress)
         dispatcher.event(ReRankEndEvent(nodes=to_nodes(results)))
         return results
 
