@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -45,6 +47,7 @@ def test_everything_is_in_the_wheel(wheel):
         "retrv_r1_retriever/demo/checkpoint/README.md",
         "retrv_r1_training/recipes/miniature.yaml",
         "langchain_retrv_r1/py.typed",
+        "llama_index_retrv_r1/py.typed",
     ):
         assert needed in names
     assert not [n for n in names if n.startswith("tests/")]
@@ -68,3 +71,17 @@ def test_the_command_line_names_the_missing_extra(python):
     assert done.returncode != 0
     assert "pip install 'retrv-r1-retriever[" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("extra", "page"), [("langchain", "langchain.md"), ("llamaindex", "llama-index.md")])
+def test_an_extra_alone_runs_the_first_example_of_its_page(wheel, tmp_path, extra, page):
+    run([sys.executable, "-m", "venv", str(tmp_path / "venv")])
+    python = str(tmp_path / "venv" / "bin" / "python")
+    run(
+        [python, "-m", "pip", "install", "--quiet", os.environ.get("TORCH", "torch==2.13.0")]
+    )  # a CPU build, first and alone
+    run([python, "-m", "pip", "install", "--quiet", f"{wheel}[{extra}]"])
+    code = re.search(r"^```python\n(.*?)^```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.S | re.M)
+    assert code
+    (tmp_path / "first.py").write_text(code[1])
+    assert subprocess.run([python, "first.py"], check=True, capture_output=True, text=True, cwd=tmp_path).stdout.strip()
