@@ -12,7 +12,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -139,7 +139,7 @@ class LineIndex:
 
     def _make(self, format: LineFormat, stamp: str) -> None:
         """Written aside and moved into place: several ranks may do this at once, and a kill leaves nothing half-made."""
-        aside = self._index.with_name(f".{self._index.name}.{os.getpid()}")
+        aside = self._index.with_name(f".{self._index.name}.{os.getpid()}-{threading.get_ident()}")
         try:
             aside.parent.mkdir(parents=True, exist_ok=True)
             aside.unlink(missing_ok=True)
@@ -152,7 +152,8 @@ class LineIndex:
             fix = "Name a folder for it: --index-dir."
             raise InputError(explain(f"index {self._index}", expected="to write it", got=error, fix=fix)) from error
         finally:
-            aside.unlink(missing_ok=True)
+            with suppress(OSError):
+                aside.unlink(missing_ok=True)
 
     def _fill(self, table: sqlite3.Connection, format: LineFormat) -> None:
         table.execute(

@@ -130,7 +130,7 @@ def _is_utf8(cell: str) -> bool:
 @contextmanager
 def _opened(source: str) -> Iterator[IO[bytes]]:
     try:
-        opened = fsspec().open(source, "rb") if "://" in source else Path(source).open("rb")
+        opened = fsspec().open(source, "rb") if "://" in source else Path(source).open("rb")  # noqa: SIM115
         file = opened.__enter__()
     except OSError as error:
         raise InputError(explain(source, expected="a readable file", got=error, fix="Fix the path.")) from error
