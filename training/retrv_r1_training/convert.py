@@ -205,15 +205,20 @@ def convert_queries(
     return report
 
 
-def write_instructions(target: Target, instructions: Sequence[str]) -> Path:
-    """Lines "text -> image: Find the product." into the table; several of one shape are paraphrases of each other."""
+def parse_instructions(lines: Sequence[str]) -> dict[tuple[str, str], list[str]]:
+    """Lines "text -> image: Find the product."; several of one shape are paraphrases of each other."""
     prompts: dict[tuple[str, str], list[str]] = {}
-    for line in instructions:
+    for line in lines:
         match = re.fullmatch(r"\s*(\S+)\s*->\s*(\S+?)\s*:\s*(\S.*)", line)
         if match is None or match[1] not in MODALITIES or match[2] not in MODALITIES or "\t" in line:
             expected = '"QUERY -> CANDIDATE: words" with modalities text, image or image,text'
             raise OptionsError(explain("--instruction", expected=expected, got=repr(line), fix="Fix it."))
         prompts.setdefault((match[1], match[2]), []).append(match[3].strip())
+    return prompts
+
+
+def write_instructions(target: Target, prompts: Mapping[tuple[str, str], Sequence[str]]) -> Path:
+    """Into the table, in place of what this data set had there for the same modalities."""
     path = target.out / INSTRUCTIONS
     lines = path.read_text("utf-8").splitlines() if path.is_file() else []
     kept = [line for line in lines[1:] if (c := line.split("\t"))[3:4] != [str(target.dataset_id)]

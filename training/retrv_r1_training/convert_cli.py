@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from retrv_r1_retriever.errors import OptionsError, explain
-from retrv_r1_training.convert import Report, Table, Target, convert_candidates, convert_queries, write_instructions
+from retrv_r1_training.convert import (
+    Report,
+    Table,
+    Target,
+    convert_candidates,
+    convert_queries,
+    parse_instructions,
+    write_instructions,
+)
 from retrv_r1_training.offsets import MAX_BAD_SHARE
 from retrv_r1_training.pictures import Pictures
 from retrv_r1_training.sources import FORMATS
@@ -56,12 +64,13 @@ def main(args: argparse.Namespace) -> int:
         _refuse(args, ("keep",))
         if args.split is None:
             raise OptionsError(explain("--split", expected="train, val, test, ...", got="none", fix="Name it."))
+        instructions = parse_instructions(args.instruction)
         judgements = None
         if args.judgements is not None:
             judgements = Table(args.judgements, _mapping("--judgement-map", args.judgement_map))
         report = convert_queries(table, target, args.split, pictures, judgements, args.workers)
-        if args.instruction:
-            report.files.append(write_instructions(target, args.instruction))
+        if instructions:
+            report.files.append(write_instructions(target, instructions))
     sys.stdout.write(describe(report))
     return 0
 
