@@ -123,10 +123,10 @@ class KLists:
             rng = random.Random(f"{self.seed} {epoch} {number}")
             query, ranked = self._parts(number, config.depth or config.top_k, rng)
             if not ranked:
-                self.counts[Outcome.NO_LIST] += 1
+                self.counts[Outcome.NO_LIST.value] += 1
                 continue
             klist = training_list(query, ranked, config, rng)
-            self.counts[klist.outcome] += 1
+            self.counts[klist.outcome.value] += 1
             if klist.outcome is not Outcome.DROPPED:
                 yield klist
 
@@ -135,7 +135,7 @@ class KLists:
         for number in range(len(self.data)):
             query, ranked = self._parts(number, top_k, random.Random(f"{self.seed} {number}"))
             klist = evaluation_list(query, ranked, top_k)
-            self.counts[klist.outcome] += 1
+            self.counts[klist.outcome.value] += 1
             yield klist
 
     def documents(self, klist: KList) -> list[Document]:

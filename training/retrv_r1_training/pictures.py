@@ -72,7 +72,8 @@ class Pictures:
         try:
             return self._read(name)
         except Exception as error:  # every fsspec file system has its own errors
-            raise _refused(name, f"a picture in {self.source}", error, "Fix the row, or --images.") from error
+            got = "no such file" if isinstance(error, FileNotFoundError) else error
+            raise _refused(name, f"a picture in {self.source}", got, "Fix the row, or --images.") from error
 
     def _write(self, data: bytes, name: str) -> str:
         path = self.folder / name
