@@ -25,7 +25,7 @@ def read_jsonl(path: str | os.PathLike[str]) -> Iterator[Row]:
 
 def read_mbeir(path: str | os.PathLike[str]) -> Iterator[Row]:
     """An M-BEIR candidate pool: {"did", "txt", "img_path", "modality", "src_content"} a line."""
-    return _rows(Path(path), _mbeir_document)
+    return _rows(Path(path), mbeir_document)
 
 
 def read_folder(root: str | os.PathLike[str]) -> Iterator[Row]:
@@ -95,7 +95,8 @@ def _plain_document(values: dict[str, Any]) -> Document:
     return Document(_id(values, "id"), Content(_text(values, "text"), _text(values, "image")), metadata)
 
 
-def _mbeir_document(values: dict[str, Any]) -> Document:
+def mbeir_document(values: dict[str, Any]) -> Document:
+    """One row of an M-BEIR pool. Raises `InputError`."""
     metadata = {name: values[name] for name in ("modality", "src_content") if values.get(name) is not None}
     return Document(_id(values, "did"), Content(_text(values, "txt"), _text(values, "img_path")), metadata)
 

@@ -63,7 +63,7 @@ def test_the_main_path_prints_cards_a_reader_can_tell_apart(
 
 @pytest.mark.parametrize("code", blocks("bash"))
 def test_commands_parse(code: str) -> None:
-    for line in code.splitlines():
+    for line in code.replace("\\\n", "").splitlines():
         words = shlex.split(line, comments=True)
         if words[:1] == ["retrv-r1"]:
             app._parser(words[1:]).parse_args(words[1:])

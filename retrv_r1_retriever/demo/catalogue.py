@@ -179,7 +179,9 @@ def write_catalogue(
             done.write_text(f"seed {split.seed}\n")
     tsv = root / "instructions" / "query_instructions.tsv"
     tsv.parent.mkdir(parents=True, exist_ok=True)
-    tsv.write_text("task\tprompt_1\n" + "".join(f"{task}\t{text}\n" for task, text in TASKS.items()))
+    shapes = {"t2i": "text\timage", "i2t": "image\ttext", "cir": "image,text\timage"}
+    rows = (f"{shapes[task]}\tcards\t{DATASET_ID}\t{text}\n" for task, text in TASKS.items())
+    tsv.write_text("query_modality\tcand_modality\tdataset_name\tdataset_id\tprompt_1\n" + "".join(rows))
     return root
 
 

@@ -1,0 +1,91 @@
+"""A first stage's lists for a data set, as a TREC run: what lists to train on and to measure with are made of."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Any
+
+from retrv_r1_retriever import _sync
+from retrv_r1_retriever import config as settings
+from retrv_r1_retriever.errors import ImageError, InputError
+from retrv_r1_retriever.images import ImageSource, LocalImages, load_content
+from retrv_r1_retriever.store import FirstStage, VectorFirstStage
+from retrv_r1_training.mbeir import Dataset, Limits
+from retrv_r1_training.offsets import MAX_BAD_SHARE, Skipped
+
+TAG = "first-stage"
+
+
+def add_parser(commands: Any) -> None:
+    parser: argparse.ArgumentParser = commands.add_parser("first-stage", help="search every query, write a TREC run")
+    parser.set_defaults(main=main)
+    parser.add_argument("data", type=Path, help="folder of M-BEIR files")
+    parser.add_argument("--queries", required=True, metavar="FILE", help="below DATA")
+    parser.add_argument("--pool", required=True, metavar="FILE", help="below DATA; the index must hold its ids")
+    parser.add_argument("--config", type=Path, default=Path(settings.FILE_NAME), help="names index and checkpoint")
+    parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="the TREC run to write")
+    parser.add_argument("--top-k", type=int, default=100, metavar="K")
+    parser.add_argument("--batch", type=int, default=16, help="queries searched at a time")
+    parser.add_argument("--max-bad-share", type=float, default=MAX_BAD_SHARE, metavar="SHARE")
+    parser.add_argument("--seed", type=int, default=0, help="draws the paraphrase of each query's instruction")
+
+
+def main(args: argparse.Namespace) -> int:
+    config = settings.read_config(args.config)
+    data = Dataset.open(args.data, args.queries, args.pool, limits=Limits(max_bad_share=args.max_bad_share))
+    store = settings.open_store(config)
+    try:
+        search = VectorFirstStage(store, settings.open_embedder(config), with_memory=False)
+        run = _sync.run(write_run(data, search, LocalImages(args.data), args.out, args.top_k, args.batch, args.seed))
+    finally:
+        _sync.run(store.close())
+    run.check(args.queries, args.max_bad_share)
+    sys.stdout.write(f"wrote {args.out}: {run.total - run.count:,} queries, {run.count:,} skipped\n")
+    for example in run.examples:
+        sys.stdout.write(f"  skipped {example}\n")
+    return 0
+
+
+async def write_run(
+    data: Dataset, search: FirstStage, images: ImageSource, out: Path, top_k: int, batch: int = 16, seed: int = 0
+) -> Skipped:
+    """Queries whose picture cannot be read, or that the first stage refuses, are skipped. `out` appears at the end."""
+    count, examples = 0, []
+    part = out.with_name(f".{out.name}.part")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            for start in range(0, len(data), batch):
+                numbers = range(start, min(start + batch, len(data)))
+                for problem in await asyncio.gather(*(_search(data, n, search, images, top_k, seed) for n in numbers)):
+                    if isinstance(problem, str):
+                        count, examples = count + 1, [*examples, problem][:5]
+                    else:
+                        _write(file, *problem)
+        part.replace(out)
+    finally:
+        part.unlink(missing_ok=True)
+    return Skipped(count, len(data), tuple(examples))
+
+
+async def _search(
+    data: Dataset, number: int, search: FirstStage, images: ImageSource, top_k: int, seed: int
+) -> tuple[str, Sequence[tuple[str, float]]] | str:
+    """Query id and scored candidate ids; or why there are none."""
+    judged = data.query(number, random.Random(f"{seed} {number}"))
+    try:
+        content, _ = await load_content(images, judged.query.content)
+        found = await search(replace(judged.query, content=content), top_k=top_k)
+    except (ImageError, InputError) as error:
+        return f"{data.queries.lines.path.name}, query {judged.id}: {error}"
+    scored = [(c.document.id, -c.rank if c.retrieval_score is None else c.retrieval_score) for c in found]
+    return judged.id, scored
+
+
+def _write(file: IO[str], qid: str, scored: Sequence[tuple[str, float]]) -> None:
+    file.writelines(f"{qid} Q0 {did} {rank} {score:.6g} {TAG}\n" for rank, (did, score) in enumerate(scored, 1))
