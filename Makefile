@@ -30,8 +30,12 @@ $(VENV)/.ready: $(VENV)/.torch pyproject.toml
 	$(PY) -m pip install --disable-pip-version-check --quiet -e '.[dev]'
 	@touch $@
 
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(PY) -m pip install --disable-pip-version-check --quiet -e '.[demo]'
+	@touch $@
+
 DIR ?= demo-data
-demo: setup
+demo: $(VENV)/.demo
 	$(VENV)/bin/retrv-r1 demo --dir $(DIR)
 
 test: setup

@@ -68,33 +68,56 @@ class TeacherStyle:
     max_inspections: int = 4
 
 
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """All that can be said of one candidate: the elimination's verdict and, once it is opened, the check.
+
+    match: the check's conclusion; None = its words cannot tell, so it is never opened
+    tells: opened although eliminated, it would show a difference
+    """
+
+    verdict: str
+    check: str = ""
+    match: bool | None = None
+    tells: bool = False
+
+
 def write_thought(
     captions: Mapping[int, Caption], want: Caption, target: int | None, rng: random.Random, style: TeacherStyle
 ) -> Thought:
     """The chain of thought over the candidates, by label in ascending order; `target` None means none of them answers."""
-    verdicts = tuple(Verdict(i, verdict(c, want)) for i, c in captions.items())
-    kept = [v.index for v in verdicts if v.text == KEEP]
-    opened = _choose(kept, captions, want, target, rng, style)
-    checks = tuple(Check(i, check_text(captions[i], want), agrees(captions[i], want)) for i in opened)
-    return Thought(str(want), verdicts, checks, NONE_INDEX if target is None else target)
+    judged = {i: _judge(c, want) for i, c in captions.items()}
+    return compose(str(want), judged, target, rng, style)
 
 
-def _choose(
-    kept: list[int],
-    captions: Mapping[int, Caption],
-    want: Caption,
-    target: int | None,
-    rng: random.Random,
-    style: TeacherStyle,
-) -> list[int]:
+def compose(
+    hypothesis: str, judged: Mapping[int, Judgement], target: int | None, rng: random.Random, style: TeacherStyle
+) -> Thought:
+    """A thought out of what can be said of each candidate, by label in ascending order."""
+    verdicts = tuple(Verdict(i, j.verdict) for i, j in judged.items())
+    opened = _choose(judged, target, rng, style)
+    checks = tuple(Check(i, judged[i].check, judged[i].match) for i in opened)
+    return Thought(hypothesis, verdicts, checks, NONE_INDEX if target is None else target)
+
+
+def _judge(candidate: Caption, want: Caption) -> Judgement:
+    word = verdict(candidate, want)
+    if not want.fine:
+        return Judgement(word)
+    return Judgement(word, check_text(candidate, want), agrees(candidate, want), candidate.fine != want.fine)
+
+
+def _choose(judged: Mapping[int, Judgement], target: int | None, rng: random.Random, style: TeacherStyle) -> list[int]:
     """Ascending order always: a shuffled order taught the prototype to open candidates twice."""
-    if not want.fine or not kept:
+    kept = [i for i, j in judged.items() if j.verdict == KEEP]
+    openable = [i for i in kept if judged[i].match is not None]
+    if not openable:
         return []
     if len(kept) == 1 and target is not None and rng.random() > style.careful:
         return []
-    others = [i for i in captions if i not in kept and captions[i].fine != want.fine]
+    others = [i for i, j in judged.items() if j.verdict != KEEP and j.tells]
     extra = rng.sample(others, 1) if others and rng.random() < style.extra else []
-    chosen = sorted({*kept, *extra})
+    chosen = sorted({*openable, *extra})
     if target in chosen and rng.random() >= style.exhaustive:
         chosen = chosen[: chosen.index(target) + 1]
     if len(chosen) > style.max_inspections and target in chosen:
