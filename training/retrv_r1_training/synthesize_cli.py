@@ -35,7 +35,7 @@ _PROGRESS_EVERY_S = 5.0
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command; its `handler` takes the parsed arguments and returns the exit code."""
+    """Add the command; its `main` takes the parsed arguments and returns the exit code."""
     parser = commands.add_parser(
         "synthesize",
         help="write thoughts to train on, by a teacher model or from captions",
