@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser()
     add_parser(parser.add_subparsers())
     args = parser.parse_args(argv)
-    return args.handler(args)
+    return args.main(args)
 
 
 def summary(data: Path) -> dict:

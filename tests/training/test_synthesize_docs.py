@@ -26,7 +26,7 @@ def test_the_commands_run(argv, tmp_path, monkeypatch):
     parser = argparse.ArgumentParser()
     add_parser(parser.add_subparsers())
     args = parser.parse_args(argv)
-    assert args.handler(args) == 0
+    assert args.main(args) == 0
 
 
 def test_every_rejection_is_explained():
