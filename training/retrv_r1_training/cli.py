@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from retrv_r1_retriever.errors import RetrvR1Error
+from retrv_r1_training import grpo_cli
 from retrv_r1_training.miniature import Miniature, with_fewer_steps
 from retrv_r1_training.recipe import load_recipe
 
@@ -25,10 +26,15 @@ def main(argv: list[str] | None = None) -> int:
     miniature.add_argument("--out", type=Path, help="checkpoint folder (default: RUN/checkpoint)")
     miniature.add_argument("--steps", type=int, help="cut every stage to this many steps: a smoke test")
     miniature.add_argument("--threads", type=int, default=2)
+    grpo_cli.add_parser(commands)
+    grpo_cli.add_passrate_parser(commands)
+    grpo_cli.add_calibrate_parser(commands)
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    torch.set_num_threads(args.threads)
     try:
+        if "main" in args:  # a subcommand with a module of its own
+            return int(args.main(args))
+        torch.set_num_threads(args.threads)
         recipe = load_recipe(args.recipe)
         if args.steps:
             recipe = with_fewer_steps(recipe, args.steps)
