@@ -143,8 +143,8 @@ class _Source:
 
 def _reward_function(config: GrpoConfig) -> Callable[..., list[float]]:
     def total(
-        row: list[Rollout], trainer_state: Any, log_metric: Any, **_: Any
-    ) -> list[float]:  # TRL passes every column
+        row: list[Rollout], trainer_state: Any, log_metric: Any, **_: Any,  # TRL passes every column
+    ) -> list[float]:  # fmt: skip
         penalty = penalty_at(config.penalty, progress(trainer_state.global_step, config.steps))
         parts = [reward(r.outcome, r.task.target, r.task.top_k, penalty, config.format_weight) for r in row]
         metrics = {"lambda": penalty, "format": float(np.mean([p.format > 0 for p in parts]))}
@@ -205,8 +205,8 @@ class _Log(TrainerCallback):  # type: ignore[misc]
         self._file, self._trainer, self._held_out, self._config = file, trainer, held_out, config
 
     def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
-    ) -> None:  # transformers'
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any,  # transformers' signature
+    ) -> None:  # fmt: skip
         logs = logs or {}
         if not state.is_world_process_zero or "reward" not in logs:
             return
