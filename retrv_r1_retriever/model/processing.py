@@ -287,7 +287,8 @@ def _compressed(
         mask[i, : len(array)] = True
     row = np.repeat(np.arange(len(chunks)), [len(c.memories) for c in chunks])
     label = [processor.token_id(LABELS[i]) for c in chunks for i in c.candidates]
-    at = [np.flatnonzero(c.ids == processor.token_id(CONTENT_PAD)) + b * length for b, c in enumerate(chunks)]
+    pad = processor.token_id(CONTENT_PAD)  # a model may sample this id as well, but only behind the prompt's own
+    at = [np.flatnonzero(c.ids == pad)[: len(c.memories)] + b * length for b, c in enumerate(chunks)]
     content_at = np.concatenate(at) if at else np.zeros(0, dtype=np.int64)
     label_ids = np.asarray(label, dtype=np.int64)
     arrays = (memory, mask, row.astype(np.int64), label_ids, content_at, content_at + 1)

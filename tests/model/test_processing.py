@@ -145,3 +145,14 @@ def test_a_cut_text_is_counted_and_reported(checkpoint, tmp_path):
 def test_a_picture_too_long_for_the_tower_is_named(checkpoint):
     with pytest.raises(ImageError, match="expected sides of at most 200 to 1, got 1 x 300"):
         checkpoint.processor.grid(picture(1, 1, 300))
+
+
+def test_a_sampled_placeholder_takes_no_memory(checkpoint, prompt):
+    """A model may write any id, also the placeholder's: only the prompt's own are overwritten."""
+    processor = checkpoint.processor
+    head = processor.chunk(prompt.segments, prompt)
+    written = Chunk.plain([processor.token_id(CONTENT_PAD)] * 3, head.next_position)
+    alone = collate([written, head], processor).compressed
+    joined = collate([Chunk.join([head, written])], processor).compressed
+    assert len(joined.content_at) == len(joined.memory) == len(prompt.candidates)
+    assert len(alone.content_at) == len(alone.memory) == len(prompt.candidates)

@@ -224,7 +224,7 @@ def test_the_words_teacher_needs_no_server_and_repeats_itself(data):
 
 RUN = (
     "import argparse, sys; from retrv_r1_training.synthesize_cli import add_parser; p = argparse.ArgumentParser();"
-    "add_parser(p.add_subparsers()); a = p.parse_args(sys.argv[1:]); sys.exit(a.handler(a))"
+    "add_parser(p.add_subparsers()); a = p.parse_args(sys.argv[1:]); sys.exit(a.main(a))"
 )
 
 

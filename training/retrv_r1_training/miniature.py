@@ -1,6 +1,6 @@
 """All stages of the miniature in order, each resumable: a finished stage leaves its weights and is not run again.
 
-captions -> episodes -> embedder -> align -> direct -> eliminate -> sft -> export
+captions -> episodes -> embedder -> align -> direct -> eliminate -> sft -> [grpo] -> export     (grpo: if the recipe has it)
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from retrv_r1_retriever.demo.catalogue import write_catalogue
-from retrv_r1_retriever.model.checkpoint import Manifest, save_checkpoint
+from retrv_r1_retriever.model.checkpoint import Checkpoint, Manifest, save_checkpoint
 from retrv_r1_retriever.model.modeling import RetrvR1ForConditionalGeneration
 from retrv_r1_retriever.model.processing import Processor
 from retrv_r1_retriever.types import Content
@@ -48,6 +48,8 @@ class Miniature:
         """Run what is left and write the checkpoint to `out`."""
         for stage in (self.captions, self.episodes, self.embedder, self.align, self.direct, self.eliminate, self.sft):
             self._once(stage.__name__, stage)
+        if self.recipe.stages.grpo:
+            self._once("grpo", self.grpo)
         self.export(out)
 
     # -- stages --------------------------------------------------------------------------------------------------------
@@ -103,8 +105,21 @@ class Miniature:
     def sft(self) -> RetrvR1ForConditionalGeneration:
         return self._sft("eliminate", "sft", TeacherStyle())
 
+    def grpo(self) -> RetrvR1ForConditionalGeneration:
+        from retrv_r1_training.grpo import train_grpo  # TRL: only this stage needs it
+        from retrv_r1_training.rollout import tasks_of
+
+        config, top_k = self.recipe.stages.grpo, self.recipe.top_k
+        assert config is not None
+        tasks, held_out = tasks_of(self.lists[:-1], top_k, config.missing), tasks_of(self.lists[-1:], top_k)
+        start = Checkpoint(self._load("sft"), self.processor, Manifest("miniature"))
+        states = self.run / "grpo-states"
+        return train_grpo(
+            start, tasks, held_out[:: max(1, len(held_out) // 120)], config, self.recipe.seed + 7, states, self.log_file
+        )
+
     def export(self, out: Path) -> None:
-        model, first_stage = self._load("sft"), self._load("embedder")
+        model, first_stage = self._load("grpo" if self.recipe.stages.grpo else "sft"), self._load("embedder")
         manifest = Manifest(
             "retrv-r1-miniature (from scratch)", base_revision=f"seed {self.recipe.seed}", licence="Apache-2.0",
             trained_top_k=self.recipe.top_k, embedder_dim=self.recipe.embedder_dim,
@@ -188,5 +203,9 @@ def _captioned(pool: Pool) -> list[tuple[Content, str]]:
 
 def with_fewer_steps(recipe: Recipe, steps: int) -> Recipe:
     """The same recipe cut short: a smoke test of every stage, no model worth having."""
-    stages = {name: replace(getattr(recipe.stages, name), steps=steps) for name in asdict(recipe.stages)}
+    stages = {
+        name: replace(getattr(recipe.stages, name), steps=steps)
+        for name, stage in asdict(recipe.stages).items()
+        if stage
+    }
     return replace(recipe, stages=replace(recipe.stages, **stages))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
 
 from retrv_r1_retriever.errors import OptionsError, explain
 from retrv_r1_retriever.model.configuration import IcmConfig
 from retrv_r1_training.backbone import BackboneSize
+from retrv_r1_training.grpo_config import GrpoConfig
 from retrv_r1_training.loop import Schedule
 
 T = TypeVar("T")
@@ -25,6 +26,7 @@ class Stages:
     direct: Schedule
     eliminate: Schedule
     sft: Schedule
+    grpo: GrpoConfig | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,8 @@ def build(kind: type[T], data: dict[str, Any], where: str) -> T:
         raise OptionsError(
             explain(where, expected=f"keys {sorted(known)}", got=unknown[0], fix="Fix or remove the key.")
         )
-    values = {k: build(hints[k], v, f"{where}: {k}") if is_dataclass(hints[k]) else v for k, v in data.items()}
+    nested = {k: next((t for t in (h, *get_args(h)) if is_dataclass(t)), None) for k, h in hints.items()}
+    values = {k: build(nested[k], v, f"{where}: {k}") if nested[k] else v for k, v in data.items()}  # type: ignore[arg-type]
     try:
         return kind(**values)
     except TypeError as error:

@@ -1,0 +1,203 @@
+"""GRPO: what is rewarded, what is scored, that sampler and scorer agree, what stays frozen, and that a resumed run is the same run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("trl")
+
+import torch
+from retrv_r1_training import grpo, trl_private
+from retrv_r1_training.grpo import make_trainer, train_grpo
+from retrv_r1_training.grpo_config import GrpoConfig
+from retrv_r1_training.rollout import RolloutRunner, Sampling
+from trl import GRPOTrainer
+
+from retrv_r1_retriever.errors import OptionsError
+from retrv_r1_retriever.model.checkpoint import memory_digest
+from retrv_r1_retriever.prompt import ADDED_TOKENS
+from retrv_r1_retriever.trace import Sampled
+from retrv_r1_retriever.types import StopReason
+from tests.training.grpo_tasks import make_tasks, miniature
+
+CONFIG = GrpoConfig(
+    steps=4, lr=1e-3, batch_size=2, group_size=4, beta=0.0, loss_type="grpo", temperature=0.9, micro_batch=4,
+    max_new_tokens=100, warmup=0, save_every=2,
+)  # fmt: skip
+SAMPLING = Sampling(0.9, 4, 100)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    torch.set_num_threads(1)
+    checkpoint = miniature()
+    return checkpoint, make_tasks(checkpoint)
+
+
+@pytest.fixture
+def trainer(loaded, tmp_path):
+    return make_trainer(miniature(), loaded[1], CONFIG, 0, tmp_path)
+
+
+def generated(trainer):
+    inputs = [{"prompt": str(n)} for n in (0, 1) for _ in range(4)]
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.train()
+    return trainer._generate_and_score_completions(inputs)
+
+
+def test_a_rollout_scores_what_was_drawn_and_nothing_else(loaded):
+    checkpoint, tasks = loaded
+    rows = RolloutRunner(checkpoint).run([t for t in tasks for _ in range(4)], list(range(16)), SAMPLING)
+    assert any(r.outcome.inspected for r in rows), "no inspection: this test would see nothing"
+    assert {r.outcome.stop_reason for r in rows} >= {StopReason.ANSWERED, StopReason.FORCED_BY_BUDGET}
+    for row in rows:
+        ids = np.asarray(row.ids[row.prompt_tokens :])
+        turn = row.outcome.segments[len(row.task.prompt.segments) :]
+        drawn = [s.token_ids for s in turn if isinstance(s, Sampled)]
+        if row.outcome.stop_reason is not StopReason.ANSWERED:
+            drawn = drawn[:-1]  # an arg-max, no draw
+            assert row.answer_at is None
+        assert ids[row.scored].tolist() == [i for part in drawn for i in part]
+        assert (row.logprobs[~row.scored] == 0).all() or row.answer_at is None
+        assert not row.chunk.image[row.prompt_tokens :][row.scored].any(), "an opened picture is scored"
+
+
+def test_the_same_seed_draws_the_same_thought_in_any_company(loaded):
+    checkpoint, tasks = loaded
+    runner = RolloutRunner(checkpoint)
+    together = runner.run(tasks, [7] * 4, SAMPLING)
+    alone = runner.run(tasks[2:3], [7], SAMPLING)
+    assert together[2].ids == alone[0].ids
+    assert runner.run(tasks[2:3], [8], SAMPLING)[0].ids != alone[0].ids
+
+
+def test_sampler_and_scorer_agree(trainer):
+    batch = generated(trainer)
+    logps = scores(trainer, batch)
+    rows = batch["rows"]
+    assert any(r.answer_at is not None for r in rows)
+    for row, values in zip(rows, logps.detach().numpy(), strict=True):
+        got, want = values[: len(row.scored)][row.scored], row.logprobs[row.scored]
+        np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def scores(trainer, batch):
+    trainer._rows = batch["rows"]
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    keep = batch["completion_ids"].shape[1]
+    return trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, keep, batch_size=3)[0]
+
+
+def test_no_gradient_through_injected_tokens_and_the_loss_is_the_formula(trainer, monkeypatch):
+    batch = generated(trainer)
+    seen = []
+    inner = GRPOTrainer._get_per_token_logps_and_entropies
+
+    def spy(self, *args, **kwargs):
+        out = inner(self, *args, **kwargs)
+        out[0].retain_grad()
+        seen.append(out[0])
+        return out
+
+    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", spy)
+    trainer._compute_loss(trainer.model, batch).backward()
+    scored = torch.zeros_like(seen[0], dtype=torch.bool)
+    for mask, row in zip(scored, batch["rows"], strict=True):
+        mask[: len(row.scored)] = torch.from_numpy(row.scored)
+    gradient = seen[0].grad
+    assert (gradient[~scored] == 0).all(), "injected tokens carry gradient"
+    # loss_type grpo, one update per rollout: d loss / d log p = -advantage / tokens of the row / rows
+    want = -batch["advantages"][:, None] / scored.sum(1, keepdim=True) / len(scored) * scored
+    torch.testing.assert_close(gradient, want.expand_as(gradient), atol=1e-7, rtol=1e-5)
+    assert (want != 0).any()
+
+
+def test_rows_that_come_apart_from_their_batch_are_noticed(trainer):
+    batch = generated(trainer)
+    batch["rows"] = batch["rows"][::-1]
+    with pytest.raises(RuntimeError, match="came apart"):
+        trainer._compute_loss(trainer.model, batch)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(trainer):
+    batch = generated(trainer)
+    batch["advantages"] = batch["advantages"] * float("nan")
+    with pytest.raises(FloatingPointError, match="loss is nan at step 0"):
+        trainer._compute_loss(trainer.model, batch)
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_only_what_may_move_moves_and_kl_starts_at_zero(loaded, tmp_path, lora_rank):
+    checkpoint, tasks = loaded
+    config = replace(CONFIG, steps=2, beta=0.1, lora_rank=lora_rank, save_every=0)
+    before = {k: v.clone() for k, v in checkpoint.model.state_dict().items()}
+    model = train_grpo(miniature(), tasks, tasks[:1], config, 0, tmp_path / "states", tmp_path / "log.jsonl")
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert log[0]["kl"] == pytest.approx(0.0, abs=1e-7)
+    assert log[1]["kl"] > 0
+    assert 0 <= log[1]["val_R@1_all"] <= 1
+    after = model.state_dict()
+    processor, manifest = checkpoint.processor, checkpoint.manifest
+    assert memory_digest(before, processor, manifest) == memory_digest(after, processor, manifest)
+    moved = {k for k in before if not torch.equal(before[k], after[k])}
+    assert any("self_attn" in k for k in moved)
+    assert any("icm.att2" in k for k in moved)
+    assert not any(".visual." in k or ".in_proj." in k for k in moved)
+    table = "model.language_model.embed_tokens.weight"
+    rows = (before[table] != after[table]).any(1).nonzero().flatten().tolist()
+    assert rows
+    assert set(rows) <= {processor.token_id(t) for t in ADDED_TOKENS}
+    RolloutRunner(replace(checkpoint, model=model)).run(tasks[:1], [0], SAMPLING)  # what comes out serves
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(loaded, tmp_path, monkeypatch):
+    _, tasks = loaded
+
+    def train(name):
+        return train_grpo(miniature(), tasks, [], CONFIG, 3, tmp_path / name, tmp_path / f"{name}.jsonl").state_dict()
+
+    whole = train("whole")
+    rollouts = grpo._Source.__call__
+
+    def killed(self, numbers, trainer):
+        if trainer.state.global_step == 3:
+            raise KeyboardInterrupt
+        return rollouts(self, numbers, trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(grpo._Source, "__call__", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train("parts")
+    resumed = train("parts")
+    for name, weight in whole.items():
+        torch.testing.assert_close(resumed[name], weight, atol=0, rtol=0, msg=name)
+    figures = [[json.loads(line) for line in (tmp_path / f"{n}.jsonl").open()] for n in ("whole", "parts")]
+    whole_rows, parts = ([(r["step"], r["lambda"], r["reward"]) for r in rows] for rows in figures)
+    assert [lam for _, lam, _ in whole_rows] == [0.0, 0.25, 0.5, 0.75]
+    assert {s: r for s, *r in parts} == {s: r for s, *r in whole_rows}
+
+
+def test_another_trl_is_refused():
+    trl_private.check_trl()
+
+    class Changed(GRPOTrainer):
+        def _compute_loss(self, inputs):
+            return None
+
+    with pytest.raises(OptionsError, match=r"GRPOTrainer\._compute_loss.*expected \('self', 'model', 'inputs'\)"):
+        trl_private.check_trl(Changed)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"micro_batch": 3}, "whole micro-batches"), ({"penalty": "rising"}, "progress"), ({"iterations": 2, "save_every": 3}, "multiple")],
+)  # fmt: skip
+def test_bad_settings_are_refused(change, message):
+    with pytest.raises(OptionsError, match=message):
+        replace(CONFIG, **change)

@@ -1,0 +1,58 @@
+"""`retrv-r1-train grpo`, `passrate` and `calibrate`. TRL is imported when one of them runs, not before."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retrv_r1_retriever.errors import missing_extra
+
+
+def add_parser(commands: Any) -> None:
+    parser = _parser(commands, "grpo", "train by curriculum GRPO")
+    parser.add_argument("--run", type=Path, default=Path("runs/grpo"), help="folder of the run; resumable")
+    parser.add_argument("--out", type=Path, help="checkpoint folder (default: RUN/checkpoint)")
+    parser.add_argument("--steps", type=int, help="cut to this many updates: a smoke test")
+
+
+def add_passrate_parser(commands: Any) -> None:
+    parser = _parser(commands, "passrate", "how often a checkpoint solves each training query, as JSONL")
+    parser.add_argument("--samples", type=int, default=8, help="thoughts per query")
+    parser.add_argument("--limit", type=int, help="queries, drawn at random")
+    parser.add_argument("--out", type=Path, required=True)
+
+
+def add_calibrate_parser(commands: Any) -> None:
+    parser = _parser(
+        commands, "calibrate", "choose the margin of think=auto on validation data, write it into the manifest"
+    )
+    parser.add_argument("--checkpoint", type=Path, help="folder to calibrate (default: the recipe's)")
+    parser.add_argument("--max-cost", type=float, default=0.01, help="R@1 that skipping thoughts may cost")
+
+
+def _parser(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.set_defaults(main=_later(f"run_{name}"))
+    return parser
+
+
+def _later(name: str) -> Callable[[argparse.Namespace], int]:
+    def main(args: argparse.Namespace) -> int:
+        torch.set_num_threads(args.threads)
+        try:
+            commands = importlib.import_module("retrv_r1_training.grpo_commands")
+        except ModuleNotFoundError as error:
+            if error.name not in ("trl", "peft", "datasets", "accelerate"):
+                raise
+            raise missing_extra(error.name, "train") from error
+        getattr(commands, name)(args)
+        return 0
+
+    return main

@@ -1,0 +1,56 @@
+"""What a GRPO run is told; free of TRL, so that recipes can be read without it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from retrv_r1_retriever.errors import OptionsError, explain
+
+
+@dataclass(frozen=True, slots=True)
+class GrpoConfig:
+    """batch_size: prompts per update, `group_size` thoughts each, scored `micro_batch` at a time
+
+    beta: weight of the KL term; iterations: updates per rollout; penalty: lambda, "progress" or a fixed number
+    lora_rank: 0 trains all weights of the language model
+    evaluate_every, save_every: updates; 0 = only at the end. missing: see `tasks_of`
+    """
+
+    steps: int
+    lr: float
+    batch_size: int
+    group_size: int
+    beta: float
+    loss_type: str
+    temperature: float
+    penalty: str | float = "progress"
+    format_weight: float = 0.2
+    scale_rewards: str = "group"
+    epsilon: float = 0.2
+    iterations: int = 1
+    micro_batch: int = 16
+    max_inspections: int = 4
+    max_new_tokens: int = 512
+    lora_rank: int = 0
+    warmup: int = 5
+    max_grad_norm: float = 1.0
+    gradient_checkpointing: bool = False
+    missing: str = "none"
+    evaluate_every: int = 0
+    save_every: int = 0
+    report_to: str = "none"
+
+    def __post_init__(self) -> None:
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        if self.batch_size * self.group_size % (self.micro_batch * ranks):
+            got = f"{self.batch_size} * {self.group_size} over {self.micro_batch} * {ranks} ranks"
+            fix = "Change micro_batch."
+            raise OptionsError(explain("batch_size * group_size", expected="whole micro-batches", got=got, fix=fix))
+        if self.save_every % self.iterations:
+            fix = "Make it one, or a resumed run would differ from an uninterrupted one."
+            raise OptionsError(explain("save_every", expected="a multiple of iterations", got=self.save_every, fix=fix))
+        if self.penalty != "progress" and not isinstance(self.penalty, int | float):
+            raise OptionsError(
+                explain("penalty", expected='"progress" or a number', got=repr(self.penalty), fix="Fix it.")
+            )

@@ -1,0 +1,200 @@
+"""Rollouts: the session and the driver that serve, on the local engine, many at once; and what the scorer needs of each.
+
+Nothing here decodes by itself: train and serve are one loop. A completion is a turn as the session wrote it, opened candidates and
+forced tags included; only what the policy chose is scored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from retrv_r1_retriever._sync import run
+from retrv_r1_retriever.driver import Reading, read
+from retrv_r1_retriever.engines.local import LocalEngine
+from retrv_r1_retriever.errors import EngineError
+from retrv_r1_retriever.images import ImageData
+from retrv_r1_retriever.model.checkpoint import Checkpoint
+from retrv_r1_retriever.model.processing import Chunk, Processor
+from retrv_r1_retriever.options import RerankOptions
+from retrv_r1_retriever.prompt import NONE_INDEX, Prompt
+from retrv_r1_retriever.session import Outcome
+from retrv_r1_retriever.trace import Sampled, Segment
+from retrv_r1_retriever.types import ImageInput, StopReason
+from retrv_r1_training.lists import ListConfig, Lists, candidate_list, prompt_of
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Task:
+    """One query over its candidates, pictures decoded or encoded.
+
+    target: slot of the right answer, `NONE_INDEX` if no candidate is; rank: of the positive in the list, 1-based, None without
+    """
+
+    id: str
+    stratum: str
+    prompt: Prompt
+    target: int
+
+    @property
+    def rank(self) -> int | None:
+        return None if self.target == NONE_INDEX else self.target + 1
+
+    @property
+    def top_k(self) -> int:
+        return len(self.prompt.candidates)
+
+
+def tasks_of(lists: Sequence[Lists], top_k: int, missing: str = "none") -> list[Task]:
+    """Every query over the first stage's own list. missing: a list without its positive asks for `none`, or is left out (`drop`)."""
+    tasks = []
+    for part in lists:
+        for number, query in enumerate(part.pool.queries):
+            chosen, place = candidate_list(part, number, ListConfig.as_served(top_k), random.Random(number))
+            if place is None and missing == "drop":
+                continue
+            prompt = prompt_of(part, number, chosen, range(len(chosen)))
+            tasks.append(
+                Task(query.query.id or str(number), query.stratum, prompt, NONE_INDEX if place is None else place)
+            )
+    return tasks
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rollout:
+    """One finished thought. Arrays are over the completion, C tokens.
+
+    chunk: prompt and completion as tensors-to-be; prompt_tokens: length of the first part
+    scored (C,) bool: tokens the policy drew, which carry gradient. Not the forced ones, not opened candidates, and not an answer
+        that a spent budget forced (it is an arg-max)
+    logprobs (C,): of the sampler, 0 where nothing was drawn
+    answer_at: column of the answer within the completion, if it is scored; it was drawn among `slots` (token ids) only
+    """
+
+    task: Task
+    outcome: Outcome
+    chunk: Chunk
+    prompt_tokens: int
+    scored: np.ndarray
+    logprobs: np.ndarray
+    answer_at: int | None
+    slots: tuple[int, ...]
+
+    @property
+    def correct(self) -> bool:
+        return self.outcome.answer == self.task.target
+
+    @property
+    def ids(self) -> list[int]:
+        return [int(i) for i in self.chunk.ids]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """temperature 0 = greedy."""
+
+    temperature: float = 1.0
+    max_inspections: int = 4
+    max_new_tokens: int = 512
+
+
+class RolloutRunner:
+    """Runs thoughts on the model as it is at that moment. One engine for a whole training: its KV pool is made once."""
+
+    def __init__(self, checkpoint: Checkpoint, concurrency: int = 256) -> None:
+        self._model, self.processor = checkpoint.model, checkpoint.processor
+        training = self._model.training
+        self.engine = LocalEngine(checkpoint)
+        self._model.train(training)
+        self._concurrency = concurrency
+
+    def run(self, tasks: Sequence[Task], seeds: Sequence[int], sampling: Sampling) -> list[Rollout]:
+        """One rollout per task, in order. Raises `EngineError`: a rollout must never be replaced by a fallback."""
+        out = []
+        for task, reading in zip(tasks, self.read(tasks, seeds, sampling), strict=True):
+            if reading.outcome is None:
+                raise EngineError(f"rollout of {task.id!r}: expected a thought, got none: {reading.problem}")
+            out.append(make_rollout(self.processor, task, reading.outcome))
+        return out
+
+    def read(self, tasks: Sequence[Task], seeds: Sequence[int], sampling: Sampling) -> list[Reading]:
+        """The driver's own readings, direct read and thought; `concurrency` of them share forward passes."""
+        out: list[Reading] = []
+        with self._serving():
+            for start in range(0, len(tasks), self._concurrency):
+                part = slice(start, start + self._concurrency)
+                out += run(self._all(tasks[part], seeds[part], sampling))
+        return out
+
+    async def _all(self, tasks: Sequence[Task], seeds: Sequence[int], sampling: Sampling) -> list[Reading]:
+        return await asyncio.gather(*(self._one(t, s, sampling) for t, s in zip(tasks, seeds, strict=True)))
+
+    async def _one(self, task: Task, seed: int, sampling: Sampling) -> Reading:
+        options = RerankOptions(
+            top_k=task.top_k, think="always", temperature=sampling.temperature, seed=seed, timeout_s=None,
+            max_inspections=sampling.max_inspections, max_new_tokens=sampling.max_new_tokens,
+        )  # fmt: skip
+        return await read(self.engine, task.prompt, options, images=_Decoded())
+
+    @contextmanager
+    def _serving(self) -> Iterator[None]:
+        """Dropout and gradient checkpointing off; back to what was after."""
+        training = self._model.training
+        self._model.eval()
+        try:
+            yield
+        finally:
+            self._model.train(training)
+
+
+def make_rollout(processor: Processor, task: Task, outcome: Outcome) -> Rollout:
+    """The arrays of a finished session, from its segments alone."""
+    turn = outcome.segments[len(task.prompt.segments) :]
+    answered = outcome.stop_reason is StopReason.ANSWERED
+    head = processor.chunk(task.prompt.segments, task.prompt)
+    last = max(i for i, s in enumerate(turn) if isinstance(s, Sampled))
+    chunks, scored, logprobs, answer_at, at = [head], [], [], None, head.next_position
+    for number, segment in enumerate(turn):
+        chunk = processor.chunk([segment], task.prompt, at)
+        at = chunk.next_position
+        is_answer = number == last
+        if is_answer and answered:
+            answer_at = sum(map(len, scored))
+        graded = isinstance(segment, Sampled) and (answered or not is_answer)
+        chunks.append(chunk)
+        scored.append(np.full(len(chunk), graded))
+        logprobs.append(_logprobs(segment, len(chunk)))
+    if answered:  # TRL tells a finished completion by its end token
+        chunks.append(Chunk.plain([processor.tokenizer.eos_token_id], at))
+        scored.append(np.zeros(1, dtype=bool))
+        logprobs.append(np.zeros(1))
+    slots = tuple(processor.token_id(s) for s in task.prompt.slots)
+    return Rollout(
+        task, outcome, Chunk.join(chunks), len(head), np.concatenate(scored), np.concatenate(logprobs), answer_at, slots
+    )
+
+
+def _logprobs(segment: Segment, length: int) -> np.ndarray:
+    if not isinstance(segment, Sampled) or segment.logprobs is None:
+        return np.zeros(length)
+    assert len(segment.logprobs) == length, "a sampled id was tokenised again"
+    return np.asarray(segment.logprobs)
+
+
+def padded(rollout: Rollout, prompt_width: int, width: int, pad_id: int) -> Chunk:
+    """The sequence in a trainer's layout: prompts end in column `prompt_width`, completions begin there."""
+    left = prompt_width - rollout.prompt_tokens
+    right = width - left - len(rollout.chunk)
+    return Chunk.join([Chunk.plain([pad_id] * left, 0), rollout.chunk, Chunk.plain([pad_id] * right, 0)])
+
+
+class _Decoded:
+    """Tasks carry decoded pictures already."""
+
+    async def load(self, image: ImageInput) -> ImageData:
+        return ImageData(image, "")  # type: ignore[arg-type]
