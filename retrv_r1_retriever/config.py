@@ -119,7 +119,7 @@ class Config:
     store: StoreConfig = StoreConfig()
     model: ModelConfig = ModelConfig()
     images: ImagesConfig = ImagesConfig()
-    engine: EngineConfig = EngineConfig()
+    engine: EngineConfig = field(default_factory=EngineConfig)
     rerank: RerankOptions = BALANCED
     folder: Path = field(default_factory=Path.cwd)
 

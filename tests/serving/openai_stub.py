@@ -154,14 +154,14 @@ def read(messages: Sequence[dict[str, Any]]) -> tuple[str, dict[str, tuple[str, 
                     seen[label] = (json.loads(found[2]) if found[2] else "", None)
                 elif found := re.match(r"Query: (\".*\")", line):
                     query, label = json.loads(found[1]), None
+                elif line.startswith("Query: "):
+                    query, label = "", None
                 elif found := re.match(r"This is candidate (c\d+) in full", line):
                     seen.setdefault(found[1], ("", None))
         elif label is not None:
             seen[label] = (seen[label][0], colour_of(part["image_url"]["url"]))
         else:
-            pending = colour_of(part["image_url"]["url"])
-            seen |= {one: (text, pending) for one, (text, _) in seen.items() if not messages[1:]}
-            query = query or pending
+            query = query or colour_of(part["image_url"]["url"])
     return query, seen
 
 

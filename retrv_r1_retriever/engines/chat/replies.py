@@ -89,19 +89,19 @@ def check_schema(indices: Sequence[int]) -> dict[str, Any]:
 
 def parse_reading(text: str, indices: Sequence[int], tokens: Sequence[Token] = ()) -> Reading:
     """Only labels among `indices` count; what is cut or broken is read as far as its entries are whole."""
-    data, body = _json(text), text[_start(text) :]
+    data = _json(text)
     grades = {}
     for i in indices:
-        entry, span = _entry(data.get("candidates"), body, i)
+        entry, span = _entry(data.get("candidates"), text, i)
         stated = _grade(entry.get("grade")) if entry else None
         if entry and stated is not None:
-            expected = _expected(tokens, body, span) if span else None
+            expected = _expected(tokens, text, span) if span else None
             grades[i] = Grade(_verdict(entry.get("verdict"), stated), stated if expected is None else expected)
     return Reading(
         looking_for=clean(data.get("looking_for"), _TEXT_CHARS),
         grades=grades,
         none_fits=_grade(data.get("none_fits")),
-        answer=_label(data["answer"] if "answer" in data else _bare_label(body), indices),
+        answer=_label(data["answer"] if "answer" in data else _bare_label(text), indices),
         open=_labels(data.get("open"), indices),
     )
 
@@ -147,29 +147,22 @@ def _object(properties: dict[str, Any]) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
 
 
-def _start(text: str) -> int:
-    """Where the reply begins: behind thinking that the server left in the text."""
-    end = text.rfind("</think>")
-    return end + len("</think>") if end >= 0 else 0
-
-
 def _json(text: str) -> dict[str, Any]:
     """The first whole JSON object of the reply, or what single fields of a broken one say."""
-    body = text[_start(text) :]
-    begin = body.find("{")
+    begin = text.find("{")
     if begin < 0:
         return {}
     try:
-        data, _ = json.JSONDecoder().raw_decode(body, begin)
+        data, _ = json.JSONDecoder().raw_decode(text, begin)
         return data if isinstance(data, dict) else {}
     except (ValueError, RecursionError):
-        answer = re.search(r'"answer"\s*:\s*"(c\d{1,3}|none)"', body)
+        answer = re.search(r'"answer"\s*:\s*"(c\d{1,3}|none)"', text)
         return {"answer": answer[1]} if answer else {"answer": None}
 
 
-def _entry(listed: object, body: str, index: int) -> tuple[dict[str, Any] | None, tuple[int, int] | None]:
+def _entry(listed: object, text: str, index: int) -> tuple[dict[str, Any] | None, tuple[int, int] | None]:
     """The entry of a candidate and its place in the text; none if two contradict each other."""
-    found = list(re.finditer(_ENTRY.format(label=name(index)), body))
+    found = list(re.finditer(_ENTRY.format(label=name(index)), text))
     entries = [_json(one[1]) for one in found]
     if isinstance(listed, dict) and isinstance(listed.get(name(index)), dict):
         entries.append(listed[name(index)])
@@ -180,12 +173,12 @@ def _entry(listed: object, body: str, index: int) -> tuple[dict[str, Any] | None
     return entries[0], found[0].span(1) if found else None
 
 
-def _expected(tokens: Sequence[Token], body: str, span: tuple[int, int]) -> float | None:
+def _expected(tokens: Sequence[Token], text: str, span: tuple[int, int]) -> float | None:
     """The grade as the expectation over the digits at its token; None where the tokens do not show it."""
-    digit = _GRADE.search(body, *span)
+    digit = _GRADE.search(text, *span)
     whole = "".join(token for token, _ in tokens)
-    offset = whole.rfind(body)
-    if digit is None or not body or offset < 0:
+    offset = whole.rfind(text)
+    if digit is None or not text or offset < 0:
         return None
     place, passed = offset + digit.start(1), 0
     for token, likely in tokens:
@@ -211,9 +204,9 @@ def _verdict(value: object, grade: float) -> str:
     return (KEEP if words.lower().rstrip(".") == KEEP else words) or f"grade {grade:g}"
 
 
-def _bare_label(body: str) -> str | None:
+def _bare_label(text: str) -> str | None:
     """A reply that is nothing but a label. A label inside a sentence is no answer: the sentence may reject it."""
-    words = body.strip().strip("\"'`.").strip()
+    words = text.strip().strip("\"'`.").strip()
     return words if re.fullmatch(r"c\d{1,3}|none", words) else None
 
 

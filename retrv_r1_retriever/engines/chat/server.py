@@ -232,6 +232,9 @@ def read_reply(answer: Any) -> Reply:
         _plain(message.get("content")),
         _plain(message.get("reasoning_content") or message.get("reasoning")),
     )
+    if "</think>" in text:  # a server that leaves the reasoning in the text
+        reasoning, _, text = text.rpartition("</think>")
+        reasoning = reasoning.replace("<think>", "")
     if not text.strip() and choice.get("finish_reason") == "stop" and reasoning.rstrip().endswith("}"):
         text, reasoning = reasoning[reasoning.find("{") :], ""  # a server that takes the whole reply for reasoning
     usage = _mapping(answer.get("usage"))
