@@ -8,6 +8,9 @@
     [model]
     checkpoint = "miniature"   # the one in the wheel, a folder, or a hub id
 
+    [engine]                   # what judges the candidates
+    kind = "local"             # "local": the checkpoint of [model]. "chat": base_url = "...", model = "...", docs/hosted-vlm.md
+
     [images]
     root = "."                 # the only folder pictures are read from; relative to this file
 
@@ -30,12 +33,15 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from retrv_r1_retriever._sync import run
+from retrv_r1_retriever.engines.base import Compressor
+from retrv_r1_retriever.engines.settings import EngineConfig
 from retrv_r1_retriever.errors import CheckpointError, OptionsError, explain
 from retrv_r1_retriever.options import BALANCED, RerankOptions
 from retrv_r1_retriever.store import Scalar
 
 if TYPE_CHECKING:
     from retrv_r1_retriever.edge import EdgeStore
+    from retrv_r1_retriever.engines.chat import ChatEngine
     from retrv_r1_retriever.engines.local import LocalEngine
     from retrv_r1_retriever.images import ImageSource
     from retrv_r1_retriever.model.embedding import BackboneEmbedder
@@ -113,6 +119,7 @@ class Config:
     store: StoreConfig = StoreConfig()
     model: ModelConfig = ModelConfig()
     images: ImagesConfig = ImagesConfig()
+    engine: EngineConfig = field(default_factory=EngineConfig)
     rerank: RerankOptions = BALANCED
     folder: Path = field(default_factory=Path.cwd)
 
@@ -131,11 +138,12 @@ def read_config(path: str | os.PathLike[str]) -> Config:
         ) from None
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise OptionsError(explain(str(path), expected="TOML", got=error, fix="Fix the file.")) from error
-    _check_keys(data, ("store", "model", "images", "rerank"), "", path)
+    _check_keys(data, ("store", "model", "engine", "images", "rerank"), "", path)
     return Config(
         _section(StoreConfig, data.get("store", {}), "store", path),
         _section(ModelConfig, data.get("model", {}), "model", path),
         _section(ImagesConfig, data.get("images", {}), "images", path),
+        _section(EngineConfig, data.get("engine", {}), "engine", path),
         _section(RerankOptions, data.get("rerank", {}), "rerank", path),
         folder=path.parent.resolve(),
     )
@@ -220,7 +228,18 @@ def _downloaded(hub_id: str, local: Path) -> str:
     ) from cause
 
 
+def open_reader(config: Config) -> LocalEngine | ChatEngine:
+    """What judges candidates, as [engine] says."""
+    return open_chat(config) if config.engine.kind == "chat" else open_engine(config)
+
+
+def open_chat(config: Config) -> ChatEngine:
+    """Connects to nothing yet."""
+    return config.engine.chat(_api_key(config.engine.api_key_env))
+
+
 def open_engine(config: Config) -> LocalEngine:
+    """The checkpoint of [model], whatever judges candidates: it makes memory too."""
     from retrv_r1_retriever.engines.local import LocalEngine
 
     return LocalEngine.from_pretrained(checkpoint_path(config), device=config.model.device, dtype=config.model.dtype)
@@ -296,7 +315,7 @@ def _open_qdrant(store: StoreConfig, spec: CollectionSpec | None) -> QdrantStore
     return QdrantStore(
         store.collection,
         url=store.url,
-        api_key=_api_key(store),
+        api_key=_api_key(store.api_key_env),
         spec=None if foreign else spec,
         schema=PayloadSchema(store.text, store.image, store.id, vector) if foreign else None,
         tenant=store.tenant,
@@ -313,8 +332,13 @@ def open_retriever(config: Config) -> RetrvR1Retriever:
     try:
         embedder = open_embedder(config)
         store.spec.check_against(_vectors_of(embedder), "[store]")
-        engine = open_engine(config)
+        engine = open_reader(config)
         if config.store.memory == "lazy":
+            if not isinstance(engine, Compressor):
+                raise OptionsError(
+                    explain('[store] memory = "lazy"', expected="an engine that reads memory", got="[engine] kind = 'chat'",
+                            fix="Leave it out: a chat model reads texts and pictures.")
+                )  # fmt: skip
             check_pointer(run(store.sidecars.in_use()), engine.memory_digest)
         return RetrvR1Retriever(
             store=store,
@@ -329,19 +353,21 @@ def open_retriever(config: Config) -> RetrvR1Retriever:
         raise
 
 
-def _api_key(store: StoreConfig) -> str | None:
-    if store.api_key_env is None:
+def _api_key(variable: str | None) -> str | None:
+    if variable is None:
         return None
-    key = os.environ.get(store.api_key_env)
+    key = os.environ.get(variable)
     if key is None:
         raise OptionsError(
-            explain(f"environment variable {store.api_key_env}", expected="the API key", got="nothing", fix="Set it.")
+            explain(f"environment variable {variable}", expected="the API key", got="nothing", fix="Set it.")
         )
     return key
 
 
-def collection_spec(engine: LocalEngine, embedder: BackboneEmbedder) -> CollectionSpec:
-    """What a collection for this model is made with."""
+def collection_spec(engine: LocalEngine | None, embedder: BackboneEmbedder) -> CollectionSpec:
+    """What a collection for this model is made with; without memory for engines that read none (None)."""
+    if engine is None:
+        return _vectors_of(embedder)
     return replace(_vectors_of(embedder), memory_width=engine.memory_shape[1], memory_digest=engine.memory_digest)
 
 

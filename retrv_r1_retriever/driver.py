@@ -272,7 +272,7 @@ class _Run:
             usage=usage,
             timings=dict(self.timings),
             versions=dict(self.engine.versions),
-            notes=tuple(self.notes),
+            notes=(*self.notes, *getattr(self.handle, "notes", ())),
         )
 
     def _full_tokens(self) -> tuple[int, ...]:

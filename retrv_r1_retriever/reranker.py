@@ -13,7 +13,7 @@ from typing import TypeAlias, TypeVar
 from retrv_r1_retriever import driver, memory
 from retrv_r1_retriever._sync import run
 from retrv_r1_retriever.driver import Clock, Reading
-from retrv_r1_retriever.engines.base import Compressor, Engine
+from retrv_r1_retriever.engines.base import Compressor, Engine, ReadsPictures
 from retrv_r1_retriever.errors import EngineError, InputError, RerankTimeout, explain
 from retrv_r1_retriever.images import ImageSource, LocalImages, load_content
 from retrv_r1_retriever.options import BALANCED, RerankOptions
@@ -57,9 +57,9 @@ class RetrvR1Reranker:
         write_back: Callable[[Sequence[Candidate]], None] | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
-        self.engine = engine
-        self.compressor = compressor or (engine if isinstance(engine, Compressor) else None)
         self.images = images or LocalImages()
+        self.engine = engine.with_images(self.images) if isinstance(engine, ReadsPictures) else engine
+        self.compressor = compressor or (engine if isinstance(engine, Compressor) else None)
         self.options = options
         self._clock, self._write_back = clock, write_back
 
@@ -248,8 +248,10 @@ def _decide(
     half_judged = {*(reading.outcome.unreadable if reading.outcome else ()), *reading.stale}
     passed_over = _passed_over(order, reading.outcome)
     unjudged = [i for i in passed_over if order.signals[i].keep_logprob is None]
-    if reading.direct is not None or options.ranking == "promote":
-        unjudged = []  # they have their place by the direct read, or by nothing but the answer
+    if reading.direct is not None:  # all but these have their place by it
+        unjudged = [i for i in reading.direct.unread if i != order.answer and not order.signals[i].opened]
+    if options.ranking == "promote":
+        unjudged = []  # they have their place by nothing but the answer
     unranked = (*(read[i] for i in sorted({*half_judged, *unjudged})), *skipped)
     reasons = [reading.problem] if reading.problem else []
     if skipped:
@@ -258,7 +260,12 @@ def _decide(
         reasons.append(f"{len(half_judged)} could not be opened or changed after indexing")
     if unjudged:
         reasons.append(
-            f"{len(unjudged)} of {len(read)} candidates were not named in the thought, and there is no direct read to place them"
+            f"{len(unjudged)} of {len(read)} candidates "
+            + (
+                "were not judged"
+                if reading.direct
+                else "were not named in the thought, and there is no direct read to place them"
+            )
         )
     notes = (*readable.notes, *reading.trace.notes)
     if 2 * len(passed_over) > len(read):

@@ -132,6 +132,7 @@ class Signals:
 
     keep_logprob: log p(keep) at the candidate's first verdict in the elimination phase
     slot_logprob: log p(label) in the direct read over the K slots and none
+        (both from the grades a chat model states, where such an engine runs: docs/hosted-vlm.md)
     verdict: the model's own words for the candidate: "keep", or the first reason against it
     opened: the candidate was inspected in full
     match: what the check after the inspection said; None if unopened or undecided

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from retrv_r1_retriever import config as settings
 from retrv_r1_retriever.cli import app
 from retrv_r1_retriever.demo import catalogue
 from retrv_r1_retriever.model.checkpoint import Checkpoint, save_checkpoint
+from tests.serving.openai_stub import MODEL, openai_stub
 from tests.tiny import checkpoint
 
 __all__ = ["checkpoint"]
@@ -45,7 +47,12 @@ def test_python_blocks_run(code: str, checkpoint: Checkpoint, tmp_path: Path, mo
     catalogue.write_catalogue(tmp_path / "demo-data")  # as `retrv-r1 demo` leaves it, only smaller
     (tmp_path / "pictures").mkdir()
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "block", "exec"), {"__name__": "block"})
+    with openai_stub() as (server, _):  # stands in for the model servers that pages name
+        code = code.replace("http://127.0.0.1:8000/v1", server.url).replace("Qwen/Qwen2.5-VL-7B-Instruct", MODEL)
+        names: dict[str, Any] = {"__name__": "block"}
+        exec(compile(code, "block", "exec"), names)
+    if server.url in code:
+        assert names["results"].status == "reranked"
 
 
 def test_the_main_path_prints_cards_a_reader_can_tell_apart(

@@ -29,6 +29,7 @@ LIBRARIES = {
     "pillow": None,
     "qdrant-edge-py": "edge",
     "qdrant-client": "qdrant",
+    "httpx": "http",
     "torch": "local",
     "transformers": "local",
     "safetensors": "local",
@@ -92,6 +93,7 @@ def _findings(args: argparse.Namespace) -> Iterator[Finding]:
         yield finding or Finding("fail", "checkpoint", "unreadable")
     else:
         yield from _checkpoint(config, manifest)
+    yield from _chat(config)
     yield from _images(config)
     yield from _store(config, manifest)
 
@@ -124,6 +126,8 @@ def _checkpoint(config: Config, manifest: Manifest) -> Iterator[Finding]:
     restricted = not manifest.licence or any(word in licence.lower() for word in RESTRICTED)
     fix = "Check the licence of the base before commercial use." if restricted else ""
     yield Finding("warn" if restricted else "ok", "base", f"{manifest.base}, licence {licence}", fix)
+    if config.engine.kind == "chat":
+        return  # the checkpoint only embeds then
     if manifest.trained_top_k and config.rerank.top_k > manifest.trained_top_k:
         detail = f"top_k {config.rerank.top_k}, but trained with lists of {manifest.trained_top_k}"
         yield Finding(
@@ -136,6 +140,20 @@ def _checkpoint(config: Config, manifest: Manifest) -> Iterator[Finding]:
         yield Finding("warn", "direct read", "not trained in this checkpoint: think = 'never' orders by chance", fix)
     if manifest.think_margin is None and config.rerank.think_margin is None and config.rerank.think == "auto":
         yield Finding("ok", "think", "auto without a calibrated margin: it always thinks")
+
+
+def _chat(config: Config) -> Iterator[Finding]:
+    """Whether the model server answers, and knows the model."""
+    if config.engine.kind != "chat":
+        return
+    names, finding = _guarded("engine", lambda: run(settings.open_chat(config).models()))
+    where = f"{config.engine.model} at {config.engine.base_url}"
+    if finding is not None:
+        yield finding
+    elif names and config.engine.model not in names:
+        yield Finding("fail", "engine", f"no {where}, but {', '.join(names[:5])}", "Fix model in [engine].")
+    else:
+        yield Finding("ok", "engine", where)
 
 
 def _images(config: Config) -> Iterator[Finding]:
@@ -168,7 +186,7 @@ def _store(config: Config, manifest: Manifest | None) -> Iterator[Finding]:
         for candidate in sample:
             document = candidate.document
             yield Finding("ok", "payload", f"{document.id}: {describe(document.content)}")
-        if manifest is not None:
+        if manifest is not None and config.engine.kind == "local":
             yield _memory([c.document.id for c in sample], store, manifest)
     except RetrvR1Error as error:
         yield Finding("fail", "store", str(error))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -13,12 +13,19 @@ from retrv_r1_retriever.session import GenerateParams, Generation
 from retrv_r1_retriever.trace import Segment
 from retrv_r1_retriever.types import Content
 
+if TYPE_CHECKING:
+    from retrv_r1_retriever.images import ImageSource
+
 
 @dataclass(frozen=True, slots=True)
 class SlotRead:
-    """log p over the K labels, then none, normalised over exactly these K + 1 slots."""
+    """log p over the K labels, then none, normalised over exactly these K + 1 slots.
+
+    unread: candidates that were not judged; their log-probabilities say nothing
+    """
 
     logprobs: tuple[float, ...]
+    unread: tuple[int, ...] = ()
 
     @property
     def margin(self) -> float:
@@ -55,7 +62,7 @@ class Engine(Protocol):
         """False: `probe` works, but was never trained; it is read only where a caller insists on it (`think="never"`)."""
 
     async def open(self, prompt: Prompt) -> Any:
-        """Read the prompt; returns a handle. `handle.prompt_tokens` is its length in tokens."""
+        """Read the prompt; returns a handle. `handle.prompt_tokens` is its length in tokens; `handle.notes`, if any, go to the trace."""
 
     async def append(self, handle: Any, segments: Sequence[Segment]) -> None: ...
 
@@ -68,6 +75,14 @@ class Engine(Protocol):
         """
 
     async def close(self, handle: Any) -> None: ...
+
+
+@runtime_checkable
+class ReadsPictures(Protocol):
+    """An engine that shows the candidates' pictures to its model, in place of memory made of them."""
+
+    def with_images(self, images: ImageSource) -> Engine:
+        """The engine, reading pictures from `images` unless it has a source of its own."""
 
 
 @runtime_checkable

@@ -49,3 +49,11 @@ def test_langchain_existing_collection():
         assert f"{name}, only red:" in out
     assert out.count("unchanged: True") == 3
     assert out.count("reranked") == 18
+
+
+def test_hosted_vlm():
+    out = run("hosted_vlm.py")
+    assert out.startswith("reranked")
+    assert "1. red-shoe" in out
+    assert "opened" in out
+    assert "requests: 2" in out
