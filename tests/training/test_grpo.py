@@ -54,6 +54,7 @@ def test_a_rollout_scores_what_was_drawn_and_nothing_else(loaded):
     checkpoint, tasks = loaded
     rows = RolloutRunner(checkpoint).run([t for t in tasks for _ in range(4)], list(range(16)), SAMPLING)
     assert any(r.outcome.inspected for r in rows), "no inspection: this test would see nothing"
+    rows += RolloutRunner(checkpoint).run(tasks, [0] * 4, replace(SAMPLING, max_new_tokens=12))
     assert {r.outcome.stop_reason for r in rows} >= {StopReason.ANSWERED, StopReason.FORCED_BY_BUDGET}
     for row in rows:
         ids = np.asarray(row.ids[row.prompt_tokens :])
@@ -176,7 +177,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(loaded, tmp_path, monkeypatch):
             train("parts")
     resumed = train("parts")
     for name, weight in whole.items():
-        torch.testing.assert_close(resumed[name], weight, atol=0, rtol=0, msg=name)
+        torch.testing.assert_close(resumed[name], weight, atol=0, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
     figures = [[json.loads(line) for line in (tmp_path / f"{n}.jsonl").open()] for n in ("whole", "parts")]
     whole_rows, parts = ([(r["step"], r["lambda"], r["reward"]) for r in rows] for rows in figures)
     assert [lam for _, lam, _ in whole_rows] == [0.0, 0.25, 0.5, 0.75]

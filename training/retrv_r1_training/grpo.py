@@ -73,9 +73,10 @@ def make_trainer(
     if full:
         freeze_for_sft(model)
         train_slot_rows_only(model, processor)
+    order = prompt_order(len(tasks), config.steps * config.batch_size, seed)
     trainer = RolloutTrainer(
         model=model, args=_arguments(config, seed, run), reward_funcs=_reward_function(config), source=_Source(tasks, config, seed),
-        train_dataset=Dataset.from_dict({"prompt": [str(n) for n in range(len(tasks))]}), processor=processor, beta=config.beta,
+        train_dataset=Dataset.from_dict({"prompt": order}), processor=processor, beta=config.beta,
         reference=reference, peft_config=None if full else adapter(model, processor, config.lora_rank),
     )  # fmt: skip
     if not full:
@@ -85,12 +86,22 @@ def make_trainer(
     return trainer
 
 
+def prompt_order(tasks: int, length: int, seed: int) -> list[str]:
+    """Prompt numbers for the whole run, every task once before any comes again.
+
+    One epoch as far as TRL knows: its own shuffling starts from the seed again in a run that is resumed in a later epoch.
+    """
+    rng = random.Random(seed)
+    rounds = [rng.sample(range(tasks), tasks) for _ in range(-(-length // tasks))]
+    return [str(n) for numbers in rounds for n in numbers][:length]
+
+
 def _arguments(config: GrpoConfig, seed: int, run: Path) -> GRPOConfig:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     accumulation = config.batch_size * config.group_size // (config.micro_batch * ranks)
     cuda = torch.cuda.is_available()
     return GRPOConfig(
-        output_dir=str(run), max_steps=config.steps, learning_rate=config.lr, warmup_steps=config.warmup, seed=seed,
+        output_dir=str(run), max_steps=config.steps, shuffle_dataset=False, learning_rate=config.lr, warmup_steps=config.warmup, seed=seed,
         lr_scheduler_type="constant_with_warmup", weight_decay=0.0, max_grad_norm=config.max_grad_norm,
         per_device_train_batch_size=config.micro_batch, gradient_accumulation_steps=accumulation,
         steps_per_generation=accumulation, num_generations=config.group_size, num_iterations=config.iterations,
