@@ -99,7 +99,7 @@ class RetrvR1Retriever(BaseRetriever):
         images = getattr(self.reranker, "images", None)
         core = CoreRetriever(first_stage=stage, reranker=self.reranker, images=images)
         results = await core.aretrieve(query, filter=filter, options=options, progress=progress)
-        return to_documents(results, stage.originals, self._mapping)
+        return to_documents(results, stage.found, self._mapping, options.top_n)
 
     def _query(self, query: Query | str, image: ImageInput | None) -> Query | str:
         """What is neither text nor a `Query` goes on to the core, which says so."""
