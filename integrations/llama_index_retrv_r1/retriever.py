@@ -19,7 +19,7 @@ from llama_index_retrv_r1.sources import RetrieverSource, Source, StoreSource, V
 from retrv_r1_retriever._sync import run
 from retrv_r1_retriever.embedders import Embedder
 from retrv_r1_retriever.errors import OptionsError, explain
-from retrv_r1_retriever.options import RerankOptions
+from retrv_r1_retriever.options import RerankOptions, check_reach
 from retrv_r1_retriever.retriever import Reranker
 from retrv_r1_retriever.retriever import RetrvR1Retriever as Pipeline
 from retrv_r1_retriever.store import Filter
@@ -104,6 +104,7 @@ class RetrvR1Retriever(BaseRetriever):
             return found.candidates
 
         query, options = to_query(bundle, self.instruction), options_of(bundle) or self.options
+        check_reach("top_n", options)
         pipeline = Pipeline(first_stage=first_stage, reranker=self._reranker, images=self._reranker.images)
         return to_nodes(await pipeline.aretrieve(query, options=options), unread, options.top_n)
 

@@ -312,7 +312,9 @@ def test_documents_without_text_or_picture_come_last_and_are_named(caplog: pytes
 
 def test_a_fallback_leaves_unreadable_documents_where_they_were() -> None:
     given = [Document(""), Document("one red circle")]
-    found = RetrvR1Retriever(base=Fixed(found=given), reranker=reranker(failing={"open": EngineError("down")})).invoke("q")
+    found = RetrvR1Retriever(base=Fixed(found=given), reranker=reranker(failing={"open": EngineError("down")})).invoke(
+        "q"
+    )
     assert texts(found) == ["", "one red circle"]
     assert {(d.metadata["status"], d.metadata["relevance_score"]) for d in found} == {("fallback", None)}
 

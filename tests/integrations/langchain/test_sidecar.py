@@ -36,7 +36,9 @@ async def build(sidecars: Sidecars) -> None:
 
 def reranker(compressor: HashCompressor, sidecars: Sidecars | None, **more: Any) -> RetrvR1Reranker:
     engine = ScriptedEngine(slots=prefer("card 7"))
-    return RetrvR1Reranker(engine, compressor=compressor, options=OPTIONS.with_options(top_k=12), sidecars=sidecars, **more)
+    return RetrvR1Reranker(
+        engine, compressor=compressor, options=OPTIONS.with_options(top_k=12), sidecars=sidecars, **more
+    )
 
 
 @pytest.mark.parametrize("kind", ["dense", "named", "hybrid"])

@@ -66,7 +66,11 @@ async def test_with_memory_beside_it_all_candidates_are_judged(kind: str, tmp_pa
     retriever = RetrvR1Retriever(store, reranker=ranked, **options)
     again = [NodeWithScore(node=node, score=0.5) for node in nodes]
     rerank = RetrvR1Rerank(ranked, metadata_mode=MetadataMode.NONE)
-    for found in (retriever.retrieve("q"), await retriever.aretrieve("q"), rerank.postprocess_nodes(again, query_str="q")):
+    for found in (
+        retriever.retrieve("q"),
+        await retriever.aretrieve("q"),
+        rerank.postprocess_nodes(again, query_str="q"),
+    ):
         assert [n.get_content() for n in found] == [f"text {i}" for i in reversed(range(12))]
         assert {n.metadata["status"] for n in found} == {"reranked"}
         assert all(n.metadata["retrv_r1"]["judged"] for n in found)
