@@ -37,14 +37,24 @@ async def fetch(candidates: Sequence[Candidate], sidecars: Sidecars) -> tuple[li
     Also a note, if it could not be read: a call does not fail for what it can make itself.
     """
     ids = {c.document.id for c in candidates if c.memory is None}
-    points = {id: str(point) for id in ids if (point := native_id(id)) is not None}
+    points = sorted(id for id in ids if native_id(id) is not None)
     try:
-        found = await sidecars.fetch(sorted(set(points.values()))) if points and await sidecars.ready() else {}
+        found = await sidecars.fetch(points) if points and await sidecars.ready() else {}
     except StoreError as error:
         log.warning("memory beside the collection could not be read: %s", error)
         return list(candidates), (f"memory beside the collection could not be read: {error}",)
-    memories = {id: found.get(point) for id, point in points.items()}
-    return [c if c.memory is not None else replace(c, memory=memories.get(c.document.id)) for c in candidates], ()
+    memories = {_bare(point): memory for point, memory in found.items()}
+    return [
+        candidate
+        if candidate.memory is not None
+        else replace(candidate, memory=memories.get(_bare(candidate.document.id)))
+        for candidate in candidates
+    ], ()
+
+
+def _bare(point_id: str) -> str:
+    """A UUID may be written with hyphens or without."""
+    return point_id.replace("-", "").lower()
 
 
 async def resolve(

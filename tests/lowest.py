@@ -1,4 +1,4 @@
-"""Prints the lowest supported version of everything the framework extras name, as pip constraints; for `make lowest`."""
+"""Prints the lowest supported version of all that the framework extras name, as pip constraints; for `make lowest`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ EXTRAS = ("qdrant", "langchain", "llamaindex")
 
 def pins(pyproject: str) -> list[str]:
     extras = tomllib.loads(pyproject)["project"]["optional-dependencies"]
-    found = [re.fullmatch(r"([\w-]+)>=([\d.]+)(?:,<[\d.]+)?", one) for name in EXTRAS for one in extras[name]]
-    return [f"{one[1]}=={one[2]}" for one in found if one]
+    named = [one for name in EXTRAS for one in extras[name] if not one.startswith("retrv-r1-retriever[")]
+    return [re.sub(r"^([\w-]+)>=([\d.]+)(,<[\d.]+)?$", r"\1==\2", one) for one in named]
 
 
 if __name__ == "__main__":

@@ -52,7 +52,11 @@ async def test_with_memory_beside_it_all_candidates_are_judged(kind: str) -> Non
     sidecars, compressor = sidecars_of(store), HashCompressor()
     await build(sidecars)
     ranked = reranker(compressor, sidecars)
+    bare_ids = [
+        d.model_copy(update={"id": d.metadata["_id"].replace("-", "")}) for d in store.similarity_search("a", k=12)
+    ]
     for found in (
+        Compressor(reranker=ranked).compress_documents(bare_ids, "a card"),
         RetrvR1Retriever(base=store, reranker=ranked).invoke("a card"),
         await RetrvR1Retriever(base=store.as_retriever(), reranker=ranked).ainvoke("a card"),
         Compressor(reranker=ranked).compress_documents(store.similarity_search("a card", k=12), "a card"),
@@ -63,6 +67,15 @@ async def test_with_memory_beside_it_all_candidates_are_judged(kind: str) -> Non
         assert all(d.metadata["retrv_r1"]["judged"] for d in found)
     assert compressor.seen == 0
     assert contents(store.client)["theirs"] == before
+
+
+async def test_documents_of_elsewhere_have_no_memory_there() -> None:
+    sidecars = sidecars_of(written("dense", TWELVE))
+    await build(sidecars)
+    compressor = HashCompressor()
+    given = [Document("a card", id="not-a-point"), Document("card 7"), Document("another", id="9")]
+    found = Compressor(reranker=reranker(compressor, sidecars)).compress_documents(given, "a card")
+    assert (found[0].metadata["status"], texts(found)[0], compressor.seen) == ("reranked", "card 7", 3)
 
 
 async def test_memory_of_other_fields_is_not_used_and_said_so() -> None:
