@@ -60,7 +60,7 @@ def main() -> None:
             "was",
             round(found.metadata["retrieval_score"], 3),
         )
-    print(found.metadata["rerank_status"], found.metadata["rerank_reason"] or "")
+    print(found.metadata["status"], found.metadata["reason"] or "")
 
 
 if __name__ == "__main__":

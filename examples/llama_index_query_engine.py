@@ -47,7 +47,7 @@ def main() -> None:
         print("wanted: card", asked["target"], "- asked:", asked["text"])
         print(response)
         for found in response.source_nodes:
-            print(found.node_id, found.score, found.metadata["retrieval_score"], found.metadata["rerank_status"])
+            print(found.node_id, found.score, found.metadata["retrieval_score"], found.metadata["status"])
         trace = response.source_nodes[0].results.trace
         print(trace.stop_reason, "- opened:", [trace.candidates[i] for i in trace.inspected])
 

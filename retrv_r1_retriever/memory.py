@@ -1,16 +1,21 @@
-"""Which candidates the model can read: each one's stored memory is checked, and recomputed where allowed, before the prompt is built."""
+"""Which candidates the model can read: stored memory is found, checked, and recomputed where allowed, before the prompt is built."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from retrv_r1_retriever.engines.base import Compressor
-from retrv_r1_retriever.errors import EngineError, InputError, StaleMemoryError, explain
+from retrv_r1_retriever.errors import EngineError, InputError, StaleMemoryError, StoreError, explain
 from retrv_r1_retriever.images import ImageSource, content_hash, load_content
 from retrv_r1_retriever.options import RerankOptions
+from retrv_r1_retriever.points import native_id
+from retrv_r1_retriever.sidecar import Sidecars
 from retrv_r1_retriever.types import Candidate, Content, Memory
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +29,32 @@ class Readable:
     candidates: tuple[Candidate, ...]
     notes: tuple[str, ...] = ()
     fresh: tuple[Candidate, ...] = ()
+
+
+async def fetch(candidates: Sequence[Candidate], sidecars: Sidecars) -> tuple[list[Candidate], tuple[str, ...]]:
+    """Candidates that came without memory, with that of the sidecar in use; their document ids are its point ids.
+
+    Also a note, if it could not be read: a call does not fail for what it can make itself.
+    """
+    ids = {c.document.id for c in candidates if c.memory is None}
+    points = sorted(id for id in ids if native_id(id) is not None)
+    try:
+        found = await sidecars.fetch(points) if points and await sidecars.ready() else {}
+    except StoreError as error:
+        log.warning("memory beside the collection could not be read: %s", error)
+        return list(candidates), (f"memory beside the collection could not be read: {error}",)
+    memories = {_bare(point): memory for point, memory in found.items()}
+    return [
+        candidate
+        if candidate.memory is not None
+        else replace(candidate, memory=memories.get(_bare(candidate.document.id)))
+        for candidate in candidates
+    ], ()
+
+
+def _bare(point_id: str) -> str:
+    """A UUID may be written with hyphens or without."""
+    return point_id.replace("-", "").lower()
 
 
 async def resolve(
@@ -48,6 +79,10 @@ async def resolve(
     fresh = {i: memory for i, memory in zip(allowed, made, strict=True) if memory is not None}
     if len(misses) > len(allowed):
         notes.append(f"memory of {len(misses) - len(allowed)} candidates is missing or stale and was not recomputed")
+    if changed := sum(_digest(candidates[i]) == digest for i in misses):
+        notes.append(
+            f"stored memory of {changed} candidates is of other content: it changed since, or memory was built from other fields"
+        )
     if fresh:
         notes.append(f"memory of {len(fresh)} candidates was recomputed; index them again to save this time")
     renewed = {i: replace(candidates[i], memory=made_now) for i, made_now in fresh.items()}
@@ -62,6 +97,10 @@ def _hash(content: Content) -> str | None:
         return content_hash(content)
     except InputError:
         return None
+
+
+def _digest(candidate: Candidate) -> str | None:
+    return None if candidate.memory is None else candidate.memory.digest
 
 
 def _fits(memory: Memory | None, digest: str, hash_now: str | None) -> bool:

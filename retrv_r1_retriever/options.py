@@ -89,6 +89,13 @@ class RerankOptions:
         return replace(self, **changes)
 
 
+def check_reach(name: str, options: RerankOptions) -> None:
+    """For a retriever, which cannot return more than its first stage finds. name: what its framework calls `top_n`"""
+    if options.top_n is not None and options.top_n > options.top_k:
+        fix = "Raise options.top_k: only what the first stage found can be ranked."
+        raise OptionsError(explain(name, expected=f"at most top_k={options.top_k}", got=options.top_n, fix=fix))
+
+
 def _number(value: object) -> float:
     """NaN, which passes no comparison, for what is no number."""
     return value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan

@@ -11,6 +11,27 @@ from retrv_r1_retriever.images import is_data_uri
 from retrv_r1_retriever.trace import ReasoningTrace
 from retrv_r1_retriever.types import Content, Query, RankedResult, RankedResults
 
+#: Metadata key under which the frameworks' adapters keep everything that was decided about a document.
+RECORD = "retrv_r1"
+
+
+def marks(results: RankedResults, result: RankedResult, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What an adapter adds to a document's metadata. `status` and `reason` of the document's own are not overwritten."""
+    ours = RECORD in metadata  # from an earlier reranking: that one's words must not pass for this one's
+    state = {"status": results.status.value, "reason": results.reason}
+    record = {
+        **state,
+        "none_chosen": results.none_chosen,
+        "judged": bool(results.trace) and result.document.id not in results.unranked,
+        **decision_json(result),
+    }
+    return {
+        "relevance_score": result.score,
+        "retrieval_score": result.retrieval_score,
+        **{key: value for key, value in state.items() if ours or key not in metadata},
+        RECORD: finite(record),
+    }
+
 
 def artifact(results: RankedResults) -> dict[str, Any]:
     """`results_json` with the whole trace, as `ReasoningTrace.from_json` reads it; nothing in it is not JSON."""

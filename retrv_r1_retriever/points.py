@@ -312,9 +312,10 @@ def native_id(text: str) -> int | str | None:
     if is_number(text):
         return int(text)
     try:
-        return str(uuid.UUID(text))
+        uuid.UUID(text)
     except ValueError:
         return None
+    return text  # as it is: older clients in local mode know a point only by the form it was written in
 
 
 def _bools(value: object, path: str = "") -> Iterator[tuple[str, bool]]:

@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from retrv_r1_retriever.engines.base import SlotRead
 from retrv_r1_retriever.options import Ranking
 from retrv_r1_retriever.prompt import KEEP, NONE_INDEX
 from retrv_r1_retriever.session import Outcome
-from retrv_r1_retriever.types import Candidate, RankedResult, Signals
+from retrv_r1_retriever.types import Candidate, Content, RankedResult, RankedResults, Signals, Status
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,3 +127,25 @@ def _signals(count: int, direct: SlotRead | None, outcome: Outcome | None) -> tu
 def _number(logprob: float) -> float:
     """NaN has no place in an order; a broken probability is an impossible one."""
     return -math.inf if math.isnan(logprob) else logprob
+
+
+#: Stands for what a framework found and there is nothing to read of, so that a list still holds everything that was found.
+NOTHING = Content("(neither text nor picture)")
+
+
+def with_unreadable(results: RankedResults, unread: Sequence[Candidate], top_n: int | None) -> RankedResults:
+    """Candidates that the model was not shown, last with score 0; in their place, where nobody ranked anything."""
+    if not unread:
+        return results
+    fell_back = results.status is Status.FALLBACK
+    placed = [*results, *(RankedResult(candidate, 0, None if fell_back else 0.0) for candidate in unread)]
+    if fell_back:
+        placed.sort(key=lambda result: result.candidate.rank)
+    reason = f"nothing to read, neither text nor picture, in {len(unread)} of those found"
+    return replace(
+        results,
+        results=tuple(replace(result, rank=rank) for rank, result in enumerate(placed[:top_n], 1)),
+        status=Status.FALLBACK if fell_back else Status.PARTIAL,
+        reason=f"{results.reason}; {reason}" if results.reason else reason,
+        unranked=(*results.unranked, *(candidate.document.id for candidate in unread)),
+    )

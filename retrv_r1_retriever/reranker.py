@@ -21,6 +21,7 @@ from retrv_r1_retriever.progress import Progress, ProgressFn
 from retrv_r1_retriever.prompt import build_prompt
 from retrv_r1_retriever.ranking import Order, rank, to_results
 from retrv_r1_retriever.session import Outcome
+from retrv_r1_retriever.sidecar import Sidecars
 from retrv_r1_retriever.types import (
     MAX_CANDIDATES,
     Candidate,
@@ -44,6 +45,8 @@ class RetrvR1Reranker:
     compressor: makes candidate memory where it is missing; by default the engine itself, if it can. An engine that reads
         candidates without memory (a chat model) needs none
     images: where pictures come from; the default reads bytes, data URIs and Pillow images, never files or networks
+    sidecars: of the collection that the candidates are from (`QdrantStore(...).sidecars`): those that come without memory, as
+        from a framework's own store, get it from there. Their document ids have to be the collection's point ids
     write_back: is given the candidates whose memory a call had to make, e.g. `lazy.WriteBack`; must return at once
     """
 
@@ -54,6 +57,7 @@ class RetrvR1Reranker:
         compressor: Compressor | None = None,
         images: ImageSource | None = None,
         options: RerankOptions = BALANCED,
+        sidecars: Sidecars | None = None,
         write_back: Callable[[Sequence[Candidate]], None] | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
@@ -61,7 +65,7 @@ class RetrvR1Reranker:
         self.engine = engine.with_images(self.images) if isinstance(engine, ReadsPictures) else engine
         self.compressor = compressor or (engine if isinstance(engine, Compressor) else None)
         self.options = options
-        self._clock, self._write_back = clock, write_back
+        self._clock, self._sidecars, self._write_back = clock, sidecars, write_back
 
     async def arerank(
         self,
@@ -147,7 +151,7 @@ class RetrvR1Reranker:
         try:
             async with asyncio.timeout_at(deadline):
                 content, _ = await load_content(self.images, query.content)
-                readable = await memory.resolve(candidates, self.compressor, self.images, options)
+                readable = await self._readable(candidates, options)
         except TimeoutError as error:
             raise RerankTimeout("timed out before the model had read the candidates. Raise timeout_s.") from error
         if self._write_back is not None and readable.fresh:
@@ -161,6 +165,13 @@ class RetrvR1Reranker:
         )
         timings = {"memory": prepared, **reading.trace.timings, "total": self._clock() - started}
         return _decide(query, candidates, readable, reading, options, timings)
+
+    async def _readable(self, candidates: tuple[Candidate, ...], options: RerankOptions) -> memory.Readable:
+        if self._sidecars is None or self.compressor is None:
+            return await memory.resolve(candidates, self.compressor, self.images, options)
+        found, notes = await memory.fetch(candidates, self._sidecars)
+        readable = await memory.resolve(found, self.compressor, self.images, options)
+        return replace(readable, notes=(*notes, *readable.notes))
 
     async def _share_thinking(
         self, jobs: Sequence[tuple[Query, tuple[Candidate, ...]]], options: RerankOptions, concurrency: int

@@ -59,9 +59,3 @@ def call_options(
         count = default_count
     asked = options or default or BALANCED
     return asked if count is None else asked.with_options(top_n=count)
-
-
-def check_reach(options: RerankOptions) -> None:
-    if options.top_n is not None and options.top_n > options.top_k:
-        fix = "Raise options.top_k: only what the first stage found can be ranked."
-        raise OptionsError(explain("k", expected=f"at most top_k={options.top_k}", got=options.top_n, fix=fix))

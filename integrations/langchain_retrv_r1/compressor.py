@@ -64,13 +64,13 @@ class RetrvR1Reranker(BaseDocumentCompressor):
     ) -> Sequence[Document]:
         if not documents:
             return []
-        candidates, originals = to_candidates(((document, None) for document in documents), self.mapping)
+        found = to_candidates(((document, None) for document in documents), self.mapping)
         default = self.options or getattr(self.reranker, "options", None)
         options = call_options("top_n", None, None, self.top_n, default)
         results = await self.reranker.arerank(
-            self._query(query), candidates, options=options, progress=reporter(callbacks)
+            self._query(query), found.candidates, options=options, progress=reporter(callbacks)
         )
-        return to_documents(results, originals, self.mapping)
+        return to_documents(results, found, self.mapping, options.top_n)
 
     def _query(self, query: Query | str) -> Query | str:
         if not isinstance(query, str) or not query.strip() or self.instruction is None:

@@ -5,20 +5,20 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from langchain_core.documents import Document
 
-from retrv_r1_retriever import Candidate, InputError, OptionsError, PayloadSchema, RankedResult, RankedResults
+from retrv_r1_retriever import Candidate, InputError, OptionsError, PayloadSchema, RankedResults
 from retrv_r1_retriever import Document as CoreDocument
 from retrv_r1_retriever.errors import SchemaError, explain
-from retrv_r1_retriever.plain import artifact, decision_json, finite
+from retrv_r1_retriever.plain import artifact, marks
+from retrv_r1_retriever.ranking import NOTHING, with_unreadable
 from retrv_r1_retriever.schema import lookup
 
 log = logging.getLogger(__name__)
 
-#: Metadata key with everything that was decided about a document.
-RECORD = "retrv_r1"
 #: How LangChain's documents are read unless told otherwise: the text alone.
 TEXT_ONLY = PayloadSchema(text="page_content")
 #: How this package's own documents become LangChain's unless told otherwise.
@@ -42,45 +42,58 @@ class RankedDocuments(list[Document]):
         return artifact(self.results)
 
 
-def to_candidates(
-    found: Iterable[tuple[Document, float | None]], mapping: PayloadSchema
-) -> tuple[list[Candidate], dict[int, Document]]:
-    """Candidates in the order given, and the documents they stand for by rank.
+@dataclass(frozen=True, slots=True)
+class Found:
+    """originals: every document found, by first-stage rank; unread: those with nothing to read"""
 
-    A document with nothing to read is left out with a warning; `SchemaError` if that is all of them.
-    """
-    candidates, originals, problems, count = [], {}, [], 0
-    for count, (document, score) in enumerate(found, 1):
+    candidates: tuple[Candidate, ...]
+    originals: Mapping[int, Document]
+    unread: tuple[Candidate, ...] = ()
+
+
+def to_candidates(found: Iterable[tuple[Document, float | None]], mapping: PayloadSchema) -> Found:
+    """Candidates in the order given. `SchemaError` if there is nothing to read in any document."""
+    candidates, unread, originals, problems = [], [], {}, []
+    for rank, (document, score) in enumerate(found, 1):
+        originals[rank] = document
         try:
-            candidates.append(_to_candidate(document, score, count, mapping))
-            originals[count] = document
+            candidates.append(_to_candidate(document, score, rank, mapping))
         except SchemaError as error:
             problems.append(error)
+            unread.append(Candidate(CoreDocument(_id(document, rank, mapping), NOTHING), score, rank))
     if problems and not candidates:
         raise problems[0]
     if problems:
-        log.warning("%d of %d documents were left out, for example: %s", len(problems), count, problems[0])
+        log.warning("%d of %d documents cannot be read, for example: %s", len(problems), len(originals), problems[0])
     _warn_of_missing_pictures(originals.values(), mapping)
-    return candidates, originals
+    return Found(tuple(candidates), originals, tuple(unread))
 
 
 def to_documents(
-    results: RankedResults, originals: Mapping[int, Document] | None, mapping: PayloadSchema
+    results: RankedResults, found: Found | None, mapping: PayloadSchema, top_n: int | None = None
 ) -> RankedDocuments:
     """Copies of the originals (None: documents made from ours), marked, in the new order. The originals stay as they are."""
+    results = with_unreadable(results, found.unread if found else (), top_n)
     documents = []
     for result in results:
-        document = _from_own(result.document, mapping) if originals is None else originals[result.candidate.rank]
-        metadata = {**document.metadata, **_marks(results, result, document.metadata)}
+        document = _from_own(result.document, mapping) if found is None else found.originals[result.candidate.rank]
+        metadata = {**document.metadata, **marks(results, result, document.metadata)}
         documents.append(document.model_copy(update={"metadata": metadata}))
     return RankedDocuments.of(documents, results)
 
 
 def _to_candidate(document: Document, score: float | None, rank: int, mapping: PayloadSchema) -> Candidate:
-    payload = {"id": document.id, "page_content": document.page_content, "metadata": document.metadata}
-    id = lookup(payload, mapping.id) if mapping.id else document.id or document.metadata.get("_id")
-    id = f"#{rank}" if id is None else str(id)  # `_id` is langchain-qdrant's; identity goes by rank, ids are names
-    return Candidate(CoreDocument(id, mapping.content(id, payload)), score, rank)
+    id = _id(document, rank, mapping)
+    return Candidate(CoreDocument(id, mapping.content(id, _payload(document))), score, rank)
+
+
+def _id(document: Document, rank: int, mapping: PayloadSchema) -> str:
+    id = lookup(_payload(document), mapping.id) if mapping.id else document.id or document.metadata.get("_id")
+    return f"#{rank}" if id is None else str(id)  # `_id` is langchain-qdrant's; identity goes by rank, ids are names
+
+
+def _payload(document: Document) -> dict[str, Any]:
+    return {"id": document.id, "page_content": document.page_content, "metadata": document.metadata}
 
 
 def _warn_of_missing_pictures(documents: Iterable[Document], mapping: PayloadSchema) -> None:
@@ -120,24 +133,6 @@ def picture_key(mapping: PayloadSchema) -> str:
                     got=repr(mapping.image), fix="E.g. PayloadSchema(text='page_content', image='metadata.image').")
         )  # fmt: skip
     return key
-
-
-def _marks(results: RankedResults, result: RankedResult, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """What is added to a document's metadata. `status` and `reason` of the document's own are not overwritten."""
-    ours = RECORD in metadata  # from an earlier reranking: that one's words must not pass for this one's
-    state = {"status": results.status.value, "reason": results.reason}
-    record = {
-        **state,
-        "none_chosen": results.none_chosen,
-        "judged": bool(results.trace) and result.document.id not in results.unranked,
-        **decision_json(result),
-    }
-    return {
-        "relevance_score": result.score,
-        "retrieval_score": result.retrieval_score,
-        **{key: value for key, value in state.items() if ours or key not in metadata},
-        RECORD: finite(record),
-    }
 
 
 def check_mapping(mapping: object) -> PayloadSchema:

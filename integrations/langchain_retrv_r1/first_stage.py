@@ -12,7 +12,7 @@ from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.vectorstores import VectorStore, VectorStoreRetriever
 
-from langchain_retrv_r1.documents import to_candidates
+from langchain_retrv_r1.documents import Found, to_candidates
 from retrv_r1_retriever import Candidate, Embedder, Filter, InputError, OptionsError, PayloadSchema, Query
 from retrv_r1_retriever.embedders import embed_query
 from retrv_r1_retriever.errors import explain
@@ -31,7 +31,7 @@ class DocumentStage:
         callbacks: AsyncCallbackManager | CallbackManager,
     ) -> None:
         self.base, self.embedder, self.mapping, self.callbacks = base, embedder, mapping, callbacks
-        self.originals: dict[int, Document] = {}
+        self.found = Found((), {})
 
     async def __call__(self, query: Query, *, top_k: int, filter: Any = None) -> Sequence[Candidate]:
         """filter: the base's own kind, handed on unread."""
@@ -39,8 +39,8 @@ class DocumentStage:
             fix = "Pass the vector store's own kind, e.g. qdrant_client.models.Filter."
             raise InputError(explain("filter", expected=f"what {_name(self.base)} takes", got="our Filter", fix=fix))
         found = await self._find(query, top_k, filter)
-        candidates, self.originals = to_candidates(found[:top_k], self.mapping)
-        return candidates
+        self.found = to_candidates(found[:top_k], self.mapping)
+        return self.found.candidates
 
     async def _find(self, query: Query, top_k: int, filter: Any) -> list[tuple[Document, float | None]]:
         if self.embedder is None and query.content.image is not None:

@@ -14,13 +14,14 @@ from langchain_core.retrievers import BaseRetriever
 from langchain_core.vectorstores import VectorStore
 from pydantic import ConfigDict, InstanceOf, SkipValidation, model_validator
 
-from langchain_retrv_r1.checks import call_options, check_base, check_count, check_reach, check_reranker
+from langchain_retrv_r1.checks import call_options, check_base, check_count, check_reranker
 from langchain_retrv_r1.documents import OWN, TEXT_ONLY, RankedDocuments, check_mapping, picture_key, to_documents
 from langchain_retrv_r1.events import reporter
 from langchain_retrv_r1.first_stage import DocumentStage
 from retrv_r1_retriever import Embedder, PayloadSchema, Query, RerankOptions
 from retrv_r1_retriever import RetrvR1Retriever as CoreRetriever
 from retrv_r1_retriever._sync import run
+from retrv_r1_retriever.options import check_reach
 from retrv_r1_retriever.retriever import Reranker
 from retrv_r1_retriever.types import ImageInput
 
@@ -99,7 +100,7 @@ class RetrvR1Retriever(BaseRetriever):
         images = getattr(self.reranker, "images", None)
         core = CoreRetriever(first_stage=stage, reranker=self.reranker, images=images)
         results = await core.aretrieve(query, filter=filter, options=options, progress=progress)
-        return to_documents(results, stage.originals, self._mapping)
+        return to_documents(results, stage.found, self._mapping, options.top_n)
 
     def _query(self, query: Query | str, image: ImageInput | None) -> Query | str:
         """What is neither text nor a `Query` goes on to the core, which says so."""
@@ -110,7 +111,7 @@ class RetrvR1Retriever(BaseRetriever):
     def _options(self, k: int | None, options: RerankOptions | None) -> RerankOptions:
         default = self.options or getattr(self.base if self.reranker is None else self.reranker, "options", None)
         asked = call_options("k", k, options, self.k, default)
-        check_reach(asked)
+        check_reach("k", asked)
         return asked
 
     @property

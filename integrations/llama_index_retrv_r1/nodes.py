@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from llama_index.core.bridge.pydantic import PrivateAttr
@@ -23,8 +23,10 @@ from llama_index.core.vector_stores.types import MetadataFilters
 from retrv_r1_retriever.errors import InputError, explain
 from retrv_r1_retriever.images import ImageSource, data_uri_bytes, image_reference, is_data_uri
 from retrv_r1_retriever.options import RerankOptions
+from retrv_r1_retriever.plain import marks
+from retrv_r1_retriever.ranking import NOTHING, with_unreadable
 from retrv_r1_retriever.store import Filter
-from retrv_r1_retriever.types import Candidate, Content, Document, ImageInput, Query, RankedResults, Status
+from retrv_r1_retriever.types import Candidate, Content, Document, ImageInput, Query, RankedResult, RankedResults
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +60,7 @@ class RankedNode(NodeWithScore):
     reason: str | None = None
     selected: bool = False
     _results: RankedResults = PrivateAttr()
+    _result: RankedResult = PrivateAttr()
 
     @property
     def results(self) -> RankedResults:
@@ -67,10 +70,7 @@ class RankedNode(NodeWithScore):
     @property
     def metadata(self) -> dict[str, Any]:
         """The node's own, and how it got here. The node's own dictionary, which prompts are made of, stays without."""
-        ours = {
-            "retrieval_score": self.retrieval_score, "rerank_status": self.status, "rerank_reason": self.reason,
-        }  # fmt: skip
-        return {**self.node.metadata, **ours}
+        return {**self.node.metadata, **marks(self._results, self._result, self.node.metadata)}
 
     @classmethod
     def class_name(cls) -> str:
@@ -86,14 +86,14 @@ class NodeCandidate(Candidate):
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """unreadable: (first-stage rank, node) of nodes with neither text nor picture; they keep their place in the ranks"""
+    """unread: nodes with neither text nor picture; they keep their place in the ranks"""
 
     candidates: tuple[NodeCandidate, ...]
-    unreadable: tuple[tuple[int, NodeWithScore], ...] = ()
+    unread: tuple[NodeCandidate, ...] = ()
 
 
-def to_query(bundle: QueryBundle | None) -> Query:
-    """Raises `InputError` where there is neither text nor picture."""
+def to_query(bundle: QueryBundle | None, instruction: str | None = None) -> Query:
+    """instruction: where the bundle brings none. Raises `InputError` where there is neither text nor picture."""
     if not isinstance(bundle, QueryBundle):
         fix = "Pass query_str= or query_bundle=."
         raise InputError(explain("query", expected="a QueryBundle", got=type(bundle).__name__, fix=fix))
@@ -104,8 +104,8 @@ def to_query(bundle: QueryBundle | None) -> Query:
         image = bundle.image
     text: str | None = bundle.query_str
     blank = isinstance(text, str) and not text.strip()
-    instruction = bundle.instruction if isinstance(bundle, RerankQuery) else None
-    return Query.of(None if blank else text, image, instruction)
+    own = bundle.instruction if isinstance(bundle, RerankQuery) else None
+    return Query.of(None if blank else text, image, own or instruction)
 
 
 def options_of(bundle: QueryBundle | None) -> RerankOptions | None:
@@ -114,15 +114,14 @@ def options_of(bundle: QueryBundle | None) -> RerankOptions | None:
 
 def find_readable(nodes: Sequence[NodeWithScore], mode: MetadataMode) -> Found:
     """Candidates in the order given, ranked by it."""
-    candidates, unreadable = [], []
+    candidates: list[NodeCandidate] = []
+    unread: list[NodeCandidate] = []
     for rank, item in enumerate(nodes, 1):
         content = to_content(item.node, mode)
-        if content is None:
-            unreadable.append((rank, item))
-            continue
-        document = Document(item.node.node_id, content, item.node.metadata)
-        candidates.append(NodeCandidate(document=document, retrieval_score=_first_score(item), rank=rank, item=item))
-    return Found(tuple(candidates), tuple(unreadable))
+        document = Document(item.node.node_id, content or NOTHING, item.node.metadata)
+        candidate = NodeCandidate(document=document, retrieval_score=_first_score(item), rank=rank, item=item)
+        (candidates if content else unread).append(candidate)
+    return Found(tuple(candidates), tuple(unread))
 
 
 def to_content(node: BaseNode, mode: MetadataMode) -> Content | None:
@@ -149,50 +148,24 @@ def to_node(document: Document, images: ImageSource) -> TextNode:
 
 
 def to_nodes(
-    results: RankedResults, unreadable: Sequence[tuple[int, NodeWithScore]] = (), top_n: int | None = None
+    results: RankedResults, unread: Sequence[NodeCandidate] = (), top_n: int | None = None
 ) -> list[NodeWithScore]:
-    """The caller's own nodes in our order; unreadable ones last, or in their place where nobody ranked anything."""
-    if unreadable:
-        results = _with_unreadable(results, [item.node.node_id for _, item in unreadable])
-    ranked = [
-        (r.candidate.rank, r.candidate.item, r.retrieval_score, r.score, r.selected)
-        for r in results
-        if isinstance(r.candidate, NodeCandidate)
-    ]
-    fell_back = results.status is Status.FALLBACK
-    ranked += [(rank, item, _first_score(item), None if fell_back else 0.0, False) for rank, item in unreadable]
-    if fell_back:
-        ranked.sort(key=lambda one: one[0])
+    """The caller's own nodes in our order; those with nothing to read last, or in their place where nobody ranked anything."""
+    results = with_unreadable(results, unread, top_n)
     return [
-        _ranked_node(results, place, item, retrieval_score, score, selected)
-        for place, (_, item, retrieval_score, score, selected) in enumerate(ranked[:top_n], 1)
+        _ranked_node(results, result, result.candidate.item)
+        for result in results
+        if isinstance(result.candidate, NodeCandidate)
     ]
 
 
-def _ranked_node(
-    results: RankedResults,
-    rank: int,
-    item: NodeWithScore,
-    retrieval_score: float | None,
-    score: float | None,
-    selected: bool,
-) -> RankedNode:
+def _ranked_node(results: RankedResults, result: RankedResult, item: NodeWithScore) -> RankedNode:
     node = RankedNode(
-        node=item.node, score=score, rank=rank, retrieval_score=retrieval_score,
-        status=results.status.value, reason=results.reason, selected=selected,
+        node=item.node, score=result.score, rank=result.rank, retrieval_score=result.retrieval_score,
+        status=results.status.value, reason=results.reason, selected=result.selected,
     )  # fmt: skip
-    node._results = results
+    node._results, node._result = results, result
     return node
-
-
-def _with_unreadable(results: RankedResults, ids: Sequence[str]) -> RankedResults:
-    reason = f"nothing to read, neither text nor picture, in {len(ids)} of the nodes"
-    return replace(
-        results,
-        status=Status.FALLBACK if results.status is Status.FALLBACK else Status.PARTIAL,
-        reason=f"{results.reason}; {reason}" if results.reason else reason,
-        unranked=(*results.unranked, *ids),
-    )
 
 
 def _first_score(item: NodeWithScore) -> float | None:

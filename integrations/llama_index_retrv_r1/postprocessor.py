@@ -19,10 +19,12 @@ class RetrvR1Rerank(BaseNodePostprocessor):
 
     reranker: decides. options: None = the reranker's own; `RerankQuery.options` goes before both
     metadata_mode: which metadata the model reads with a node's text; as embedded, by default
+    instruction: the task in words, for every query that brings none
     """
 
     options: RerankOptions = BALANCED
     metadata_mode: MetadataMode = MetadataMode.EMBED
+    instruction: str | None = None
     _reranker: AnnouncedReranker = PrivateAttr()
 
     def __init__(
@@ -31,11 +33,12 @@ class RetrvR1Rerank(BaseNodePostprocessor):
         *,
         options: RerankOptions | None = None,
         metadata_mode: MetadataMode = MetadataMode.EMBED,
+        instruction: str | None = None,
         callback_manager: CallbackManager | None = None,
     ) -> None:
         announced = AnnouncedReranker.of(reranker, options)
         super().__init__(callback_manager=callback_manager or CallbackManager())
-        self.options, self.metadata_mode = announced.options, metadata_mode
+        self.options, self.metadata_mode, self.instruction = announced.options, metadata_mode, instruction
         self._reranker = announced
 
     @classmethod
@@ -54,9 +57,9 @@ class RetrvR1Rerank(BaseNodePostprocessor):
         return await self._rerank(nodes, query_bundle)
 
     async def _rerank(self, nodes: list[NodeWithScore], bundle: QueryBundle | None) -> list[NodeWithScore]:
-        query, options = to_query(bundle), options_of(bundle) or self.options
+        query, options = to_query(bundle, self.instruction), options_of(bundle) or self.options
         if not nodes:
             return []
         found = find_readable(nodes, self.metadata_mode)
         results = await self._reranker.arerank(query, found.candidates, options=options)
-        return to_nodes(results, found.unreadable, options.top_n)
+        return to_nodes(results, found.unread, options.top_n)

@@ -14,12 +14,12 @@ from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, Qu
 from llama_index.core.vector_stores.types import BasePydanticVectorStore, MetadataFilters, VectorStoreQueryMode
 
 from llama_index_retrv_r1.events import AnnouncedReranker, dispatcher
-from llama_index_retrv_r1.nodes import RerankQuery, options_of, to_nodes, to_query
+from llama_index_retrv_r1.nodes import NodeCandidate, RerankQuery, options_of, to_nodes, to_query
 from llama_index_retrv_r1.sources import RetrieverSource, Source, StoreSource, VectorStoreSource
 from retrv_r1_retriever._sync import run
 from retrv_r1_retriever.embedders import Embedder
 from retrv_r1_retriever.errors import OptionsError, explain
-from retrv_r1_retriever.options import RerankOptions
+from retrv_r1_retriever.options import RerankOptions, check_reach
 from retrv_r1_retriever.retriever import Reranker
 from retrv_r1_retriever.retriever import RetrvR1Retriever as Pipeline
 from retrv_r1_retriever.store import Filter
@@ -31,34 +31,36 @@ Wrapped: TypeAlias = "BasePydanticVectorStore | BaseRetriever | Pipeline"
 
 
 class RetrvR1Retriever(BaseRetriever):
-    """Nodes found by `source`, reranked.
+    """Nodes found by `base`, reranked.
 
-    source: a LlamaIndex vector store, any LlamaIndex retriever, or `retrv_r1_retriever.RetrvR1Retriever` (our own store; it
+    base: a LlamaIndex vector store, any LlamaIndex retriever, or `retrv_r1_retriever.RetrvR1Retriever` (our own store; it
         brings its reranker)
     embed_model: for a vector store: LlamaIndex's (`Settings.embed_model` by default) or our own `Embedder`
     options: None = the reranker's; metadata_mode: which metadata the model reads with a node's text
+    instruction: the task in words, for every query that brings none
     """
 
     def __init__(
         self,
-        source: Wrapped,
+        base: Wrapped,
         *,
         reranker: Reranker | None = None,
         embed_model: BaseEmbedding | Embedder | None = None,
         query_mode: VectorStoreQueryMode = VectorStoreQueryMode.DEFAULT,
         options: RerankOptions | None = None,
         metadata_mode: MetadataMode = MetadataMode.EMBED,
+        instruction: str | None = None,
         callback_manager: CallbackManager | None = None,
     ) -> None:
         super().__init__(callback_manager=callback_manager)
-        if isinstance(source, Pipeline):
+        if isinstance(base, Pipeline):
             _check_none(reranker, "reranker", "a RetrvR1Retriever has its own")
-            self._reranker = AnnouncedReranker(source.reranker, source.images, options or source.options)
+            self._reranker = AnnouncedReranker(base.reranker, base.images, options or base.options)
         else:
             self._reranker = AnnouncedReranker.of(reranker, options)
-        self._source = _source(source, embed_model, query_mode, metadata_mode)
-        self.options = self._reranker.options
-        found = getattr(source, "similarity_top_k", None)
+        self._source = _source(base, embed_model, query_mode, metadata_mode)
+        self.options, self.instruction = self._reranker.options, instruction
+        found = getattr(base, "similarity_top_k", None)
         if isinstance(found, int) and found < self.options.top_k:
             message = (
                 "the wrapped retriever finds at most %d nodes (similarity_top_k), fewer than top_k=%d: raise it there"
@@ -94,16 +96,17 @@ class RetrvR1Retriever(BaseRetriever):
         return await self._find_and_rank(query_bundle, sync=False)
 
     async def _find_and_rank(self, bundle: QueryBundle, sync: bool) -> list[NodeWithScore]:
-        unreadable: list[tuple[int, NodeWithScore]] = []
+        unread: list[NodeCandidate] = []
 
         async def first_stage(query: Query, *, top_k: int, filter: Filter | None = None) -> Sequence[Candidate]:
             found = await self._source.find(query, bundle, top_k, sync)
-            unreadable.extend(found.unreadable)
+            unread.extend(found.unread)
             return found.candidates
 
-        query, options = to_query(bundle), options_of(bundle) or self.options
+        query, options = to_query(bundle, self.instruction), options_of(bundle) or self.options
+        check_reach("top_n", options)
         pipeline = Pipeline(first_stage=first_stage, reranker=self._reranker, images=self._reranker.images)
-        return to_nodes(await pipeline.aretrieve(query, options=options), unreadable, options.top_n)
+        return to_nodes(await pipeline.aretrieve(query, options=options), unread, options.top_n)
 
 
 def _asked(
@@ -137,7 +140,7 @@ def _source(
     if isinstance(wrapped, BaseRetriever):
         return RetrieverSource(wrapped, metadata_mode)
     expected = "a vector store, a BaseRetriever or a retrv_r1_retriever.RetrvR1Retriever"
-    raise OptionsError(explain("source", expected=expected, got=type(wrapped).__name__, fix="Pass one of these."))
+    raise OptionsError(explain("base", expected=expected, got=type(wrapped).__name__, fix="Pass one of these."))
 
 
 def _check_none(value: object, name: str, why: str) -> None:

@@ -137,12 +137,13 @@ def test_an_embedder_of_another_size_is_refused() -> None:
 
 
 def test_payloads_langchain_never_wrote() -> None:
-    """`page_content` missing or null breaks the plain store's own retriever; here it is left out."""
+    """A point without `page_content` has nothing to read: it comes last, and the status says so."""
     store = written(found=[Document("one red circle")])
     from qdrant_client.models import PointStruct
 
     store.client.upsert("theirs", [PointStruct(id=7, vector={"": Words().embed_query("x")}, payload={"title": "x"})])
-    assert texts(RetrvR1Retriever(base=store, reranker=reranker()).invoke("x")) == ["one red circle"]
+    found = RetrvR1Retriever(base=store, reranker=reranker()).invoke("x")
+    assert (texts(found), found[0].metadata["status"]) == (["one red circle", ""], "partial")
 
 
 def test_documents_are_what_the_store_itself_returns() -> None:

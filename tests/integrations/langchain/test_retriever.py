@@ -293,14 +293,30 @@ def test_parts_that_do_not_fit(parts: Any, message: str) -> None:
         RetrvR1Retriever(**parts)
 
 
-def test_documents_without_text_or_picture_are_left_out_and_named(caplog: pytest.LogCaptureFixture) -> None:
-    given = [Document("", metadata={"image": "x.png"}, id="blank"), Document("one red circle")]
-    assert texts(over(Fixed(found=given)).invoke("q")) == ["one red circle"]
-    assert "1 of 2 documents were left out" in caplog.text
+def test_documents_without_text_or_picture_come_last_and_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    given = [Document("", metadata={"image": "x.png"}, id="blank"), Document("one red circle"), Document("two rings")]
+    found = over(Fixed(found=given), "rings").invoke("q")
+    assert texts(found) == ["two rings", "one red circle", ""]
+    assert [d.metadata["relevance_score"] for d in found] == [1.0, 0.5, 0.0]
+    assert {d.metadata["status"] for d in found} == {"partial"}
+    assert "nothing to read, neither text nor picture, in 1 of those found" in found[0].metadata["reason"]
+    assert found.results.unranked == ("blank",)
+    assert [d.metadata["retrv_r1"]["judged"] for d in found] == [True, True, False]
+    assert len(over(Fixed(found=given)).invoke("q", k=2)) == 2
+    assert "1 of 3 documents cannot be read" in caplog.text
     assert "payload of point blank: expected text and/or image in page_content, got neither" in caplog.text
     assert "metadata.image" in caplog.text, "the fields that are there, so that the mapping can be put right"
     with pytest.raises(SchemaError, match="payload of point blank: expected text"):
         over(Fixed(found=given[:1])).invoke("q")
+
+
+def test_a_fallback_leaves_unreadable_documents_where_they_were() -> None:
+    given = [Document(""), Document("one red circle")]
+    found = RetrvR1Retriever(base=Fixed(found=given), reranker=reranker(failing={"open": EngineError("down")})).invoke(
+        "q"
+    )
+    assert texts(found) == ["", "one red circle"]
+    assert {(d.metadata["status"], d.metadata["relevance_score"]) for d in found} == {("fallback", None)}
 
 
 def test_a_picture_key_that_no_document_has_is_said(caplog: pytest.LogCaptureFixture) -> None:

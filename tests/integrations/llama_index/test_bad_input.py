@@ -54,8 +54,8 @@ async def test_nodes_without_text_or_picture_come_last_and_are_named(kind: str) 
         found = await RetrvR1Rerank(reranker()).apostprocess_nodes(nodes, query_str="q")
     assert [n.node_id for n in found] == ["2", "1", "blank", "nothing", "no picture"]
     assert [n.score for n in found] == [1.0, 0.5, 0.0, 0.0, 0.0]
-    assert found[0].metadata["rerank_status"] == "partial"
-    assert "nothing to read, neither text nor picture, in 3 of the nodes" in found[0].metadata["rerank_reason"]
+    assert found[0].metadata["status"] == "partial"
+    assert "nothing to read, neither text nor picture, in 3 of those found" in found[0].metadata["reason"]
     assert found[0].results.unranked == ("blank", "nothing", "no picture")
     assert found[2].metadata["retrieval_score"] == 0.9
 
@@ -65,7 +65,7 @@ async def test_a_fallback_leaves_them_where_they_were() -> None:
     found: list[Any] = await RetrvR1Rerank(broken).apostprocess_nodes(with_empty(), query_str="q")
     assert [n.node_id for n in found] == ["blank", "1", "nothing", "2", "no picture"]
     assert {n.score for n in found} == {None}
-    assert {n.metadata["rerank_status"] for n in found} == {"fallback"}
+    assert {n.metadata["status"] for n in found} == {"fallback"}
     cut = await RetrvR1Rerank(broken, options=FAST.with_options(top_n=2)).apostprocess_nodes(
         with_empty(), query_str="q"
     )
@@ -75,7 +75,7 @@ async def test_a_fallback_leaves_them_where_they_were() -> None:
 async def test_only_unreadable_nodes_are_a_fallback() -> None:
     found: list[Any] = await RetrvR1Rerank(reranker()).apostprocess_nodes(scored(EMPTY), query_str="q")
     assert [n.node_id for n in found] == ["blank", "nothing", "no picture"]
-    assert {n.metadata["rerank_status"] for n in found} == {"fallback"}
+    assert {n.metadata["status"] for n in found} == {"fallback"}
 
 
 @pytest.mark.parametrize("query", [None, 3, "", " ", QueryBundle(""), QueryBundle(None)])  # type: ignore[arg-type]
@@ -132,7 +132,7 @@ def test_parts_that_do_not_fit_together(tmp_path: Path) -> None:
         (Fixed([]), {"reranker": "jina"}, "reranker: expected a Reranker, got str"),
         (Fixed([]), {"reranker": reranker(), "embed_model": Words()}, "only a vector store needs one"),
         (pipeline, {"reranker": reranker()}, "a RetrvR1Retriever has its own"),
-        ("things", {"reranker": reranker()}, "source: expected a vector store, a BaseRetriever"),
+        ("things", {"reranker": reranker()}, "base: expected a vector store, a BaseRetriever"),
     ):
         with pytest.raises(OptionsError, match=message):
             RetrvR1Retriever(source, **options)  # type: ignore[arg-type]

@@ -54,10 +54,10 @@ async def test_our_order_and_scores(name: str, form: str, tmp_path: Path) -> Non
     assert [n.selected for n in found] == [True] + [False] * 7
     retrieval = {n.get_content(): n.metadata["retrieval_score"] for n in found}
     assert name in ("custom", "custom_async") or max(retrieval, key=lambda text: retrieval[text]) == "text 3"
-    assert {n.metadata["rerank_status"] for n in found} == {"reranked"}
-    assert {n.metadata["rerank_reason"] for n in found} == {None}
+    assert {n.metadata["status"] for n in found} == {"reranked"}
+    assert {n.metadata["reason"] for n in found} == {None}
     assert {n.metadata["even"] for n in found} == {0, 1}
-    assert all("rerank_status" not in n.node.metadata for n in found)
+    assert all("status" not in n.node.metadata for n in found)
     trace = found[0].results.trace
     assert trace is not None
     assert sorted(trace.candidates) == sorted(n.node_id for n in found)

@@ -35,8 +35,8 @@ async def test_a_failed_reranker_gives_the_first_stages_order(kind: str) -> None
     nodes = scored(texts(4))
     found = await call(kind, nodes, reranker(failing={"probe": RuntimeError("CUDA out of memory")}))
     assert [n.node for n in found] == [n.node for n in nodes]
-    assert {n.metadata["rerank_status"] for n in found} == {"fallback"}
-    assert "CUDA out of memory" in found[0].metadata["rerank_reason"]
+    assert {n.metadata["status"] for n in found} == {"fallback"}
+    assert "CUDA out of memory" in found[0].metadata["reason"]
     assert [n.metadata["retrieval_score"] for n in found] == [n.score for n in nodes]
     assert {n.score for n in found} == {None}  # nobody takes it for a reranking
     assert sorted(found, key=lambda n: n.score or 0.0, reverse=True) == found
@@ -55,8 +55,8 @@ async def test_a_slow_reranker_times_out(kind: str) -> None:
     started = time.monotonic()
     found = await call(kind, scored(texts(4)), reranker(delay_s=5), timeout_s=0.3)
     assert time.monotonic() - started < 2
-    assert {n.metadata["rerank_status"] for n in found} == {"fallback"}
-    assert "timed out" in found[0].metadata["rerank_reason"]
+    assert {n.metadata["status"] for n in found} == {"fallback"}
+    assert "timed out" in found[0].metadata["reason"]
     with pytest.raises(RerankTimeout, match="timed out"):
         await call(kind, scored(texts(4)), reranker(delay_s=5), timeout_s=0.3, on_failure="raise")
 

@@ -108,7 +108,7 @@ def test_a_picture_reaches_the_model_and_comes_back(kind: str, tmp_path: Path) -
     node, engine = node_of(kind, tmp_path), opening_engine()
     rerank = RetrvR1Rerank(RetrvR1Reranker(engine, images=LocalImages(tmp_path), options=THINK))
     [found] = rerank.postprocess_nodes(scored([node]), query_str="q")
-    assert found.metadata["rerank_status"] == "reranked"
+    assert found.metadata["status"] == "reranked"
     assert found.node is node
     assert_blue(opened(engine), pixels_of(found.node))
 
@@ -171,7 +171,7 @@ async def test_a_url_is_not_fetched() -> None:
     engine = opening_engine()
     rerank = RetrvR1Rerank(RetrvR1Reranker(engine, options=THINK))
     [found] = await rerank.apostprocess_nodes(scored([node]), query_str="q")
-    assert found.metadata["rerank_status"] == "partial"
+    assert found.metadata["status"] == "partial"
     assert "LocalImages fetches nothing" in " ".join(found.results.trace.notes)
 
 

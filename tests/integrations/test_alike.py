@@ -1,0 +1,61 @@
+"""What a user learned with one framework holds in the other: the same marks on the same documents, from one function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from langchain_core.documents import Document
+from langchain_retrv_r1 import RetrvR1Reranker as Compressor
+from langchain_retrv_r1 import RetrvR1Retriever as LangChain
+from llama_index.core.schema import NodeWithScore, TextNode
+from llama_index_retrv_r1 import RetrvR1Rerank
+from llama_index_retrv_r1 import RetrvR1Retriever as LlamaIndex
+
+from retrv_r1_retriever import FAST, EngineError, OptionsError, RerankOptions, RetrvR1Reranker
+from retrv_r1_retriever.engines.scripted import ScriptedEngine
+from tests.integrations.langchain.parts import Fixed, prefer
+from tests.integrations.llama_index.parts import Fixed as FixedNodes
+
+TEXTS = ("one", "two", " ", "three")
+CASES = {
+    "reranked": ((0, 1, 3), {}),
+    "partial": ((0, 1, 2, 3), {}),
+    "fallback": ((0, 1, 2, 3), {"failing": {"open": EngineError("down")}}),
+}
+
+
+def reranker(**engine: Any) -> RetrvR1Reranker:
+    return RetrvR1Reranker(ScriptedEngine(slots=prefer("two"), **engine), options=FAST)
+
+
+@pytest.mark.parametrize("status", CASES)
+def test_the_same_marks_on_the_same_documents(status: str) -> None:
+    chosen, engine = CASES[status]
+    documents = [Document(TEXTS[i], id=str(i), metadata={"n": i}) for i in chosen]
+    nodes = [NodeWithScore(node=TextNode(id_=str(i), text=TEXTS[i])) for i in chosen]
+    for item, i in zip(nodes, chosen, strict=True):
+        item.node.metadata, item.node.excluded_embed_metadata_keys = {"n": i}, ["n"]
+    theirs = Compressor(reranker=reranker(**engine)).compress_documents(documents, "q")
+    ours = RetrvR1Rerank(reranker(**engine)).postprocess_nodes(nodes, query_str="q")
+    assert [n.metadata for n in ours] == [d.metadata for d in theirs]
+    assert {d.metadata["status"] for d in theirs} == {status}
+    again: list[Any] = LlamaIndex(FixedNodes(nodes), reranker=reranker(**engine)).retrieve("q")
+    assert [n.metadata for n in again] == [d.metadata for d in LangChain(
+        base=Fixed(found=documents), reranker=reranker(**engine)).invoke("q")]  # fmt: skip
+
+
+def test_more_results_than_candidates_are_refused() -> None:
+    beyond = RerankOptions(top_k=2, top_n=3)
+    with pytest.raises(OptionsError, match="expected at most top_k=2, got 3"):
+        LangChain(base=Fixed(found=[]), reranker=reranker()).invoke("q", options=beyond)
+    with pytest.raises(OptionsError, match="expected at most top_k=2, got 3"):
+        LlamaIndex(FixedNodes([]), reranker=reranker()).retrieve("q", options=beyond)
+
+
+def test_an_instruction_for_every_query() -> None:
+    spy = reranker()
+    nodes = [NodeWithScore(node=TextNode(text="one"))]
+    LlamaIndex(FixedNodes(nodes), reranker=spy, instruction="Find it.").retrieve("q")
+    RetrvR1Rerank(spy, instruction="Find it.").postprocess_nodes(nodes, query_str="q")
+    assert [h.prompt.query.instruction for h in spy.engine.opened] == ["Find it.", "Find it."]
