@@ -47,6 +47,28 @@ class EngineError(RetrvR1Error, RuntimeError):
     """The engine that runs the model failed or did not answer."""
 
 
+class ServerError(EngineError):
+    """A model server could not be reached, refused a request, or answered with something that cannot be used.
+
+    status: HTTP status, None if there was no complete answer; detail: the server's own words; retry_after_s: as it asked
+    unsent: it cannot have seen the request; cut: the connection broke while it worked
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        detail: str = "",
+        retry_after_s: float | None = None,
+        unsent: bool = False,
+        cut: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.detail, self.retry_after_s = status, detail, retry_after_s
+        self.unsent, self.cut = unsent, cut
+
+
 class RerankTimeout(EngineError, TimeoutError):
     """The whole call ran past `timeout_s` before the model had decided anything."""
 
