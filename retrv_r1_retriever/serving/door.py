@@ -147,7 +147,8 @@ def too_many(error: QueueFull) -> Refused:
 
 
 def error_json(id: str, kind: str, message: str) -> dict[str, object]:
-    return {"id": id, "error": {"type": kind, "message": message}}
+    whole = message.encode("utf-8", "replace").decode()  # a name quoted from the request may hold half a surrogate pair
+    return {"id": id, "error": {"type": kind, "message": whole}}
 
 
 async def _refuse(receive: Receive, send: Send, call: Call, error: Refused) -> None:

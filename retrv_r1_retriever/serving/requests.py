@@ -132,7 +132,7 @@ def to_filter(asked: schema.FilterIn | None) -> Filter | None:
 
 
 def unknown_fields(request: schema.Request) -> list[str]:
-    return [f"{name!r} is not known here and was not applied" for name in request.model_extra or ()]
+    return [f"{ascii(name)[:80]} is not known here and was not applied" for name in list(request.model_extra or ())[:20]]
 
 
 def _text_and_image(

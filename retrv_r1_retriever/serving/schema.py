@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 from typing_extensions import TypedDict
 
 from retrv_r1_retriever.options import OnStale, Ranking, Think
 from retrv_r1_retriever.types import MAX_CANDIDATES
 
+
+
+def _whole(text: str) -> str:
+    text.encode("utf-8")  # half a surrogate pair passes JSON, and nothing behind it; this raises a ValueError
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
 #: A path into a payload, as Qdrant writes it.
 FieldName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+(\[\])?(\.[A-Za-z0-9_-]+(\[\])?)*$", max_length=200)]
-Scalar = StrictBool | Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | StrictStr
+Scalar = StrictBool | Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | Annotated[StrictStr, AfterValidator(_whole)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -22,13 +30,13 @@ class Wire(BaseModel):
 
 class TextPart(Wire):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ImageUrl(Wire):
     """url: `data:image/...;base64,...`, or http(s) from a host that the server allows"""
 
-    url: str
+    url: Text
     detail: str | None = None
 
 
@@ -49,17 +57,17 @@ class Parts(Wire):
 class QueryIn(Wire):
     """image: base64, a data URI, or http(s) from a host that the server allows"""
 
-    text: str | None = None
-    image: str | None = None
-    instruction: str | None = None
+    text: Text | None = None
+    image: Text | None = None
+    instruction: Text | None = None
 
 
 class DocumentIn(Wire):
     """text, image or both; or `id` alone: a document of the server's collection, with the memory made when it was indexed."""
 
-    text: str | None = None
-    image: str | None = None
-    id: str | None = None
+    text: Text | None = None
+    image: Text | None = None
+    id: Text | None = None
 
 
 class OptionsIn(TypedDict, total=False):
@@ -84,15 +92,15 @@ class Request(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    model: str | None = None
-    query: str | Parts | QueryIn
+    model: Text | None = None
+    query: Text | Parts | QueryIn
     top_n: Annotated[int, Field(ge=1)] | None = None
     options: OptionsIn = Field(default_factory=OptionsIn)
     return_trace: bool = False
 
 
 class RerankRequest(Request):
-    documents: list[str | Parts | DocumentIn]
+    documents: list[Text | Parts | DocumentIn]
     return_documents: bool = False
 
 
