@@ -118,7 +118,7 @@ class Config:
     model: ModelConfig = ModelConfig()
     images: ImagesConfig = ImagesConfig()
     rerank: RerankOptions = BALANCED
-    serve: ServeConfig = ServeConfig()
+    serve: ServeConfig = field(default_factory=ServeConfig)
     folder: Path = field(default_factory=Path.cwd)
 
     def path(self, relative: str) -> Path:

@@ -1,7 +1,7 @@
 """`RemoteReranker`: a client of `retrv-r1 serve` that stands wherever a `RetrvR1Reranker` does, without torch or a model.
 
-    reranker = RemoteReranker("http://127.0.0.1:8080", api_key="...")
-    results = reranker.rerank("a red ring", documents)
+reranker = RemoteReranker("http://127.0.0.1:8080", api_key="...")
+results = reranker.rerank("a red ring", documents)
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ log = logging.getLogger(__name__)
 _SENT = (
     "think", "think_margin", "ranking", "max_inspections", "max_new_tokens", "temperature", "seed", "on_stale", "max_recompute",
 )  # fmt: skip
-_SHARE_FOR_THE_WAY = 0.1  # of timeout_s, at most half a second: the server's answer in time has to get here in time, too
+_SHARE_FOR_THE_WAY = (
+    0.1  # of timeout_s, at most half a second: the server's answer in time has to get here in time, too
+)
 _SHORTEST_S = 0.05
 
 
@@ -258,7 +260,9 @@ def _trace(answer: Mapping[str, Any], parts: _Parts) -> ReasoningTrace | None:
         return None
     trace = ReasoningTrace.from_json(json.dumps(answer["trace"]))
     names = {f"#{i}": candidate.document.id for i, candidate in enumerate(parts.sent)}
-    return replace(trace, candidates=tuple(names.get(n, n) for n in trace.candidates), notes=(*trace.notes, *parts.notes))
+    return replace(
+        trace, candidates=tuple(names.get(n, n) for n in trace.candidates), notes=(*trace.notes, *parts.notes)
+    )
 
 
 def _meaning(error: ServerError) -> Exception:

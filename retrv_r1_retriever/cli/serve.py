@@ -33,17 +33,22 @@ def main(args: argparse.Namespace) -> int:
     _log_to_stderr()
     if not keys and not is_local(serve.host):
         logging.getLogger("retrv_r1_retriever.serving").warning(
-            "listening on %s without an API key: whoever reaches the port may call. Set api_key_env in [serve].", serve.host
+            "listening on %s without an API key: whoever reaches the port may call. Set api_key_env in [serve].",
+            serve.host,
         )
     service = open_service(replace(config, serve=serve))
-    server = uvicorn.Server(
-        uvicorn.Config(
-            create_app(service, serve, keys), host=serve.host, port=serve.port, log_config=None, access_log=False,
-            timeout_graceful_shutdown=int(serve.shutdown_s), server_header=False, lifespan="on",
-        )  # fmt: skip
+    settings = uvicorn.Config(
+        create_app(service, serve, keys),
+        host=serve.host,
+        port=serve.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan="on",
+        timeout_graceful_shutdown=int(serve.shutdown_s),
     )
     try:
-        server.run()
+        uvicorn.Server(settings).run()
     except SystemExit as error:  # how uvicorn says that the port is taken, after it has logged it
         fix = "Take another port, or stop what listens there."
         got = "an error, see above"

@@ -86,7 +86,9 @@ class Door:
         given = given[7:].strip() if given[:7].lower() == "bearer " else headers.get("x-api-key", "")
         known = [key for key in self._keys if hmac.compare_digest(key.encode(), given.encode("latin-1", "replace"))]
         if not known:
-            message = "API key: expected a known one in `Authorization: Bearer ...`, got another or none. Check the key."
+            message = (
+                "API key: expected a known one in `Authorization: Bearer ...`, got another or none. Check the key."
+            )
             raise Refused(401, "Unauthorized", message, {"www-authenticate": "Bearer"})
         return self._keys[known[0]]
 
@@ -106,8 +108,8 @@ class Door:
                     if not message.get("more_body"):
                         return bytes(body)
         except TimeoutError:
-            message = f"body: expected all of it within {self._config.body_timeout_s:g} s, got a part. Send it faster."
-            raise Refused(408, "RequestTimeout", message) from None
+            late = f"body: expected all of it within {self._config.body_timeout_s:g} s, got a part. Send it faster."
+            raise Refused(408, "RequestTimeout", late) from None
 
     async def _answer(self, scope: Scope, body: bytes, call: Call, receive: Receive, send: Send) -> None:
         left = asyncio.ensure_future(_disconnect(receive))
@@ -161,7 +163,12 @@ async def _refuse(receive: Receive, send: Send, call: Call, error: Refused) -> N
                 del message
     body = json.dumps(error_json(call.id, error.kind, str(error))).encode()
     # Some of the body may be unread, so the connection cannot be used again.
-    headers = {**error.headers, "content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+    headers = {
+        **error.headers,
+        "content-type": "application/json",
+        "content-length": str(len(body)),
+        "connection": "close",
+    }
     raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.code, "headers": raw})
     await send({"type": "http.response.body", "body": body})
@@ -185,7 +192,9 @@ def _id(headers: Mapping[str, str]) -> str:
 
 
 def _too_large(limit: int) -> Refused:
-    message = f"body: expected at most {limit:,} bytes, got more. Send fewer or smaller pictures, or ids of the collection."
+    message = (
+        f"body: expected at most {limit:,} bytes, got more. Send fewer or smaller pictures, or ids of the collection."
+    )
     return Refused(413, "TooLarge", message)
 
 

@@ -60,9 +60,7 @@ def to_query(query: str | schema.Parts | schema.QueryIn, config: ServeConfig) ->
 def to_documents(documents: Sequence[RemoteDocument], config: ServeConfig) -> Asked:
     if len(documents) > config.max_documents:
         fix = "Send the best of a first stage."
-        raise InputError(
-            explain("documents", expected=f"at most {config.max_documents}", got=len(documents), fix=fix)
-        )
+        raise InputError(explain("documents", expected=f"at most {config.max_documents}", got=len(documents), fix=fix))
     inline, stored, blank = {}, {}, []
     for i, document in enumerate(documents):
         id = document.id if isinstance(document, schema.DocumentIn) else None
@@ -132,7 +130,9 @@ def to_filter(asked: schema.FilterIn | None) -> Filter | None:
 
 
 def unknown_fields(request: schema.Request) -> list[str]:
-    return [f"{ascii(name)[:80]} is not known here and was not applied" for name in list(request.model_extra or ())[:20]]
+    return [
+        f"{ascii(name)[:80]} is not known here and was not applied" for name in list(request.model_extra or ())[:20]
+    ]
 
 
 def _text_and_image(
@@ -153,18 +153,20 @@ def _text_and_image(
 def _check_text(name: str, text: str | None, config: ServeConfig) -> None:
     if text is not None and len(text) > config.max_text_chars:
         fix = "Send the part that matters."
-        raise InputError(explain(name, expected=f"at most {config.max_text_chars:,} characters", got=len(text), fix=fix))
+        raise InputError(
+            explain(name, expected=f"at most {config.max_text_chars:,} characters", got=len(text), fix=fix)
+        )
 
 
 def _condition(asked: schema.Condition) -> Condition:
     bounds = {name: getattr(asked, name) for name in ("gt", "gte", "lt", "lte") if getattr(asked, name) is not None}
-    given = [name for name in ("equals", "one_of") if getattr(asked, name) is not None] + (["a range"] if bounds else [])
+    given = [name for name in ("equals", "one_of") if getattr(asked, name) is not None] + (
+        ["a range"] if bounds else []
+    )
     if len(given) != 1:
         fix = "Use several conditions."
         got = " and ".join(given) or "none of them"
-        raise InputError(
-            explain(f"filter on {asked.field!r}", expected="equals, one_of or a range", got=got, fix=fix)
-        )
+        raise InputError(explain(f"filter on {asked.field!r}", expected="equals, one_of or a range", got=got, fix=fix))
     if asked.equals is not None:
         return Equals(asked.field, asked.equals)
     return OneOf(asked.field, tuple(asked.one_of)) if asked.one_of is not None else Range(asked.field, **bounds)

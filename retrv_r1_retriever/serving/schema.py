@@ -8,8 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, S
 from typing_extensions import TypedDict
 
 from retrv_r1_retriever.options import OnStale, Ranking, Think
-from retrv_r1_retriever.types import MAX_CANDIDATES
-
+from retrv_r1_retriever.types import MAX_CANDIDATES, Status
 
 
 def _whole(text: str) -> str:
@@ -168,7 +167,7 @@ class Answer(BaseModel):
 
     id: str
     model: str
-    status: Literal["reranked", "partial", "fallback"]
+    status: Status
     reason: str | None
     none_chosen: bool
     unranked: list[int]

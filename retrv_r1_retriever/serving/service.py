@@ -78,7 +78,9 @@ def _collection(retriever: RetrvR1Retriever) -> Collection:
 def _limited(whole: RetrvR1Retriever, config: Config, tenant: str) -> Collection:
     """One tenant's view, on the same model."""
     field = config.serve.tenant_field
-    assert isinstance(whole.first_stage, VectorFirstStage) and isinstance(whole.reranker, RetrvR1Reranker) and field
+    assert isinstance(whole.first_stage, VectorFirstStage)  # what a config makes
+    assert isinstance(whole.reranker, RetrvR1Reranker)
+    assert field is not None
     store: Store
     if isinstance(whole.first_stage.store, EdgeStore):
         store = whole.first_stage.store.for_tenant(field, tenant)

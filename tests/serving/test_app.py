@@ -91,7 +91,9 @@ async def test_an_id_brings_the_memory_made_at_index_time(make_app: MakeApp) -> 
 
 async def test_two_documents_with_one_id_stay_two(make_app: MakeApp) -> None:
     async with client(make_app(RISING)) as http:
-        answer = (await http.post("/v1/rerank", json={"query": "q", "documents": [{"id": "common"}, "x", {"id": "common"}]})).json()
+        answer = (
+            await http.post("/v1/rerank", json={"query": "q", "documents": [{"id": "common"}, "x", {"id": "common"}]})
+        ).json()
     assert indices(answer) == [2, 1, 0]
 
 
@@ -145,7 +147,9 @@ async def test_the_trace_comes_when_asked_for(make_app: MakeApp) -> None:
 
 async def test_unknown_fields_are_named_not_refused(make_app: MakeApp) -> None:
     async with client(make_app()) as http:
-        answer = (await http.post("/v1/rerank", json={"query": "q", "documents": THREE, "max_tokens_per_doc": 9})).json()
+        answer = (
+            await http.post("/v1/rerank", json={"query": "q", "documents": THREE, "max_tokens_per_doc": 9})
+        ).json()
     assert answer["notes"][0] == "'max_tokens_per_doc' is not known here and was not applied"
 
 
@@ -194,10 +198,14 @@ async def test_a_tenant_sees_its_own_documents_whatever_it_asks_for(make_app: Ma
             assert "'common'" in response.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("headers", [{}, {"authorization": "Bearer key"}, {"authorization": "Basic key-a"}, {"x-api-key": "ü"}])
+@pytest.mark.parametrize(
+    "headers", [{}, {"authorization": "Bearer key"}, {"authorization": "Basic key-a"}, {"x-api-key": "ü"}]
+)
 async def test_without_a_known_key_nothing_is_read(make_app: MakeApp, headers: dict[str, str]) -> None:
     async with client(make_app(keys=KEYS)) as http:
-        response = await http.post("/v1/rerank", content=b"not json", headers={k: v.encode() for k, v in headers.items()})
+        response = await http.post(
+            "/v1/rerank", content=b"not json", headers={k: v.encode() for k, v in headers.items()}
+        )
         assert (response.status_code, response.headers["www-authenticate"]) == (401, "Bearer")
         assert (await http.post("/nowhere")).status_code == 401
         assert {(await http.get(path)).status_code for path in ("/healthz", "/readyz", "/metrics")} == {200}
@@ -381,11 +389,15 @@ async def test_metrics_count_decisions(make_app: MakeApp) -> None:
     assert "process_resident_memory_bytes" in text
 
 
-async def test_one_line_per_call_with_its_id_and_without_content(make_app: MakeApp, caplog: pytest.LogCaptureFixture) -> None:
+async def test_one_line_per_call_with_its_id_and_without_content(
+    make_app: MakeApp, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, "retrv_r1_retriever")
     secret = {"query": "s3cret query", "documents": ["s3cret text", {"image": "bad s3cret"}], "s3cret": 1}
     async with client(make_app(keys=KEYS), "key-a") as http:
-        good = await http.post("/v1/rerank", json={**secret, "documents": ["s3cret text", ""]}, headers={"x-request-id": "mine-1"})
+        good = await http.post(
+            "/v1/rerank", json={**secret, "documents": ["s3cret text", ""]}, headers={"x-request-id": "mine-1"}
+        )
         bad = await http.post("/v1/rerank?s3cret", json=secret, headers={"x-request-id": "a b\n"})
         await http.get("/healthz")
     lines = [r.getMessage() for r in caplog.records if r.name.startswith("retrv_r1_retriever")]

@@ -44,13 +44,16 @@ ONCE = HttpLimits(retries=0)
 ALWAYS = RerankOptions(think="always")
 
 
+def _finite(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else value
+
+
 def summary(results: RankedResults) -> Any:
     """All but timings, and names that one side makes for itself."""
     trace = results.trace
     listed = [(r.document, r.rank, r.score, r.selected, r.retrieval_score) for r in results]
     signals = [
-        tuple(None if isinstance(v, float) and not math.isfinite(v) else v for v in (s.keep_logprob, s.slot_logprob))
-        + (s.verdict, s.opened, s.match)
+        (_finite(s.keep_logprob), _finite(s.slot_logprob), s.verdict, s.opened, s.match)
         for s in (r.signals for r in results)
     ]
     seen = trace and (trace.candidates, trace.thought, trace.inspected, trace.answer, trace.stop_reason, trace.usage)
@@ -70,7 +73,12 @@ async def test_lists_are_those_of_the_reranker_behind_the_server(make_app: MakeA
         local = RetrvR1Reranker(engine, compressor=HashCompressor())
         with running(make_app(engine)) as server:
             remote = RemoteReranker(server.url)
-            for options in (ALWAYS, RerankOptions(think="never"), ALWAYS.with_options(top_n=2), RerankOptions(ranking="promote")):
+            for options in (
+                ALWAYS,
+                RerankOptions(think="never"),
+                ALWAYS.with_options(top_n=2),
+                RerankOptions(ranking="promote"),
+            ):
                 expected = await local.arerank("q", given, options=options)
                 got = await remote.arerank("q", given, options=options)
                 assert summary(got) == summary(expected)
@@ -89,7 +97,9 @@ async def test_the_first_stages_order_holds_whatever_order_the_list_has(make_app
 
 async def test_whatever_a_model_writes_arrives_as_it_is(make_app: MakeApp) -> None:
     for seed in range(30):
-        expected = await RetrvR1Reranker(FuzzEngine(seed), compressor=HashCompressor()).arerank("q", documents(5), options=ALWAYS)
+        expected = await RetrvR1Reranker(FuzzEngine(seed), compressor=HashCompressor()).arerank(
+            "q", documents(5), options=ALWAYS
+        )
         with running(make_app(FuzzEngine(seed))) as server:
             remote = RemoteReranker(server.url, options=ALWAYS)
             assert summary(await remote.arerank("q", documents(5))) == summary(expected), seed
@@ -101,7 +111,11 @@ def test_sync_batch_ids_progress_and_pictures(served: str, tmp_path: Path) -> No
     remote = RemoteReranker(served, images=LocalImages(tmp_path), options=RerankOptions(think="never"), trace=False)
     assert [r.document.id for r in remote.rerank("q", documents(3))] == ["doc-2", "doc-1", "doc-0"]
     assert [len(r) for r in remote.rerank_batch(["a", "b"], [documents(2), documents(4)])] == [2, 4]
-    pictures = [Document("bytes", Content(image=png())), Document("file", Content("x", Path("a.png"))), Document("pil", Content(image=Image.new("RGB", (4, 4))))]
+    pictures = [
+        Document("bytes", Content(image=png())),
+        Document("file", Content("x", Path("a.png"))),
+        Document("pil", Content(image=Image.new("RGB", (4, 4)))),
+    ]
     results = remote.rerank(Query.of("q", "a.png", "Find it."), pictures)
     assert (results.status, [r.document.id for r in results]) == ("reranked", ["pil", "file", "bytes"])
     assert results.trace is None
@@ -134,7 +148,9 @@ def test_it_stands_behind_our_own_first_stage(served: str) -> None:
     async def first_stage(query: Query, *, top_k: int, filter: Any = None) -> list[Candidate]:
         return [Candidate(d, 1.0 / (i + 1), i + 1) for i, d in enumerate(documents(top_k))]
 
-    retriever = RetrvR1Retriever(first_stage=first_stage, reranker=RemoteReranker(served), options=RerankOptions(top_k=3, think="never"))
+    retriever = RetrvR1Retriever(
+        first_stage=first_stage, reranker=RemoteReranker(served), options=RerankOptions(top_k=3, think="never")
+    )
     results = retriever.retrieve("q")
     assert [(r.document.id, r.candidate.rank) for r in results] == [("doc-2", 3), ("doc-1", 2), ("doc-0", 1)]
 
@@ -178,7 +194,17 @@ def test_what_is_no_answer_is_a_fallback_or_an_error_and_never_a_wrong_order(rep
             remote.rerank("q", documents(3), options=RerankOptions(on_failure="raise"))
 
 
-@pytest.mark.parametrize(("status", "error"), [(400, InputError), (401, OptionsError), (404, InputError), (409, StaleMemoryError), (413, InputError), (422, InputError)])
+REFUSALS = {
+    400: InputError,
+    401: OptionsError,
+    404: InputError,
+    409: StaleMemoryError,
+    413: InputError,
+    422: InputError,
+}
+
+
+@pytest.mark.parametrize(("status", "error"), REFUSALS.items())
 def test_a_refusal_is_raised_as_what_it_is(status: int, error: type[Exception]) -> None:
     with http_stub([Reply({"error": {"message": "so not"}}, status=status)]) as stub:
         with pytest.raises(error, match="so not"):
@@ -259,5 +285,3 @@ def test_core_and_both_frameworks_without_torch(served: str) -> None:
         "['text 2', 'text 1'] reranked",
         "['text 2', 'text 1', 'text 0'] reranked",
     ]
-
-

@@ -94,7 +94,10 @@ def test_a_body_over_the_limit_is_413_whether_its_length_is_named_or_not(make_ap
 
 
 def test_a_body_that_never_ends_is_408(make_app: MakeApp) -> None:
-    with running(make_app()) as server, socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as line:
+    with (
+        running(make_app()) as server,
+        socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as line,
+    ):
         line.settimeout(20)
         line.sendall(b"POST /v1/rerank HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
         assert line.recv(1000).startswith(b"HTTP/1.1 408 ")
@@ -110,7 +113,8 @@ async def test_stopping_lets_running_calls_end_and_takes_no_new_ones(make_app: M
             assert (await call).status_code == 200
         await asyncio.to_thread(server.stop)
         with pytest.raises(httpx.ConnectError):
-            httpx.post(f"{server.url}/v1/rerank", json=CALL)
+            async with httpx.AsyncClient() as http:
+                await http.post(f"{server.url}/v1/rerank", json=CALL)
 
 
 async def test_a_full_server_is_tried_again_and_then_a_fallback(make_app: MakeApp) -> None:
