@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from retrv_r1_retriever.points import CollectionSpec
     from retrv_r1_retriever.progress import Progress, ProgressFn
     from retrv_r1_retriever.qdrant import QdrantStore
+    from retrv_r1_retriever.remote import RemoteReranker
     from retrv_r1_retriever.reranker import RetrvR1Reranker
     from retrv_r1_retriever.retriever import RetrvR1Retriever
     from retrv_r1_retriever.schema import PayloadSchema
@@ -90,6 +91,7 @@ __all__ = [
     "RankedResult",
     "RankedResults",
     "ReasoningTrace",
+    "RemoteReranker",
     "RerankOptions",
     "RerankTimeout",
     "RetrvR1Error",
@@ -120,6 +122,7 @@ _MODULES = (
     "store",
     "reranker",
     "retriever",
+    "remote",
     "schema",
     "points",
     "edge",

@@ -17,6 +17,9 @@
     [rerank]                   # every field of RerankOptions
     top_k = 50
 
+    [serve]                    # `retrv-r1 serve`, see docs/serving.md
+    port = 8080
+
 Every key has a default; an unknown one is an error. Secrets are named, never written: `api_key_env` is the name of an
 environment variable. Nothing is opened by reading a config; the functions below build the real parts from it.
 """
@@ -37,6 +40,7 @@ from retrv_r1_retriever.engines.base import Compressor
 from retrv_r1_retriever.engines.settings import EngineConfig
 from retrv_r1_retriever.errors import CheckpointError, OptionsError, explain
 from retrv_r1_retriever.options import BALANCED, RerankOptions
+from retrv_r1_retriever.serving.settings import ServeConfig
 from retrv_r1_retriever.store import Scalar
 
 if TYPE_CHECKING:
@@ -121,6 +125,7 @@ class Config:
     images: ImagesConfig = ImagesConfig()
     engine: EngineConfig = field(default_factory=EngineConfig)
     rerank: RerankOptions = BALANCED
+    serve: ServeConfig = field(default_factory=ServeConfig)
     folder: Path = field(default_factory=Path.cwd)
 
     def path(self, relative: str) -> Path:
@@ -138,13 +143,14 @@ def read_config(path: str | os.PathLike[str]) -> Config:
         ) from None
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise OptionsError(explain(str(path), expected="TOML", got=error, fix="Fix the file.")) from error
-    _check_keys(data, ("store", "model", "engine", "images", "rerank"), "", path)
+    _check_keys(data, ("store", "model", "engine", "images", "rerank", "serve"), "", path)
     return Config(
         _section(StoreConfig, data.get("store", {}), "store", path),
         _section(ModelConfig, data.get("model", {}), "model", path),
         _section(ImagesConfig, data.get("images", {}), "images", path),
         _section(EngineConfig, data.get("engine", {}), "engine", path),
         _section(RerankOptions, data.get("rerank", {}), "rerank", path),
+        _section(ServeConfig, data.get("serve", {}), "serve", path),
         folder=path.parent.resolve(),
     )
 
@@ -187,6 +193,8 @@ def _fits(value: object, hint: Any) -> bool:
         return any(_fits(value, option) for option in get_args(hint) if option is not NoneType)
     if get_origin(hint) is Literal:
         return value in get_args(hint)
+    if get_origin(hint) is dict:
+        return isinstance(value, dict) and all(_fits(one, get_args(hint)[1]) for one in value.values())
     if get_origin(hint) is tuple:
         return isinstance(value, list) and all(_fits(one, get_args(hint)[0]) for one in value)
     if isinstance(value, bool) or hint is bool:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -69,6 +71,18 @@ class EdgeStore:
             self._shard = open_shard(self._edge, self.path / _SHARD_FOLDER, self._config())
         self._beside = EdgeBackend(self.path, self._edge, self._shard, self._codec, self._call)
         self.sidecars = Sidecars(self._beside)
+
+    def for_tenant(self, field: str, value: Scalar) -> EdgeStore:
+        """The same open index, limited to one tenant, for as long as this store is open; closing the view closes nothing."""
+        if self._codec.tenant is not None:
+            fix = "Open the index without a tenant."
+            raise StoreError(explain(f"index {self.path}", expected="no tenant", got=self._codec.tenant, fix=fix))
+        view = copy.copy(self)
+        view._codec = replace(self._codec, tenant=(field, value))
+        view._beside = self._beside.seen_with(view._codec)
+        view.sidecars = Sidecars(view._beside)
+        view._closed = True
+        return view
 
     async def search(
         self, vector: np.ndarray, top_k: int, *, filter: Filter | None = None, with_memory: bool = True

@@ -298,6 +298,7 @@ def _decide(
                 reading.trace.usage,
                 unknown_labels=_unknown_labels(len(read), reading.outcome),
                 without_verdict=len(passed_over),
+                stale_memories=len(readable.fresh) + len(skipped) + len(reading.stale),
             ),
             timings=timings,
             notes=notes,

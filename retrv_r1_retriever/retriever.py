@@ -71,7 +71,7 @@ class RetrvR1Retriever:
         self.images = images or LocalImages()
         self._write_back = None if memory == "stored" else _write_back(memory, store, engine)
         self.reranker = _reranker(engine, compressor, reranker, self.images, options, self._write_back)
-        reads_memory = not isinstance(self.reranker, RetrvR1Reranker) or self.reranker.compressor is not None
+        reads_memory = getattr(self.reranker, "compressor", True) is not None
         self.first_stage = _first_stage(store, embedder, first_stage, reads_memory)
         self.options = options
 

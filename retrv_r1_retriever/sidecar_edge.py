@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -34,6 +35,13 @@ class EdgeBackend:
         self._shards: dict[str, Any] = {COLLECTION: shard}
         self._loading = threading.Lock()  # a shard can be loaded once only, and queries run in many threads
         self._tenant = FilterTranslator(edge, edge.RangeFloat, own=True)(codec.filter(None))
+
+    def seen_with(self, codec: PointCodec) -> EdgeBackend:
+        """The same open shards, another tenant's view."""
+        view = copy.copy(self)
+        view._codec = codec
+        view._tenant = FilterTranslator(self._edge, self._edge.RangeFloat, own=True)(codec.filter(None))
+        return view
 
     async def codec(self) -> PointCodec:
         return self._codec

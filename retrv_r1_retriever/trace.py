@@ -74,6 +74,7 @@ class Usage:
 
     prompt_tokens: as sent, compressed; uncompressed_tokens: the same prompt with every candidate in full (0 = unknown)
     unknown_labels: verdicts on labels that no candidate has; without_verdict: candidates that a thought passed over
+    stale_memories: candidates whose memory was missing or stale, recomputed or not
     """
 
     prompt_tokens: int = 0
@@ -83,6 +84,7 @@ class Usage:
     refused_inspections: int = 0
     unknown_labels: int = 0
     without_verdict: int = 0
+    stale_memories: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from retrv_r1_retriever.errors import OptionsError, explain
 from retrv_r1_retriever.images import ImageSource, LocalImages
 from retrv_r1_retriever.options import BALANCED, RerankOptions
 from retrv_r1_retriever.progress import ProgressFn
+from retrv_r1_retriever.remote import RemoteReranker
 from retrv_r1_retriever.reranker import Candidates, RetrvR1Reranker
 from retrv_r1_retriever.retriever import Reranker
 from retrv_r1_retriever.types import Query, RankedResults
@@ -30,8 +31,8 @@ class AnnouncedReranker:
 
     @classmethod
     def of(cls, reranker: Reranker | None, options: RerankOptions | None = None) -> AnnouncedReranker:
-        """With the pictures and options of the reranker itself, as far as it has any (a remote one has not)."""
-        if isinstance(reranker, RetrvR1Reranker):
+        """With the pictures and options of the reranker itself, as far as it has any."""
+        if isinstance(reranker, RetrvR1Reranker | RemoteReranker):
             return cls(reranker, reranker.images, options or reranker.options)
         if reranker is None or not callable(getattr(reranker, "arerank", None)):
             fix = "Pass RetrvR1Reranker(engine)."

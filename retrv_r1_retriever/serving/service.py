@@ -1,0 +1,99 @@
+"""The parts that calls are answered with: one model, and per tenant a view of the collection."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from retrv_r1_retriever import config as settings
+from retrv_r1_retriever.config import Config
+from retrv_r1_retriever.edge import EdgeStore
+from retrv_r1_retriever.errors import InputError, OptionsError, explain
+from retrv_r1_retriever.options import RerankOptions
+from retrv_r1_retriever.reranker import RetrvR1Reranker
+from retrv_r1_retriever.retriever import RetrvR1Retriever
+from retrv_r1_retriever.store import Store, VectorFirstStage
+from retrv_r1_retriever.types import Candidate
+
+
+@dataclass(frozen=True, slots=True)
+class Collection:
+    """What one tenant may search, and the documents it may name by id."""
+
+    retriever: RetrvR1Retriever
+    store: Store
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """reranker: of documents that come with a call; whole: the collection, None = this server has none; tenants: views of it"""
+
+    reranker: RetrvR1Reranker
+    options: RerankOptions
+    whole: Collection | None = None
+    tenants: Mapping[str, Collection] = field(default_factory=dict)
+
+    def collection(self, tenant: str | None) -> Collection:
+        """Raises `InputError` where this server has none."""
+        found = self.tenants.get(tenant or "") if self.tenants else self.whole
+        if found is None:
+            fix = "Send the documents themselves, or serve with search = true."
+            raise InputError(explain("collection", expected="one", got="a server without", fix=fix))
+        return found
+
+    async def stored(self, tenant: str | None, ids: Iterable[str]) -> list[Candidate]:
+        wanted = list(dict.fromkeys(ids))
+        return await self.collection(tenant).store.get(wanted) if wanted else []
+
+    async def check(self) -> None:
+        """Whether the collection answers. Raises `StoreError`."""
+        if self.whole is not None:
+            await self.whole.store.count()
+
+    async def close(self) -> None:
+        for collection in filter(None, (*self.tenants.values(), self.whole)):
+            await collection.retriever.aclose()
+
+
+def open_service(config: Config) -> Service:
+    """Loads the model and opens the collection. Raises what these raise."""
+    if not config.serve.search:
+        engine = settings.open_engine(config)
+        return Service(RetrvR1Reranker(engine, images=settings.open_images(config)), config.rerank)
+    if config.serve.tenants and config.store.tenant is not None:
+        fix = "Leave it out, or serve that tenant alone."
+        raise OptionsError(explain("[store] tenant_value", expected="none beside [serve] tenants", got="one", fix=fix))
+    retriever = settings.open_retriever(config)
+    assert isinstance(retriever.reranker, RetrvR1Reranker)  # what a config makes
+    reranker = RetrvR1Reranker(retriever.reranker.engine, images=retriever.images)
+    tenants = {tenant: _limited(retriever, config, tenant) for tenant in config.serve.tenants}
+    return Service(reranker, config.rerank, _collection(retriever), tenants)
+
+
+def _collection(retriever: RetrvR1Retriever) -> Collection:
+    assert isinstance(retriever.first_stage, VectorFirstStage)  # what a config makes
+    return Collection(retriever, retriever.first_stage.store)
+
+
+def _limited(whole: RetrvR1Retriever, config: Config, tenant: str) -> Collection:
+    """One tenant's view, on the same model."""
+    field = config.serve.tenant_field
+    assert isinstance(whole.first_stage, VectorFirstStage)  # what a config makes
+    assert isinstance(whole.reranker, RetrvR1Reranker)
+    assert field is not None
+    store: Store
+    if isinstance(whole.first_stage.store, EdgeStore):
+        store = whole.first_stage.store.for_tenant(field, tenant)
+    else:
+        store = settings.open_store(
+            replace(config, store=replace(config.store, tenant_field=field, tenant_value=tenant))
+        )
+    retriever = RetrvR1Retriever(
+        store=store,
+        embedder=whole.first_stage.embedder,
+        engine=whole.reranker.engine,
+        images=whole.images,
+        memory=config.store.memory,
+        options=config.rerank,
+    )
+    return Collection(retriever, store)
