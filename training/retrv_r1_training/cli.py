@@ -1,4 +1,4 @@
-"""`retrv-r1-train`: one command per stage family; today `miniature` (see docs/training.md for what comes next)."""
+"""`retrv-r1-train`: one command per stage family (docs/training.md)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from retrv_r1_retriever.errors import RetrvR1Error
+from retrv_r1_training import sft_command
 from retrv_r1_training.miniature import Miniature, with_fewer_steps
 from retrv_r1_training.recipe import load_recipe
 
@@ -25,10 +26,13 @@ def main(argv: list[str] | None = None) -> int:
     miniature.add_argument("--out", type=Path, help="checkpoint folder (default: RUN/checkpoint)")
     miniature.add_argument("--steps", type=int, help="cut every stage to this many steps: a smoke test")
     miniature.add_argument("--threads", type=int, default=2)
+    sft_command.add_parser(commands)
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     torch.set_num_threads(args.threads)
     try:
+        if "handler" in args:
+            return int(args.handler(args))
         recipe = load_recipe(args.recipe)
         if args.steps:
             recipe = with_fewer_steps(recipe, args.steps)
