@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -19,11 +19,13 @@ __all__ = ["checkpoint", "material"]
 def material(checkpoint, tmp_path_factory):
     """A folder with `start` (checkpoint), `catalogue` and `recipe.yaml`: lists of 3, batches of 4, two steps."""
     root = tmp_path_factory.mktemp("sft")
-    manifest = replace(checkpoint.manifest, memory_digest="", checkpoint_digest="", embedder_dim=4)
+    manifest = replace(checkpoint.manifest, embedder_dim=4, icm=asdict(checkpoint.model.config.icm_config))
     save_checkpoint(root / "start", checkpoint.model, checkpoint.processor, manifest, checkpoint.model, torch.float16)
     few = catalogue.combos("val")[:12]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(catalogue, "SPLITS", {n: catalogue.Split(n, "val", s.seed, 3) for n, s in catalogue.SPLITS.items()})
+        patch.setattr(
+            catalogue, "SPLITS", {n: catalogue.Split(n, "val", s.seed, 3) for n, s in catalogue.SPLITS.items()}
+        )
         patch.setattr(catalogue, "combos", lambda part: few)
         catalogue.write_catalogue(root / "catalogue", ("train0", "val"))
     recipe = {

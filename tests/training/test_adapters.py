@@ -115,5 +115,5 @@ def test_a_state_of_another_model_is_refused(model, checkpoint):
     wrapped = with_lora(model, checkpoint.processor, LORA)
     state = trained_state(wrapped)
     state.popitem()
-    with pytest.raises(ValueError, match="trained state: expected .* tensors, got"):
+    with pytest.raises(ValueError, match=r"trained state: expected .* tensors, got"):
         load_trained(wrapped, state)

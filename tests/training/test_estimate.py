@@ -54,5 +54,5 @@ def test_command_prints_parts_and_assumptions(capsys):
 
 
 def test_an_unknown_backbone_is_named():
-    with pytest.raises(OptionsError, match="expected one of Qwen2.5-VL-3B, Qwen2.5-VL-7B .*got Qwen9"):
+    with pytest.raises(OptionsError, match=r"expected one of Qwen2\.5-VL-3B, Qwen2\.5-VL-7B .*got Qwen9"):
         size_of(recipe("sft-7b", "backbone=Qwen9"))

@@ -98,7 +98,9 @@ def test_drawn_examples_depend_on_seed_and_number_alone(source):
     assert len(train) == 8
     assert len(held_out) == 4
     assert (train[5].turn.ids == train[5].turn.ids).all()
-    assert any(len(train[5].turn) != len(train[n].turn) or (train[5].turn.ids != train[n].turn.ids).any() for n in (1, 2))
+    assert any(
+        len(train[5].turn) != len(train[n].turn) or (train[5].turn.ids != train[n].turn.ids).any() for n in (1, 2)
+    )
     with pytest.raises(IndexError):
         train[8]
 
@@ -189,6 +191,8 @@ def test_exported_checkpoint_keeps_memory_valid_and_has_learnt(material, done):
     assert after.embedder_digest == before.embedder_digest
     assert after.checkpoint_digest != before.checkpoint_digest
     assert after.trained_top_k == 3
+    weights = [f / "retrv" / "embedder" / "model.safetensors" for f in (material / "start", done / "checkpoint")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
     old, new = (load_checkpoint(f, device="cpu", dtype="float32") for f in (material / "start", done / "checkpoint"))
     rows = [old.processor.token_id(t) for t in ADDED_TOKENS]
     tables = [c.model.get_input_embeddings().weight for c in (old, new)]
@@ -207,11 +211,13 @@ def test_run_leaves_logs_and_the_resolved_recipe(material, done):
     assert list(done.rglob("events.out.tfevents.*"))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_whole_language_model_learns_and_memory_stays(material, tmp_path, dtype):
-    assert sft(material, tmp_path / "run", "tune=full", f"run.dtype={dtype}", "run.checkpointing=true") == 0
+@pytest.mark.parametrize(("tune", "dtype"), [("full", "float32"), ("full", "bfloat16"), ("lora", "bfloat16")])
+def test_memory_stays_valid_in_every_mode(material, tmp_path, tune, dtype):
+    assert sft(material, tmp_path / "run", f"tune={tune}", f"run.dtype={dtype}", "run.checkpointing=true") == 0
     assert all(math.isfinite(v) for v in logged(tmp_path / "run"))
-    assert read_manifest(tmp_path / "run" / "checkpoint").memory_digest == read_manifest(material / "start").memory_digest
+    assert (
+        read_manifest(tmp_path / "run" / "checkpoint").memory_digest == read_manifest(material / "start").memory_digest
+    )
 
 
 def test_a_loss_that_is_not_finite_stops_with_a_saved_state(material, tmp_path, monkeypatch, capsys):

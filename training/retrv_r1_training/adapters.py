@@ -80,9 +80,9 @@ def _train_module(model: RetrvR1ForConditionalGeneration) -> None:
 
 
 def raise_precision(model: nn.Module) -> None:
-    """Float32 for everything trained: the updates of a small learning rate vanish in bfloat16."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
+    """Float32 for everything trained, or the updates of a small learning rate vanish in bfloat16; the module as a whole."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or ".icm." in name:
             parameter.data = parameter.data.float()
 
 
@@ -117,7 +117,9 @@ def load_trained(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if set(parameters) != set(state):
         odd = sorted(set(parameters) ^ set(state))
-        raise ValueError(f"trained state: expected {len(parameters)} tensors, got {len(state)}; first odd one: {odd[0]}")
+        raise ValueError(
+            f"trained state: expected {len(parameters)} tensors, got {len(state)}; first odd one: {odd[0]}"
+        )
     for name, parameter in parameters.items():
         parameter.copy_(state[name])
 

@@ -131,7 +131,9 @@ def _activations(recipe: SftRecipe, size: Size) -> dict[str, float]:
     kept = size.layers * tokens * size.hidden * 2 + layer if recipe.run.checkpointing else size.layers * layer
     logits = recipe.optim.per_device * recipe.thought * size.vocab * 12  # fp32 logits, log-softmax, gradient
     parts = {"activations": kept / GB, "logits": logits / GB}
-    if recipe.tune == "lora":  # PEFT writes the slot rows into a copy of the head at each of three reads, and its gradient
+    if (
+        recipe.tune == "lora"
+    ):  # PEFT writes the slot rows into a copy of the head at each of three reads, and its gradient
         parts["slot rows"] = 4 * size.vocab * size.hidden * 2 / GB
     if recipe.run.deepspeed == "zero3":  # gathered for use: the tables, and two layers
         parts["gathered"] = (size.tables + 2 * size.matrices / size.layers) * 2 / GB
@@ -159,6 +161,7 @@ GB per rank:
 GPU-hours: {result.gpu_hours:.1f} ({result.gpu_hours / hardware.gpus:.1f} hours on {hardware.gpus})
 assumed, not measured:
   {optim.steps} steps x {optim.batch_size} lists of {recipe.lists.top_k}; {recipe.length} tokens each, {recipe.thought} of them sampled
-  {optim.per_device} list(s) at a time per GPU; activation checkpointing {"on" if recipe.run.checkpointing else "off"}; pictures through the tower before training
+  {optim.per_device} list(s) at a time per GPU; activation checkpointing {"on" if recipe.run.checkpointing else "off"}
+  pictures went through the tower before training
   {hardware.tflops:.0f} TFLOP/s per GPU by data sheet, {hardware.use:.0%} of it reached; {CONTEXT_GB:.0f} GB for CUDA and fragmentation
 """

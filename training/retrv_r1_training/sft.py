@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +57,7 @@ class SftLoss:
     ranknet: of the weighted RankNet loss on the direct read; FIRST's is 10, 0 = none
     """
 
-    tokens: TokenWeights = TokenWeights()
+    tokens: TokenWeights = field(default_factory=TokenWeights)
     answer: float = 1.0
     direct: float = 0.7
     relation: float = 1.0

@@ -15,7 +15,9 @@ Commands = argparse._SubParsersAction  # what `add_subparsers` returns; argparse
 
 
 def add_parser(commands: Commands) -> None:
-    sft = commands.add_parser("sft", help="teach the thought and the direct answer (TRL; start it with `accelerate launch`)")
+    sft = commands.add_parser(
+        "sft", help="teach the thought and the direct answer (TRL; start it with `accelerate launch`)"
+    )
     _recipe_arguments(sft)
     sft.add_argument("--run", type=Path, required=True, help="folder of the run; the same command resumes it")
     sft.set_defaults(handler=_sft)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, replace
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from retrv_r1_retriever.errors import CheckpointError, InputError, RetrvR1Error, explain
-from retrv_r1_retriever.model.checkpoint import Checkpoint, load_checkpoint, load_embedder_checkpoint, save_checkpoint
+from retrv_r1_retriever.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from retrv_r1_retriever.model.modeling import RetrvR1ForConditionalGeneration
 from retrv_r1_retriever.model.processing import EncodedImage, Processor
 from retrv_r1_training.adapters import (
@@ -153,7 +154,9 @@ class JsonLog(TrainerCallback):
 class Collator:
     """Numbers of the data set -> examples, and what their losses are divided by."""
 
-    def __init__(self, processor: Processor, loss: SftLoss, train: Source, held_out: Source, encoded_only: bool) -> None:
+    def __init__(
+        self, processor: Processor, loss: SftLoss, train: Source, held_out: Source, encoded_only: bool
+    ) -> None:
         self._processor, self._loss, self._encoded_only = processor, loss, encoded_only
         self._sources = {False: train, True: held_out}
 
@@ -189,10 +192,11 @@ def deepspeed_config(running: Running) -> dict[str, Any] | None:
 
 def training_arguments(recipe: SftRecipe, run: Path) -> SFTConfig:
     optim, running = recipe.optim, recipe.run
+    micro_batches = accumulation(optim, int(os.environ.get("WORLD_SIZE", 1)))
     return SFTConfig(
         output_dir=str(run), seed=recipe.seed, data_seed=recipe.seed, max_steps=optim.steps,
         per_device_train_batch_size=optim.per_device, per_device_eval_batch_size=optim.per_device,
-        gradient_accumulation_steps=accumulation(optim, int(os.environ.get("WORLD_SIZE", 1))), learning_rate=optim.lr, lr_scheduler_type="cosine",
+        gradient_accumulation_steps=micro_batches, learning_rate=optim.lr, lr_scheduler_type="cosine",
         warmup_steps=round(optim.warmup * optim.steps), weight_decay=optim.weight_decay,
         max_grad_norm=optim.max_grad_norm, optim="adamw_torch", bf16=running.dtype == "bfloat16",
         gradient_checkpointing=running.checkpointing, deepspeed=deepspeed_config(running),
@@ -201,7 +205,7 @@ def training_arguments(recipe: SftRecipe, run: Path) -> SFTConfig:
         save_total_limit=running.keep, eval_strategy="steps" if recipe.data.examples else "no",
         eval_steps=running.evaluate, remove_unused_columns=False, max_length=None, packing=False,
         dataset_kwargs={"skip_prepare_dataset": True}, ddp_find_unused_parameters=False, disable_tqdm=None,
-        logging_nan_inf_filter=False, dataloader_drop_last=True,
+        logging_nan_inf_filter=False,
     )  # fmt: skip
 
 
@@ -251,14 +255,19 @@ def export(recipe: SftRecipe, state: dict[str, Tensor], out: Path) -> None:
         rows = slot_rows(start.processor)
         table[rows] = plain.get_input_embeddings().weight[rows]
         plain.get_input_embeddings().weight.copy_(table)
-    manifest = replace(start.manifest, trained_top_k=recipe.lists.top_k, think_margin=None)  # calibrated on other weights
-    embedder = load_embedder_checkpoint(folder, device="cpu", dtype="float32").model if manifest.embedder_dim else None
+    manifest = replace(
+        start.manifest, trained_top_k=recipe.lists.top_k, think_margin=None
+    )  # calibrated on other weights
     with safe_open(folder / "retrv" / "icm.safetensors", "pt") as file:
         dtype = file.get_tensor(next(iter(file.keys()))).dtype
-    saved = save_checkpoint(out, plain, start.processor, manifest, embedder, dtype)
+    saved = save_checkpoint(out, plain, start.processor, manifest, dtype=dtype)
     if saved.memory_digest != start.manifest.memory_digest:
         raise CheckpointError(
             explain("memory digest after sft", expected=start.manifest.memory_digest, got=saved.memory_digest,
                     fix="Frozen weights moved; this is a bug, please report it.")
         )  # fmt: skip
+    if manifest.embedder_dim:  # as it is: vectors on users' disks were made by it
+        shutil.copytree(folder / "retrv" / "embedder", out / "retrv" / "embedder", dirs_exist_ok=True)
+        saved = replace(saved, embedder_digest=start.manifest.embedder_digest)
+        (out / "retrv" / "manifest.json").write_text(json.dumps(asdict(saved), indent=2) + "\n", encoding="utf-8")
     log.info("checkpoint %s in %s, memory %s", saved.checkpoint_digest, out, saved.memory_digest)
