@@ -61,7 +61,10 @@ def test_all_sections(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[stroe]\n", r"retrv\.toml: stroe: expected one of store, model, engine, images, rerank, serve, got an unknown key"),
+        (
+            "[stroe]\n",
+            r"retrv\.toml: stroe: expected one of store, model, engine, images, rerank, serve, got an unknown key",
+        ),
         ("[store]\npaht = 'x'\n", r"retrv\.toml: \[store\] paht: expected one of kind, path, url, .*read_only"),
         ("[rerank]\ntop_n_ = 3\n", r"retrv\.toml: \[rerank\] top_n_: expected one of top_k, top_n, think"),
         ("[store]\nread_only = 1\n", r"retrv\.toml: \[store\] read_only: expected bool, got 1"),

@@ -1,4 +1,4 @@
-"""`retrv-r1-train`: one command per stage family; today `miniature` (see docs/training.md for what comes next)."""
+"""`retrv-r1-train`: one command per stage family (docs/training.md)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from retrv_r1_retriever.errors import RetrvR1Error
-from retrv_r1_training import check_cli, convert_cli, first_stage, grpo_cli, synthesize_cli
+from retrv_r1_training import check_cli, convert_cli, first_stage, grpo_cli, sft_command, synthesize_cli
 from retrv_r1_training.miniature import Miniature, with_fewer_steps
 from retrv_r1_training.recipe import load_recipe
 
@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     first_stage.add_parser(commands)
     check_cli.add_parser(commands)
     synthesize_cli.add_parser(commands)
+    sft_command.add_parser(commands)
     grpo_cli.add_parser(commands)
     grpo_cli.add_passrate_parser(commands)
     grpo_cli.add_calibrate_parser(commands)

@@ -56,7 +56,7 @@ def make_lists(model: RetrvR1ForConditionalGeneration, processor: Processor, poo
         for start in range(0, len(contents), 256):
             part = contents[start : start + 256]
             for rows in model.model.icm.memories(content_embeds(model, processor, part, {})):
-                memories.append(Memory(rows.to(torch.float16).numpy(), "", "", 0))
+                memories.append(Memory(rows.to(torch.float16).cpu().numpy(), "", "", 0))
     return Lists(pool, ranked, memories)
 
 

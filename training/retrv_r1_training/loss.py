@@ -26,6 +26,7 @@ class TokenWeights:
     list_label: float = 0.3  # the labels of the elimination come in order
     verdict: float = 2.0
     inspect: float = 3.5
+    inspect_end: float = 0.1  # follows every label that was opened
     mark: float = 2.5
     conclusion: float = 3.0
     answer: float = 2.2
@@ -59,7 +60,7 @@ def token_weights(batch: Batch, processor: Processor, weights: TokenWeights) -> 
     out[torch.isin(ids, marks)] = weights.mark
     out[torch.isin(ids, conclusions)] = weights.conclusion
     out[(ids == start) | (previous == start)] = weights.inspect
-    out[ids == end] = 0.1
+    out[ids == end] = weights.inspect_end
     out[previous == processor.token_id(ANSWER_START)] = weights.answer
     return out * batch.sampled
 

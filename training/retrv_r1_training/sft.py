@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,19 +27,68 @@ from retrv_r1_retriever.trace import Full, Sampled, Segment
 from retrv_r1_training.base import comparison_loss
 from retrv_r1_training.lists import ListConfig, Lists, candidate_list, prompt_of, spread_labels
 from retrv_r1_training.loop import Schedule, train
-from retrv_r1_training.loss import TokenWeights, accuracy, token_weights, weighted_ce
+from retrv_r1_training.loss import TokenWeights, token_weights
+from retrv_r1_training.ranknet import ranknet, teacher_ranks
 from retrv_r1_training.teacher import TeacherStyle, wanted, write_thought
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """prompt and turn as chunks; target: slot index of the direct read (K = none); verdicts: by candidate."""
+    """prompt and turn as chunks; target: slot index of the direct read (K = none); verdicts: by candidate.
+
+    ranks: of each slot, 1 = best, 0 = takes no part (`ranknet.teacher_ranks`); direct: whether the direct read learns from it
+    """
 
     prompt: Chunk
     turn: Chunk
     target: int
     slots: tuple[str, ...]
     verdicts: tuple[str, ...]
+    ranks: tuple[int, ...] = ()
+    direct: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class SftLoss:
+    """Weights of the parts of one loss. All but `ranknet` are ours, not the paper's, which has the thought alone.
+
+    answer: of the thought's answer, as a mean of its own: one token among a hundred would lose to the direct read, which ends
+        in the same token
+    ranknet: of the weighted RankNet loss on the direct read; FIRST's is 10, 0 = none
+    """
+
+    tokens: TokenWeights = field(default_factory=TokenWeights)
+    answer: float = 1.0
+    direct: float = 0.7
+    relation: float = 1.0
+    ranknet: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What the parts of a loss are divided by: token weights, those after `<answer>`, direct reads, candidates.
+
+    Totals of a whole optimiser step make a sum over micro-batches and processes equal to one large batch.
+    """
+
+    tokens: float
+    answers: float
+    direct: float
+    candidates: float
+
+    @classmethod
+    def of(cls, examples: Sequence[Example], processor: Processor, loss: SftLoss) -> Totals:
+        batch = collate([Chunk.join([e.prompt, e.turn]) for e in examples], processor)
+        return cls.of_batch(batch, examples, processor, loss)
+
+    @classmethod
+    def of_batch(cls, batch: Batch, examples: Sequence[Example], processor: Processor, loss: SftLoss) -> Totals:
+        weight = token_weights(batch, processor, loss.tokens)
+        answers = weight * _after_answer(batch, processor)
+        return cls(
+            weight[:, 1:].sum().item(), answers[:, 1:].sum().item(), float(sum(e.direct for e in examples)),
+            float(sum(len(e.verdicts) for e in examples)),
+        )  # fmt: skip
 
 
 def make_example(
@@ -57,7 +106,9 @@ def make_example(
     head = processor.chunk(prompt.segments, prompt)
     tail = processor.chunk(turn, prompt, head.next_position)
     verdicts = tuple(v.text for v in thought.verdicts)
-    return Example(head, tail, len(prompt.candidates) if answer is None else answer, prompt.slots, verdicts)
+    slot = len(prompt.candidates) if answer is None else answer
+    ranks = teacher_ranks(len(prompt.slots), thought.verdicts, slot)
+    return Example(head, tail, slot, prompt.slots, verdicts, ranks)
 
 
 def _elimination(thought: Thought) -> tuple[Segment, ...]:
@@ -108,6 +159,8 @@ def relation_loss(
 ) -> tuple[Tensor, float]:
     """What two tokens say of a candidate's relation to the query, without the query beside them: its verdict (and how often right).
 
+    The sum over candidates of -log p(verdict).
+
     One row per candidate: content token, relation token, the check's cue -> the verdict's first token. Without this the relation
     token learns from the far end of a thought only, and the direct read, which has no thought, finds nothing in it.
     """
@@ -120,20 +173,24 @@ def relation_loss(
     words = [processor.tokenise(f" {v}")[0] for e in examples for v in e.verdicts]
     target = torch.tensor(words, device=flat.device)
     logits = model.lm_head(hidden[:, -1]).float()
-    return F.cross_entropy(logits, target), (logits.argmax(-1) == target).float().mean().item()
+    return F.cross_entropy(logits, target, reduction="sum"), (logits.argmax(-1) == target).float().mean().item()
 
 
 def direct_read_loss(
-    model: RetrvR1ForConditionalGeneration, processor: Processor, branch: Tensor, examples: Sequence[Example]
-) -> tuple[Tensor, Tensor]:
-    """Mean -log p(target slot) over exactly the slots of each prompt, and whether the arg-max is right (B,)."""
+    model: RetrvR1ForConditionalGeneration, processor: Processor, branch: Tensor, examples: Sequence[Example],
+    ranknet_weight: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Sum of -log p(target slot) over exactly the slots of each prompt, and whether the arg-max is right (B,)."""
     logits = model.lm_head(branch).float()
     losses, hits = [], []
     for row, example in zip(logits, examples, strict=True):
         slots = torch.tensor([processor.token_id(s) for s in example.slots], device=row.device)
-        losses.append(-F.log_softmax(row[slots], dim=0)[example.target])
+        loss = -F.log_softmax(row[slots], dim=0)[example.target]
+        if ranknet_weight:
+            loss = loss + ranknet_weight * ranknet(row[slots], example.ranks)
+        losses.append(loss * example.direct)
         hits.append(row[slots].argmax() == example.target)
-    return torch.stack(losses).mean(), torch.stack(hits)
+    return torch.stack(losses).sum(), torch.stack(hits)
 
 
 def train_sft(
@@ -144,7 +201,7 @@ def train_sft(
     """rehearsal: text-only comparison sequences beside every batch, or the comparison is forgotten."""
     rng = random.Random(seed)
     captions = [item.caption for part in lists for item in part.pool.items]
-    weights = TokenWeights()
+    weights = SftLoss(direct=direct_weight)
     freeze_for_sft(model)
 
     def loss_fn(step: int) -> tuple[Tensor, dict[str, float]]:
@@ -153,7 +210,7 @@ def train_sft(
             part = rng.choice(lists)
             number = rng.randrange(len(part.pool.queries))
             examples.append(make_example(processor, part, number, config, style, rng))
-        loss, metrics, _ = _losses(model, processor, examples, weights, direct_weight)
+        loss, metrics, _ = losses(model, processor, examples, weights)
         drill, more = comparison_loss(model, processor, captions, rehearsal, rng)
         return loss + drill, metrics | {"length": float(len(examples[0].turn) + len(examples[0].prompt))} | more
 
@@ -163,7 +220,7 @@ def train_sft(
 
     @torch.no_grad()
     def evaluate() -> dict[str, float]:
-        parts = [_losses(model, processor, held[i : i + 50], weights, direct_weight) for i in range(0, len(held), 50)]
+        parts = [losses(model, processor, held[i : i + 50], weights) for i in range(0, len(held), 50)]
         out = {f"val_{k}": _mean([p[1][k] for p in parts]) for k in parts[0][1]}
         hits = torch.cat([p[2] for p in parts])
         for stratum in ("coarse", "fine"):
@@ -182,28 +239,42 @@ def train_sft(
     )
 
 
-def _losses(
-    model: RetrvR1ForConditionalGeneration, processor: Processor, examples: Sequence[Example], weights: TokenWeights,
-    direct_weight: float,
+def losses(
+    model: RetrvR1ForConditionalGeneration, processor: Processor, examples: Sequence[Example], weights: SftLoss,
+    totals: Totals | None = None,
 ) -> tuple[Tensor, dict[str, float], Tensor]:  # fmt: skip
+    """The loss of `sft` (the miniature's and TRL's), metrics, and whether each direct read is right (B,).
+
+    totals: what to divide by; None = those of these examples
+    """
     hidden, branch, embeds, batch = forward_with_direct_read(model, processor, examples)
-    relation, right = relation_loss(model, processor, embeds, batch, examples)
-    weight = token_weights(batch, processor, weights)
-    direct, hits = direct_read_loss(model, processor, branch, examples)
-    roles = {"words": weights.default, "verdicts": weights.verdict, "inspect": weights.inspect, "marks": weights.mark,
-             "conclusion": weights.conclusion}  # fmt: skip
-    metrics = {k: accuracy(model, hidden, batch.input_ids, weight == v) for k, v in roles.items()}
-    after_answer = F.pad(batch.input_ids[:, :-1], (1, 0)) == processor.token_id(ANSWER_START)
-    metrics["answer"] = accuracy(model, hidden, batch.input_ids, after_answer & batch.sampled)
-    metrics["direct"] = hits.float().mean().item()
-    metrics["relation"] = right
-    loss = weighted_ce(model, hidden, batch.input_ids, weight) + direct_weight * direct + relation
-    answers = weight * after_answer
-    if (
-        answers.any()
-    ):  # a mean of its own: one token among a hundred would lose to the direct read, which ends in the same token
-        loss = loss + weighted_ce(model, hidden, batch.input_ids, answers)
+    totals = totals or Totals.of_batch(batch, examples, processor, weights)
+    weight, after_answer = token_weights(batch, processor, weights.tokens), _after_answer(batch, processor)
+    picked = weight[:, 1:] > 0
+    logits = model.lm_head(hidden[:, :-1][picked]).float()
+    wanted = batch.input_ids[:, 1:][picked]
+    by_token = F.cross_entropy(logits, wanted, reduction="none") * weight[:, 1:][picked]
+    right = (logits.argmax(-1) == wanted).float()
+    of_answer = after_answer[:, 1:][picked]
+    loss = by_token.sum() / totals.tokens
+    if totals.answers:
+        loss = loss + weights.answer * (by_token * of_answer).sum() / totals.answers
+    direct, hits = direct_read_loss(model, processor, branch, examples, weights.ranknet)
+    if totals.direct:
+        loss = loss + weights.direct * direct / totals.direct
+    role, roles = token_weights(batch, processor, TokenWeights())[:, 1:][picked], TokenWeights()
+    masks = {"words": role == roles.default, "verdicts": role == roles.verdict, "inspect": role == roles.inspect,
+             "marks": role == roles.mark, "conclusion": role == roles.conclusion, "answer": of_answer}  # fmt: skip
+    metrics = {k: right[mask].mean().item() for k, mask in masks.items()} | {"direct": hits.float().mean().item()}
+    if weights.relation:
+        relation, metrics["relation"] = relation_loss(model, processor, embeds, batch, examples)
+        loss = loss + weights.relation * relation / totals.candidates
     return loss, metrics, hits
+
+
+def _after_answer(batch: Batch, processor: Processor) -> Tensor:
+    """(B, L) bool: the sampled token behind `<answer>`."""
+    return (F.pad(batch.input_ids[:, :-1], (1, 0)) == processor.token_id(ANSWER_START)) & batch.sampled
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,0 +1,68 @@
+"""Recipes: overrides, types, unknown keys, and the resolved recipe that reads back."""
+
+from __future__ import annotations
+
+import pytest
+from retrv_r1_training.cli import RECIPES
+from retrv_r1_training.overrides import dump, keep, load, override
+from retrv_r1_training.sft_recipe import SftRecipe
+
+from retrv_r1_retriever.errors import OptionsError
+
+SFT_RECIPES = ("sft-3b", "sft-7b", "sft-7b-full")
+BASE = RECIPES / "sft-7b.yaml"
+
+
+@pytest.mark.parametrize("name", SFT_RECIPES)
+def test_shipped_recipes_read_back_what_they_resolve_to(name, tmp_path):
+    recipe = load(SftRecipe, RECIPES / f"{name}.yaml")
+    (tmp_path / "resolved.yaml").write_text(dump(recipe))
+    assert load(SftRecipe, tmp_path / "resolved.yaml") == recipe
+
+
+def test_overrides_are_typed_and_the_last_wins():
+    sets = ["optim.lr=1e-5", "optim.lr=3e-6", "run.deepspeed=null", "data.train=[a, b]", "loss.ranknet=10"]
+    recipe = load(SftRecipe, BASE, sets)
+    assert recipe.optim.lr == 3e-6
+    assert recipe.run.deepspeed is None
+    assert recipe.data.train == ("a", "b")
+    assert recipe.loss.ranknet == 10
+    assert recipe.lists == load(SftRecipe, BASE).lists
+
+
+def test_an_override_leaves_the_callers_data_alone():
+    data = {"optim": {"lr": 1}}
+    assert override(data, ["optim.lr=2", "new.key=3"]) == {"optim": {"lr": 2}, "new": {"key": 3}}
+    assert data == {"optim": {"lr": 1}}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optim.lrr=1", r"optim: expected keys \[.*'lr'.*, got lrr"),
+        ("sed=1", "got sed"),
+        ("optim.lr=fast", r"optim: lr: expected float, got 'fast'"),
+        ("optim.steps=1.5", "steps: expected int, got 1.5"),
+        ("run.deepspeed=zero9", "deepspeed: expected .*zero3.*, got 'zero9'"),
+        ("run.checkpointing=1", "checkpointing: expected bool, got 1"),
+        ("optim=3", "optim: expected keys and values, got 3"),
+        ("optim.lr.x=3", "expected keys below lr, got"),
+        ("optim.lr", "expected key=value, got 'optim.lr'"),
+    ],
+)
+def test_a_wrong_override_is_named(text, message):
+    with pytest.raises(OptionsError, match=message):
+        load(SftRecipe, BASE, [text])
+
+
+def test_missing_recipe_is_a_clear_error(tmp_path):
+    with pytest.raises(OptionsError, match="expected a recipe, got no such file"):
+        load(SftRecipe, tmp_path / "none.yaml")
+
+
+def test_a_folder_keeps_one_recipe(tmp_path):
+    recipe = load(SftRecipe, BASE)
+    keep(recipe, tmp_path)
+    keep(recipe, tmp_path)
+    with pytest.raises(OptionsError, match="expected the recipe this folder was started with"):
+        keep(load(SftRecipe, BASE, ["seed=1"]), tmp_path)

@@ -1,0 +1,268 @@
+"""`sft` on TRL: only sampled tokens are learnt, accumulation and resuming change nothing, memory stays valid, NaN stops."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+
+import pytest
+import torch
+from retrv_r1_training import trl_sft
+from retrv_r1_training.cli import main
+from retrv_r1_training.examples import DrawnExamples, catalogue_examples
+from retrv_r1_training.loss import TokenWeights
+from retrv_r1_training.overrides import load
+from retrv_r1_training.sft import SftLoss, Totals, losses
+from retrv_r1_training.sft_recipe import Optimisation, SftRecipe, accumulation
+from retrv_r1_training.teacher import TeacherStyle
+
+from retrv_r1_retriever.errors import InputError, OptionsError
+from retrv_r1_retriever.model.checkpoint import load_checkpoint, read_manifest
+from retrv_r1_retriever.prompt import ADDED_TOKENS
+from tests.tiny import picture
+
+PLAIN = SftLoss(TokenWeights(1, 1, 1, 1, 1, 1, 1, 1), answer=0, direct=0, relation=0)
+
+
+def sft(material, run, *sets):
+    overrides = [part for text in sets for part in ("--set", text)]
+    return main(["sft", str(material / "recipe.yaml"), "--run", str(run), "--threads", "1", *overrides])
+
+
+def logged(run, key="loss"):
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [row[key] for row in rows if key in row]
+
+
+@pytest.fixture(scope="module")
+def source(material):
+    recipe = load(SftRecipe, material / "recipe.yaml", ["data.examples=4"])
+    start = load_checkpoint(recipe.checkpoint, device="cpu")
+    return start, *catalogue_examples(recipe, start)
+
+
+@pytest.fixture(scope="module")
+def done(material, tmp_path_factory):
+    """A finished run of four steps with a state after every second."""
+    run = tmp_path_factory.mktemp("done") / "run"
+    sets = ["optim.steps=4", "run.save=2", "data.examples=4", "run.evaluate=2", "run.report_to=[tensorboard]"]
+    assert sft(material, run, *sets) == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def opening(source):
+    """An example whose thought opens candidates, so that it has injected tokens."""
+    start, train, _ = source
+    style = TeacherStyle(extra=1.0, careful=1.0)
+    lists = train._lists
+    fine = [i for i, q in enumerate(lists[0].pool.queries) if q.stratum == "fine"]
+    from retrv_r1_training.lists import ListConfig
+    from retrv_r1_training.sft import make_example
+
+    example = make_example(start.processor, lists[0], fine[0], ListConfig(3, 0, 1, 0, 0), style, random.Random(0))
+    assert example.turn.pictures or (~example.turn.sampled).sum() > 10
+    return start, example
+
+
+def test_loss_is_plain_cross_entropy_on_sampled_tokens_and_nothing_flows_through_injected_ones(opening):
+    """Own masked cross-entropy on stock logits; the head's gradient is zero wherever the next token was not sampled."""
+    start, example = opening
+    model, seen = start.model, []
+    handle = model.lm_head.register_forward_hook(lambda module, inputs, out: seen.append(out))
+    loss, _, _ = losses(model, start.processor, [example], PLAIN)
+    handle.remove()
+    sampled = int(example.turn.sampled.sum())
+    assert seen[0].shape[0] == sampled, "no other position reaches the head"
+    chunk = type(example.prompt).join([example.prompt, example.turn])
+    from retrv_r1_training.loss import hidden_states
+
+    hidden, batch = hidden_states(model, start.processor, [chunk])
+    logits = model.lm_head(hidden)
+    logits.retain_grad()
+    by_token = -torch.log_softmax(logits[0, :-1].float(), -1).gather(-1, batch.input_ids[0, 1:, None])[:, 0]
+    mask = batch.sampled[0, 1:]
+    want = by_token[mask].mean()
+    torch.testing.assert_close(loss, want, atol=1e-5, rtol=1e-5)
+    want.backward()
+    moved = logits.grad[0].abs().amax(-1)
+    assert (moved[:-1][mask] > 0).all()
+    assert moved[:-1][~mask].max() == 0
+    assert moved[-1] == 0
+
+
+def test_drawn_examples_depend_on_seed_and_number_alone(source):
+    _, train, held_out = source
+    assert len(train) == 8
+    assert len(held_out) == 4
+    assert (train[5].turn.ids == train[5].turn.ids).all()
+    assert any(
+        len(train[5].turn) != len(train[n].turn) or (train[5].turn.ids != train[n].turn.ids).any() for n in (1, 2)
+    )
+    with pytest.raises(IndexError):
+        train[8]
+
+
+def test_direct_share_mutes_the_direct_read_of_some(source):
+    start, train, _ = source
+    some = DrawnExamples(start.processor, train._lists, *_settings(), 40, 0, direct_share=0.5)
+    flags = [some[n].direct for n in range(40)]
+    assert 8 < sum(flags) < 32
+    examples = [train[0], train[1]]
+    muted = [trl_sft.replace(examples[0], direct=False), examples[1]]
+    only = SftLoss(PLAIN.tokens, answer=0, direct=1, relation=0)
+    plain = [losses(start.model, start.processor, e, PLAIN)[0].item() for e in (examples, muted)]
+    both, one = (losses(start.model, start.processor, e, only)[0].item() - plain[0] for e in (examples, muted))
+    second = losses(start.model, start.processor, examples[1:], only)[0].item()
+    second -= losses(start.model, start.processor, examples[1:], PLAIN)[0].item()
+    assert plain[0] == pytest.approx(plain[1], rel=1e-5)
+    assert one == pytest.approx(second, rel=1e-3), "the mean is over those that take part"
+    assert both != pytest.approx(one, rel=1e-3)
+
+
+def _settings():
+    from retrv_r1_training.lists import ListConfig
+
+    return ListConfig(3), TeacherStyle()
+
+
+def test_ranknet_joins_the_direct_read(source):
+    start, train, _ = source
+    examples = [train[n] for n in range(4)]
+    with_rank = SftLoss(PLAIN.tokens, 0, direct=1, relation=0, ranknet=10)
+    without = SftLoss(PLAIN.tokens, 0, direct=1, relation=0)
+    a, b = (losses(start.model, start.processor, examples, w)[0].item() for w in (with_rank, without))
+    assert a > b
+
+
+def test_two_times_four_is_eight(source):
+    """Gradients of two micro-batches, each divided by the totals of both, are those of one batch."""
+    start, train, _ = source
+    weights = SftLoss(ranknet=10)
+    examples = [train[n] for n in range(8)]
+    totals = Totals.of(examples, start.processor, weights)
+    assert totals.tokens > 0
+
+    def gradients(parts):
+        start.model.zero_grad()
+        value = 0.0
+        for part in parts:
+            loss, _, _ = losses(start.model, start.processor, part, weights, totals)
+            loss.backward()
+            value += loss.item()
+        return value, [p.grad.clone() for p in start.model.model.icm.att1.parameters()]
+
+    (one, whole), (two, halves) = gradients([examples]), gradients([examples[:4], examples[4:]])
+    assert one == pytest.approx(two, rel=1e-5)
+    for a, b in zip(whole, halves, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-3)
+    start.model.zero_grad()
+
+
+def test_accumulation_of_a_run_is_its_large_batch(material, tmp_path):
+    sets = ["optim.batch_size=8", "optim.steps=3"]
+    assert sft(material, tmp_path / "large", *sets, "optim.per_device=8") == 0
+    assert sft(material, tmp_path / "small", *sets, "optim.per_device=4") == 0
+    large, small = logged(tmp_path / "large"), logged(tmp_path / "small")
+    assert len(large) == 3
+    assert large == pytest.approx(small, rel=1e-4)
+    assert len(set(large)) == 3
+
+
+def test_resumed_run_is_the_uninterrupted_one(material, done, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(done, run)
+    shutil.rmtree(run / "checkpoint-4")
+    shutil.rmtree(run / "checkpoint")
+    sets = ["optim.steps=4", "run.save=2", "data.examples=4", "run.evaluate=2", "run.report_to=[tensorboard]"]
+    assert sft(material, run, *sets) == 0
+    for key in ("loss", "grad_norm", "eval_loss", "learning_rate"):
+        assert logged(run, key) == logged(done, key), key
+    assert len(logged(run)) == 4
+    states = [trl_sft.load_file(folder / "checkpoint-4" / trl_sft.TRAINED) for folder in (run, done)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
+
+
+def test_exported_checkpoint_keeps_memory_valid_and_has_learnt(material, done):
+    before, after = read_manifest(material / "start"), read_manifest(done / "checkpoint")
+    assert after.memory_digest == before.memory_digest
+    assert after.embedder_digest == before.embedder_digest
+    assert after.checkpoint_digest != before.checkpoint_digest
+    assert after.trained_top_k == 3
+    weights = [f / "retrv" / "embedder" / "model.safetensors" for f in (material / "start", done / "checkpoint")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    old, new = (load_checkpoint(f, device="cpu", dtype="float32") for f in (material / "start", done / "checkpoint"))
+    rows = [old.processor.token_id(t) for t in ADDED_TOKENS]
+    tables = [c.model.get_input_embeddings().weight for c in (old, new)]
+    moved = (tables[0] != tables[1]).any(1)
+    assert moved[rows].any()
+    assert moved.sum() == moved[rows].sum()
+    layer = "model.language_model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(old.model.state_dict()[layer], new.model.state_dict()[layer]), "LoRA is merged"
+
+
+def test_run_leaves_logs_and_the_resolved_recipe(material, done):
+    assert load(SftRecipe, done / "recipe.yaml").optim.steps == 4
+    assert len(logged(done)) == 4
+    assert len(logged(done, "eval_direct")) == 2, "R@1 of the direct read on the validation slice"
+    assert all(0 <= v <= 1 for v in logged(done, "direct"))
+    assert list(done.rglob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize(("tune", "dtype"), [("full", "float32"), ("full", "bfloat16"), ("lora", "bfloat16")])
+def test_memory_stays_valid_in_every_mode(material, tmp_path, tune, dtype):
+    assert sft(material, tmp_path / "run", f"tune={tune}", f"run.dtype={dtype}", "run.checkpointing=true") == 0
+    assert all(math.isfinite(v) for v in logged(tmp_path / "run"))
+    assert (
+        read_manifest(tmp_path / "run" / "checkpoint").memory_digest == read_manifest(material / "start").memory_digest
+    )
+
+
+def test_a_loss_that_is_not_finite_stops_with_a_saved_state(material, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def broken(*args):
+        calls.append(1)
+        loss, metrics, hits = losses(*args)
+        return (loss * float("nan") if len(calls) == 2 else loss), metrics, hits
+
+    monkeypatch.setattr(trl_sft, "losses", broken)
+    assert sft(material, tmp_path / "run") == 1
+    message = capsys.readouterr().err
+    assert "loss at step 1, examples [" in message
+    assert "expected a finite number, got [nan]" in message
+    saved = tmp_path / "run" / "stopped" / "checkpoint-1"
+    assert (saved / trl_sft.TRAINED).exists()
+    assert (saved / "optimizer.pt").exists()
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+def test_pixels_under_zero3_are_refused(source):
+    start, train, held_out = source
+    example = train[0]
+    raw = trl_sft.replace(example, prompt=trl_sft.replace(example.prompt, pictures=(picture(0),)))
+    collator = trl_sft.Collator(start.processor, PLAIN, [raw], held_out, True)
+    with pytest.raises(InputError, match="pictures under ZeRO-3: expected tower tokens"):
+        collator([{"number": 0, "held_out": False}])
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        ("data.folder=nowhere", "expected M-BEIR files of the split 'train0', got no"),
+        ("optim.per_device=3", "optim.batch_size: expected a multiple of per_device x processes = 3 x 1, got 4"),
+        ("checkpoint=nowhere", "nowhere: expected a Retrv-R1 checkpoint"),
+    ],
+)
+def test_a_recipe_that_cannot_run_says_why(material, tmp_path, capsys, sets, message):
+    assert sft(material, tmp_path / "run", sets) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_trajectory_does_not_depend_on_the_number_of_gpus():
+    optim = Optimisation(steps=1, batch_size=64, per_device=2)
+    assert [accumulation(optim, world) for world in (1, 8)] == [32, 4]
+    with pytest.raises(OptionsError, match="= 2 x 64, got 64"):
+        accumulation(optim, 64)

@@ -1,0 +1,50 @@
+"""`retrv-r1-train sft RECIPE` and `estimate RECIPE`: arguments only; TRL is imported when a run starts."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from retrv_r1_retriever.errors import missing_extra
+from retrv_r1_training.estimate import estimate, table
+from retrv_r1_training.overrides import load
+from retrv_r1_training.sft_recipe import SftRecipe
+
+Commands = argparse._SubParsersAction  # what `add_subparsers` returns; argparse has no public name for it
+
+
+def add_parser(commands: Commands) -> None:
+    sft = commands.add_parser(
+        "sft", help="teach the thought and the direct answer (TRL; start it with `accelerate launch`)"
+    )
+    _recipe_arguments(sft)
+    sft.add_argument("--run", type=Path, required=True, help="folder of the run; the same command resumes it")
+    sft.set_defaults(main=_sft)
+    size = commands.add_parser("estimate", help="GB per GPU and GPU-hours of a recipe, with the assumptions")
+    _recipe_arguments(size)
+    size.set_defaults(main=_estimate)
+
+
+def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=Path, help="YAML, e.g. one of the package's recipes/")
+    parser.add_argument(
+        "--set", dest="overrides", metavar="KEY=VALUE", action="append", default=[], help="e.g. --set optim.lr=2e-5"
+    )
+    parser.add_argument("--threads", type=int, default=2)
+
+
+def _sft(args: argparse.Namespace) -> int:
+    recipe = load(SftRecipe, args.recipe, args.overrides)
+    try:
+        from retrv_r1_training.trl_sft import train_sft
+    except ModuleNotFoundError as error:
+        raise missing_extra(error.name or "trl", "train") from error
+    train_sft(recipe, args.run)
+    return 0
+
+
+def _estimate(args: argparse.Namespace) -> int:
+    recipe = load(SftRecipe, args.recipe, args.overrides)
+    sys.stdout.write(table(recipe, estimate(recipe)))
+    return 0

@@ -1,0 +1,273 @@
+"""Stage `sft` on TRL's SFTTrainer, for any size of backbone: the miniature's loss, with everything around it from TRL.
+
+One process, DDP, ZeRO-2 and ZeRO-3 give the same losses (tests/training/test_trl_distributed.py).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, astuple, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from datasets import Dataset
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTConfig, SFTTrainer
+
+from retrv_r1_retriever.errors import CheckpointError, InputError, RetrvR1Error, explain
+from retrv_r1_retriever.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from retrv_r1_retriever.model.modeling import RetrvR1ForConditionalGeneration
+from retrv_r1_retriever.model.processing import EncodedImage, Processor
+from retrv_r1_training.adapters import (
+    load_trained,
+    merged,
+    prepare_zero3,
+    raise_precision,
+    slot_rows,
+    trainable,
+    trained_state,
+)
+from retrv_r1_training.examples import Source, catalogue_examples
+from retrv_r1_training.overrides import dump, keep
+from retrv_r1_training.sft import Example, SftLoss, Totals, losses
+from retrv_r1_training.sft_recipe import Running, SftRecipe, accumulation
+
+log = logging.getLogger(__name__)
+TRAINED = "trained.safetensors"
+T = TypeVar("T")
+
+
+class NotFiniteError(RetrvR1Error, FloatingPointError):
+    """The loss is NaN or infinite; the state was saved before this was raised."""
+
+
+class SftModel(RetrvR1ForConditionalGeneration):
+    """Runs a loss inside `forward`, the only method that PEFT, DDP and DeepSpeed hook."""
+
+    def forward(
+        self,
+        *args: Any,
+        objective: Callable[[SftModel], T] | None = None,
+        **kwargs: Any,  # transformers' own
+    ) -> T | Any:
+        return super().forward(*args, **kwargs) if objective is None else objective(self)
+
+    @classmethod
+    def of(cls, model: RetrvR1ForConditionalGeneration) -> SftModel:
+        """The same object with this forward: nothing is copied."""
+        model.__class__ = cls
+        return model  # type: ignore[return-value]
+
+
+class SftOnTrl(SFTTrainer):
+    def __init__(
+        self,
+        processor: Processor,
+        loss: SftLoss,
+        **kwargs: Any,  # SFTTrainer's own
+    ) -> None:
+        super().__init__(processing_class=processor.tokenizer, **kwargs)
+        self.processor, self.parts = processor, loss
+        self.loss_is_scaled_for_ga = True  # `Totals` of the whole step already do it
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
+        """`Totals` of an optimiser step, over its micro-batches and all processes."""
+        own = torch.tensor([s["totals"] for s in batch_samples], device=device).sum(0)
+        return self.accelerator.gather(own[None]).sum(0)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor:
+        totals = None if num_items_in_batch is None else Totals(*num_items_in_batch.tolist())
+        examples: Sequence[Example] = inputs["examples"]
+        loss, metrics, _ = model(objective=lambda net: losses(net, self.processor, examples, self.parts, totals))
+        row = torch.tensor([[loss.item(), *metrics.values()]], device=loss.device)
+        rows = self.accelerator.gather(row)  # all processes see, and stop, together
+        training = self.model.training
+        if training and not torch.isfinite(rows[:, 0]).all():
+            self._stop(rows[:, 0].tolist(), inputs["numbers"])
+        for name, value in zip(metrics, rows[:, 1:].nanmean(0).tolist(), strict=True):
+            if value == value:  # no such token in any of these examples is NaN
+                self._metrics["train" if training else "eval"][name].append(value)
+        # gradients are averaged over processes, and `totals` already are of all of them
+        return loss if totals is None else loss * self.accelerator.num_processes
+
+    def _stop(self, values: list[float], numbers: list[int]) -> None:
+        folder = Path(self.args.output_dir) / "stopped"
+        self.args.output_dir = str(folder)  # apart from the good checkpoints, which a new start resumes from
+        self._save_checkpoint(self.model, None)
+        raise NotFiniteError(
+            explain(f"sft: loss at step {self.state.global_step}, examples {numbers}", expected="a finite number",
+                    got=values, fix=f"State saved below {folder}. Lower optim.lr or look at these examples, "
+                    "and start again in a new --run folder.")
+        )  # fmt: skip
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Not the embedding table: decay would move rows that stored memory is made of."""
+        return [name for name in super().get_decay_parameter_names(model) if "embed_tokens" not in name]
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """What was trained, by name; `export` merges it into a checkpoint."""
+        state, folder = trained_state(self.model), Path(output_dir or self.args.output_dir)
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(state, folder / TRAINED)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_trained(self.model, load_file(Path(resume_from_checkpoint) / TRAINED))
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:  # TRL's signature
+        """None: the exported checkpoint has its own."""
+
+
+class JsonLog(TrainerCallback):
+    """RUN/log.jsonl: a row per log line and evaluation. A resumed run drops the rows after the state it starts from."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # transformers' signature
+        if state.is_world_process_zero:
+            old = self._file.read_text(encoding="utf-8").splitlines() if self._file.exists() else []
+            kept = [line for line in old if json.loads(line)["step"] <= state.global_step]
+            self._file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # as above
+        if state.is_world_process_zero:
+            with self._file.open("a", encoding="utf-8") as out:
+                out.write(json.dumps({"stage": "sft", "step": state.global_step, **logs}) + "\n")
+
+
+class Collator:
+    """Numbers of the data set -> examples, and what their losses are divided by."""
+
+    def __init__(
+        self, processor: Processor, loss: SftLoss, train: Source, held_out: Source, encoded_only: bool
+    ) -> None:
+        self._processor, self._loss, self._encoded_only = processor, loss, encoded_only
+        self._sources = {False: train, True: held_out}
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        examples = [self._sources[row["held_out"]][row["number"]] for row in rows]
+        pictures = [p for e in examples for p in (*e.prompt.pictures, *e.turn.pictures)]
+        if self._encoded_only and not all(isinstance(p, EncodedImage) for p in pictures):
+            raise InputError(
+                explain("pictures under ZeRO-3", expected="tower tokens (EncodedImage)", got="pixels",
+                        fix="Encode them ahead (data.encode_pool), or use zero2: a process without pictures in its "
+                        "batch would never meet the others in the tower.")
+            )  # fmt: skip
+        totals = astuple(Totals.of(examples, self._processor, self._loss))
+        return {"examples": examples, "totals": totals, "numbers": [row["number"] for row in rows]}
+
+
+def numbers(count: int, held_out: bool) -> Dataset:
+    return Dataset.from_dict({"number": list(range(count)), "held_out": [held_out] * count})
+
+
+def deepspeed_config(running: Running) -> dict[str, Any] | None:
+    """ZeRO-2 shards gradients and optimiser states; ZeRO-3 also parameters. "auto" is filled in by transformers."""
+    if running.deepspeed is None:
+        return None
+    zero: dict[str, Any] = {"stage": 2 if running.deepspeed == "zero2" else 3, "overlap_comm": torch.cuda.is_available(),
+                            "contiguous_gradients": True}  # fmt: skip
+    return {
+        "zero_optimization": zero, "bf16": {"enabled": running.dtype == "bfloat16"}, "gradient_clipping": "auto",
+        "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
+        "zero_allow_untested_optimizer": True,  # torch's AdamW, the same as without DeepSpeed
+    }  # fmt: skip
+
+
+def training_arguments(recipe: SftRecipe, run: Path) -> SFTConfig:
+    optim, running = recipe.optim, recipe.run
+    micro_batches = accumulation(optim, int(os.environ.get("WORLD_SIZE", 1)))
+    return SFTConfig(
+        output_dir=str(run), seed=recipe.seed, data_seed=recipe.seed, max_steps=optim.steps,
+        per_device_train_batch_size=optim.per_device, per_device_eval_batch_size=optim.per_device,
+        gradient_accumulation_steps=micro_batches, learning_rate=optim.lr, lr_scheduler_type="cosine",
+        warmup_steps=round(optim.warmup * optim.steps), weight_decay=optim.weight_decay,
+        max_grad_norm=optim.max_grad_norm, optim="adamw_torch", bf16=running.dtype == "bfloat16",
+        gradient_checkpointing=running.checkpointing, deepspeed=deepspeed_config(running),
+        use_cpu=not torch.cuda.is_available(), report_to=list(running.report_to) or "none",
+        logging_steps=running.every, logging_first_step=True, save_strategy="steps", save_steps=running.save,
+        save_total_limit=running.keep, eval_strategy="steps" if recipe.data.examples else "no",
+        eval_steps=running.evaluate, remove_unused_columns=False, max_length=None, packing=False,
+        dataset_kwargs={"skip_prepare_dataset": True}, ddp_find_unused_parameters=False, disable_tqdm=None,
+        logging_nan_inf_filter=False,
+    )  # fmt: skip
+
+
+def build(recipe: SftRecipe, run: Path, start: Checkpoint, train: Source, held_out: Source) -> SftOnTrl:
+    """The trainer. The model is wrapped before the arguments exist: they switch transformers to ZeRO-3's partitioned loading."""
+    torch.manual_seed(recipe.seed)  # LoRA's start
+    model = trainable(SftModel.of(start.model), start.processor, recipe)
+    if recipe.run.deepspeed is None:
+        raise_precision(model)
+    args = training_arguments(recipe, run)
+    if recipe.run.deepspeed == "zero3":
+        prepare_zero3(model)
+    collator = Collator(start.processor, recipe.loss, train, held_out, recipe.run.deepspeed == "zero3")
+    return SftOnTrl(
+        start.processor, recipe.loss, model=model, args=args, data_collator=collator,
+        train_dataset=numbers(len(train), False),
+        eval_dataset=numbers(len(held_out), True) if recipe.data.examples else None,
+        callbacks=[JsonLog(run / "log.jsonl")],
+    )  # fmt: skip
+
+
+def train_sft(recipe: SftRecipe, run: Path) -> Path:
+    """Train or resume in folder `run` and export; returns the checkpoint's folder. Every process of a launch calls this."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        keep(recipe, run)
+        log.info("%s", dump(recipe))
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    start = load_checkpoint(recipe.checkpoint, device=device, dtype=recipe.run.dtype)
+    trainer = build(recipe, run, start, *catalogue_examples(recipe, start))
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(run))
+    state, out = trained_state(trainer.model), run / "checkpoint"
+    if trainer.is_world_process_zero():
+        export(recipe, state, out)
+    trainer.accelerator.wait_for_everyone()
+    return out
+
+
+def export(recipe: SftRecipe, state: dict[str, Tensor], out: Path) -> None:
+    """What was trained, merged into the starting checkpoint. Frozen weights are taken from there, bit by bit."""
+    folder = Path(recipe.checkpoint)
+    start = load_checkpoint(folder, device="cpu", dtype="float32")
+    table = start.model.get_input_embeddings().weight.detach().clone()
+    model = trainable(start.model, start.processor, recipe)
+    load_trained(model, state)
+    plain = merged(model)
+    with torch.no_grad():
+        rows = slot_rows(start.processor)
+        table[rows] = plain.get_input_embeddings().weight[rows]
+        plain.get_input_embeddings().weight.copy_(table)
+    manifest = replace(
+        start.manifest, trained_top_k=recipe.lists.top_k, think_margin=None
+    )  # calibrated on other weights
+    with safe_open(folder / "retrv" / "icm.safetensors", "pt") as file:
+        dtype = file.get_tensor(next(iter(file.keys()))).dtype
+    saved = save_checkpoint(out, plain, start.processor, manifest, dtype=dtype)
+    if saved.memory_digest != start.manifest.memory_digest:
+        raise CheckpointError(
+            explain("memory digest after sft", expected=start.manifest.memory_digest, got=saved.memory_digest,
+                    fix="Frozen weights moved; this is a bug, please report it.")
+        )  # fmt: skip
+    if manifest.embedder_dim:  # as it is: vectors on users' disks were made by it
+        shutil.copytree(folder / "retrv" / "embedder", out / "retrv" / "embedder", dirs_exist_ok=True)
+        saved = replace(saved, embedder_digest=start.manifest.embedder_digest)
+        (out / "retrv" / "manifest.json").write_text(json.dumps(asdict(saved), indent=2) + "\n", encoding="utf-8")
+    log.info("checkpoint %s in %s, memory %s", saved.checkpoint_digest, out, saved.memory_digest)
