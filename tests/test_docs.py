@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from collections.abc import Iterator
@@ -12,9 +13,11 @@ from typing import Any
 import pytest
 
 from retrv_r1_retriever import config as settings
+from retrv_r1_retriever import errors
 from retrv_r1_retriever.cli import app
 from retrv_r1_retriever.demo import catalogue
 from retrv_r1_retriever.model.checkpoint import Checkpoint, save_checkpoint
+from retrv_r1_retriever.types import Status
 from tests.serving.openai_stub import MODEL, openai_stub
 from tests.tiny import checkpoint
 
@@ -89,3 +92,49 @@ def test_configs_are_read(code: str, tmp_path: Path) -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
+
+
+def test_migrations_run(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The setup, then our side of each diff; the other side at least is Python."""
+    page = (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8")
+    [setup] = re.findall(r"^```python\n(.*?)^```", page, re.S | re.M)
+    diffs = re.findall(r"^```diff\n(.*?)^```", page, re.S | re.M)
+    assert len(diffs) == 6
+    ours = ["\n".join(line[1:] for line in diff.splitlines() if line[0] in " +") for diff in diffs]
+    for diff in diffs:
+        compile("\n".join(line[1:] for line in diff.splitlines() if line[0] in " -"), "theirs", "exec")
+    test_python_blocks_run("\n".join([setup, *ours]), checkpoint, tmp_path, monkeypatch)
+
+
+def _classes(base: type[Exception]) -> set[str]:
+    return {base.__name__}.union(*map(_classes, base.__subclasses__()))
+
+
+def _reasons() -> Iterator[str]:
+    """The longest fixed part of everything that may become a result's `reason`."""
+    for name in ("reranker", "driver", "ranking", "memory", "engines/local/batcher"):
+        for node in ast.walk(ast.parse((ROOT / "retrv_r1_retriever" / f"{name}.py").read_text(encoding="utf-8"))):
+            said = None
+            if isinstance(node, ast.Call) and node.args:
+                match ast.unparse(node.func):
+                    case "EngineError" | "RerankTimeout" | "reasons.append" | "self._give_up":
+                        said = node.args[0]
+                    case "fallback":
+                        said = node.args[-1]
+            elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "reason":
+                said = node.value
+            parts = [n.value for n in ast.walk(said) if isinstance(n, ast.Constant)] if said else []
+            yield (
+                max((part for part in parts if isinstance(part, str)), key=len, default="")
+                .strip(" :;.")
+                .partition(". ")[0]
+            )
+
+
+def test_the_error_index_is_complete() -> None:
+    page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+    assert [name for name in _classes(errors.RetrvR1Error) if f"`{name}`" not in page] == []
+    reasons = {reason for reason in _reasons() if reason}
+    assert len(reasons) > 15
+    assert [reason for reason in sorted(reasons) if reason not in page] == []
+    assert all(f"`{status}`" in page for status in Status if status is not Status.RERANKED)
