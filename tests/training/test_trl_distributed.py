@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,19 +17,16 @@ STEPS = ["optim.steps=3", "optim.batch_size=8", "data.examples=4", "run.evaluate
 
 
 def launch(material, run, processes, *sets):
-    """`accelerate launch`, as the docs say it; returns (losses, gradient norms, validation loss)."""
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--mixed_precision", "no",
-               "--num_processes", str(processes), "--main_process_port", str(port), "--dynamo_backend", "no",
-               "-m", "retrv_r1_training.cli", "sft", str(material / "recipe.yaml"), "--run", str(run),
+    """By torchrun: `accelerate launch` calls it for GPUs, and wants MPI on a CPU. Returns losses, gradient norms, validation losses."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
+               "--standalone", "-m", "retrv_r1_training.cli", "sft", str(material / "recipe.yaml"), "--folder", str(run),
                "--threads", "1"]  # fmt: skip
     command += [part for text in (*STEPS, *sets) for part in ("--set", text)]
     paths = [str(ROOT), str(ROOT / "training"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
+    assert f"{processes} process(es), {8 // processes} lists each" in done.stderr
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [[row[key] for row in rows if key in row] for key in ("loss", "grad_norm", "eval_loss")]
 

@@ -86,19 +86,25 @@ def raise_precision(model: nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def prepare_zero3(model: nn.Module) -> None:
-    """Let ZeRO-3 gather an embedding or head with its slot rows as one: PEFT reads the weight past the module's own forward."""
-    from deepspeed.utils import set_z3_leaf_modules
-    from deepspeed.zero import register_external_parameter
+def prepare_deepspeed(model: nn.Module) -> None:
+    """DeepSpeed cannot send a parameter without dimensions to the other processes; one of length 1 means the same."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.dim() == 0:
+                setattr(module, name, nn.Parameter(parameter.detach().reshape(1), parameter.requires_grad))
 
-    layers = [m for m in model.modules() if isinstance(m, TrainableTokensLayer)]
-    if not layers:
-        return
-    set_z3_leaf_modules(model, [TrainableTokensLayer])
-    for layer in layers:
-        if layer.tied_adapter is not None:
-            for delta in layer.trainable_tokens_delta.values():
-                register_external_parameter(layer, delta)
+
+def prepare_zero3(model: nn.Module) -> None:
+    """Let ZeRO-3 gather an embedding or head together with its slot rows: PEFT reads both past their own modules' forward.
+
+    Not as leaf modules: those reduce gradients once per call, and the head is called several times.
+    """
+    from deepspeed.runtime.zero import register_external_parameter
+
+    for layer in model.modules():
+        if isinstance(layer, TrainableTokensLayer):
+            for parameter in (layer.base_layer.weight, *layer.trainable_tokens_delta.values()):
+                register_external_parameter(layer, parameter)
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
@@ -121,7 +127,7 @@ def load_trained(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             f"trained state: expected {len(parameters)} tensors, got {len(state)}; first odd one: {odd[0]}"
         )
     for name, parameter in parameters.items():
-        parameter.copy_(state[name])
+        parameter.copy_(state[name].reshape(parameter.shape))
 
 
 def merged(model: PeftModel | RetrvR1ForConditionalGeneration) -> RetrvR1ForConditionalGeneration:

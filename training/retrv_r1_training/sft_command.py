@@ -19,7 +19,10 @@ def add_parser(commands: Commands) -> None:
         "sft", help="teach the thought and the direct answer (TRL; start it with `accelerate launch`)"
     )
     _recipe_arguments(sft)
-    sft.add_argument("--run", type=Path, required=True, help="folder of the run; the same command resumes it")
+    # the second name is for torchrun, which takes --run for an abbreviation of its own --run-path
+    sft.add_argument(
+        "--run", "--folder", type=Path, required=True, help="folder of the run; the same command resumes it"
+    )
     sft.set_defaults(main=_sft)
     size = commands.add_parser("estimate", help="GB per GPU and GPU-hours of a recipe, with the assumptions")
     _recipe_arguments(size)

@@ -30,6 +30,7 @@ from retrv_r1_retriever.model.processing import EncodedImage, Processor
 from retrv_r1_training.adapters import (
     load_trained,
     merged,
+    prepare_deepspeed,
     prepare_zero3,
     raise_precision,
     slot_rows,
@@ -215,6 +216,8 @@ def build(recipe: SftRecipe, run: Path, start: Checkpoint, train: Source, held_o
     model = trainable(SftModel.of(start.model), start.processor, recipe)
     if recipe.run.deepspeed is None:
         raise_precision(model)
+    else:
+        prepare_deepspeed(model)
     args = training_arguments(recipe, run)
     if recipe.run.deepspeed == "zero3":
         prepare_zero3(model)
@@ -235,6 +238,8 @@ def train_sft(recipe: SftRecipe, run: Path) -> Path:
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     start = load_checkpoint(recipe.checkpoint, device=device, dtype=recipe.run.dtype)
     trainer = build(recipe, run, start, *catalogue_examples(recipe, start))
+    world = trainer.accelerator.num_processes
+    log.info("%d process(es), %d lists each per step", world, recipe.optim.batch_size // world)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(run))
     state, out = trained_state(trainer.model), run / "checkpoint"
     if trainer.is_world_process_zero():
