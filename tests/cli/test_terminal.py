@@ -70,14 +70,14 @@ def test_another_package_adds_a_command(monkeypatch: pytest.MonkeyPatch, capsys:
             loaded.append(self.name)
             return add
 
-    entries = [Entry("serve", "x:add", app.GROUP), Entry("index", "x:add", app.GROUP)]
+    entries = [Entry("mcp", "x:add", app.GROUP), Entry("index", "x:add", app.GROUP)]
     monkeypatch.setattr(app, "entry_points", lambda group: entries)
     with pytest.raises(SystemExit, match="0"):
         app.main(["--help"])
-    assert "serve" in capsys.readouterr().out
+    assert "mcp" in capsys.readouterr().out
     assert loaded == [], "listing commands must not load what they bring along"
-    assert app.main(["serve", "--port", "7"]) == 7
-    assert loaded == ["serve"]
+    assert app.main(["mcp", "--port", "7"]) == 7
+    assert loaded == ["mcp"]
 
 
 def test_an_unexpected_error_is_one_message_and_1(

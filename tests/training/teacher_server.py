@@ -125,7 +125,7 @@ def teacher_server(behave: Behaviour | None = None, delay_s: float = 0.0) -> Ite
             elif act == "long":
                 self.reply(200, completion(solve(request)[:200], finish="length"))
             elif act == "slow":
-                time.sleep(1.0)
+                time.sleep(5.0)
                 self.reply(200, completion(solve(request)))
             else:
                 self.reply(200, completion(solve(request, act)))

@@ -131,7 +131,7 @@ TRANSIENT = {"500": "http_500", "503": "http_503", "cut": "cut_answer", "malform
 @pytest.mark.parametrize("act", TRANSIENT)
 def test_a_failed_request_is_tried_again(data, act):
     with teacher_server(lambda query, number: act if number == 0 and query == "red ring" else "good") as server:
-        assert main(arguments(data, *chat(server.url, "--yes", "--timeout", "0.7"))) == 0
+        assert main(arguments(data, *chat(server.url, "--yes", "--timeout", "3"))) == 0
         assert server.seen["red ring"] == 2
     assert summary(data)["retries_now"][TRANSIENT[act]] == 1
     assert not summary(data)["rejected"]
