@@ -7,7 +7,7 @@ from typing import Any
 from retrv_r1_retriever.errors import missing_extra
 from retrv_r1_retriever.types import RankedResults
 
-#: Part of a reason -> its label; the first that fits. Tested against reasons as the core really writes them.
+#: Part of a reason -> its label; the first that fits. A test holds them against what the core writes.
 REASONS = (
     ("timed out", "timeout"),
     ("the thought failed", "thought_failed"),

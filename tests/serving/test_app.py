@@ -389,6 +389,29 @@ async def test_metrics_count_decisions(make_app: MakeApp) -> None:
     assert "process_resident_memory_bytes" in text
 
 
+PASSED_OVER = Thought("red", (), answer=1)
+REASONS: list[tuple[str, ScriptedEngine, dict[str, Any]]] = [
+    ("timeout", ScriptedEngine(slots=FALLING.slots, delay_s=1.0), {"timeout_s": 0.2}),
+    ("thought_failed", ScriptedEngine([EngineError("gone")], slots=FALLING.slots), {"think": "always"}),
+    ("not_named", ScriptedEngine(PASSED_OVER, direct_read=False), {"think": "always"}),
+    ("engine", ScriptedEngine(failing={"open": RuntimeError("CUDA error")}), {}),
+    ("no_memory", FALLING, {"on_stale": "first_stage"}),
+]
+
+
+@pytest.mark.parametrize(("label", "engine", "options"), REASONS, ids=[label for label, *_ in REASONS])
+async def test_reasons_as_the_core_writes_them_have_a_label(
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, label: str, engine: ScriptedEngine, options: dict[str, Any]
+) -> None:
+    app = make_app(engine)
+    if label == "no_memory":
+        monkeypatch.setattr(app_service(app).whole.retriever.reranker.compressor, "memory_digest", "another")
+    async with client(app) as http:
+        answer = (await http.post("/v1/search", json={"query": "q", "options": options})).json()
+        assert f'reason="{label}",route="search",status="{answer["status"]}"' in (await http.get("/metrics")).text
+    assert answer["status"] != "reranked"
+
+
 async def test_one_line_per_call_with_its_id_and_without_content(
     make_app: MakeApp, caplog: pytest.LogCaptureFixture
 ) -> None:
