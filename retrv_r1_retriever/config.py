@@ -9,7 +9,8 @@
     checkpoint = "miniature"   # the one in the wheel, a folder, or a hub id
 
     [engine]                   # what judges the candidates
-    kind = "local"             # "local": the checkpoint of [model]. "chat": base_url = "...", model = "...", docs/hosted-vlm.md
+    kind = "local"             # "local": the checkpoint of [model], here. With base_url = "..." and model = "...":
+                               # "vllm": on a vLLM server, docs/serving.md; "chat": any vision model, docs/hosted-vlm.md
 
     [images]
     root = "."                 # the only folder pictures are read from; relative to this file
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from retrv_r1_retriever.edge import EdgeStore
     from retrv_r1_retriever.engines.chat import ChatEngine
     from retrv_r1_retriever.engines.local import LocalEngine
+    from retrv_r1_retriever.engines.vllm import VllmEngine
     from retrv_r1_retriever.images import ImageSource
     from retrv_r1_retriever.model.embedding import BackboneEmbedder
     from retrv_r1_retriever.points import CollectionSpec
@@ -236,14 +238,25 @@ def _downloaded(hub_id: str, local: Path) -> str:
     ) from cause
 
 
-def open_reader(config: Config) -> LocalEngine | ChatEngine:
+def open_reader(config: Config) -> LocalEngine | ChatEngine | VllmEngine:
     """What judges candidates, as [engine] says."""
-    return open_chat(config) if config.engine.kind == "chat" else open_engine(config)
+    match config.engine.kind:
+        case "chat":
+            return open_chat(config)
+        case "vllm":
+            return open_vllm(config)
+        case "local":
+            return open_engine(config)
 
 
 def open_chat(config: Config) -> ChatEngine:
     """Connects to nothing yet."""
     return config.engine.chat(_api_key(config.engine.api_key_env))
+
+
+def open_vllm(config: Config, *, check: bool = True) -> VllmEngine:
+    """Asks the server with a tiny request, unless told not to."""
+    return config.engine.vllm(checkpoint_path(config), _api_key(config.engine.api_key_env), check=check)
 
 
 def open_engine(config: Config) -> LocalEngine:

@@ -186,7 +186,7 @@ def _store(config: Config, manifest: Manifest | None) -> Iterator[Finding]:
         for candidate in sample:
             document = candidate.document
             yield Finding("ok", "payload", f"{document.id}: {describe(document.content)}")
-        if manifest is not None and config.engine.kind == "local":
+        if manifest is not None and config.engine.kind != "chat":
             yield _memory([c.document.id for c in sample], store, manifest)
     except RetrvR1Error as error:
         yield Finding("fail", "store", str(error))

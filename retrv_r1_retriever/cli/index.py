@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> int:
     total, rows = _rows(args.source, config)
     rows = _not_empty(rows, args.source)
     progress = Progress()
-    engine = settings.open_engine(config) if config.engine.kind == "local" else None  # a chat model reads no memory
+    engine = settings.open_engine(config) if config.engine.kind != "chat" else None  # a chat model reads no memory
     embedder = settings.open_embedder(config)
     store = settings.open_store(config, settings.collection_spec(engine, embedder))
 

@@ -145,7 +145,7 @@ def load_checkpoint(path: str | Path, *, device: str | None = None, dtype: str |
     folder = Path(path)
     manifest = read_manifest(folder)
     device, torch_dtype = _placement(device, dtype)
-    with _whole(folder):
+    with whole(folder):
         backbone = _load_backbone(folder, torch_dtype, device)
         model = from_backbone(backbone, IcmConfig(**manifest.icm), load_file(folder / "retrv" / "icm.safetensors"))
         return Checkpoint(model, load_processor(folder, manifest), manifest)
@@ -162,14 +162,14 @@ def load_embedder_checkpoint(path: str | Path, *, device: str | None = None, dty
             )
         )
     device, torch_dtype = _placement(device, dtype)
-    with _whole(folder):
+    with whole(folder):
         backbone = _load_backbone(folder / "retrv" / "embedder", torch_dtype, device)
         model = from_backbone(backbone, IcmConfig(**manifest.icm))
         return Checkpoint(model, load_processor(folder, manifest), manifest)
 
 
 @contextmanager
-def _whole(folder: Path) -> Iterator[None]:
+def whole(folder: Path) -> Iterator[None]:
     """Missing and broken files raise many types; all of them mean the same to a caller."""
     try:
         yield
@@ -197,7 +197,7 @@ def read_manifest(folder: Path) -> Manifest:
                     fix="Train or export one (docs/training.md), or use a plain VLM through the chat engine.")
         )  # fmt: skip
     known = {f.name for f in fields(Manifest)}
-    with _whole(folder):
+    with whole(folder):
         data: Any = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(data, dict):
             raise TypeError(f"manifest.json holds a {type(data).__name__}, no object")

@@ -58,7 +58,7 @@ class Service:
 def open_service(config: Config) -> Service:
     """Loads the model and opens the collection. Raises what these raise."""
     if not config.serve.search:
-        engine = settings.open_engine(config)
+        engine = settings.open_reader(config)
         return Service(RetrvR1Reranker(engine, images=settings.open_images(config)), config.rerank)
     if config.serve.tenants and config.store.tenant is not None:
         fix = "Leave it out, or serve that tenant alone."

@@ -15,8 +15,9 @@ from retrv_r1_retriever.engines.base import CompressedContent, SlotRead
 from retrv_r1_retriever.engines.local.batcher import Batcher, Handle, Job
 from retrv_r1_retriever.errors import InputError, explain
 from retrv_r1_retriever.model.checkpoint import Checkpoint, load_checkpoint
+from retrv_r1_retriever.model.compress import BATCH, compress
 from retrv_r1_retriever.model.embedding import encode_pictures
-from retrv_r1_retriever.model.processing import Chunk, EncodedImage, collate
+from retrv_r1_retriever.model.processing import Chunk, EncodedImage
 from retrv_r1_retriever.prompt import Prompt
 from retrv_r1_retriever.session import GenerateParams, Generation
 from retrv_r1_retriever.trace import Segment
@@ -90,22 +91,9 @@ class LocalEngine:
         """Pictures passed through the tower at query time so far."""
         return self._batcher.encoded_pictures
 
-    def compress(self, contents: Sequence[Content], batch_size: int = 64) -> list[CompressedContent]:
+    def compress(self, contents: Sequence[Content], batch_size: int = BATCH) -> list[CompressedContent]:
         """Candidate memory, exactly `pool(in_proj(T_c) + P)`; pictures must be decoded."""
-        out: list[CompressedContent] = []
-        for start in range(0, len(contents), batch_size):
-            part = contents[start : start + batch_size]
-            with torch.inference_mode():
-                chunks = [self._processor.content_chunk(c) for c in part]
-                embeds = self._embed(chunks)
-                rows = self._model.model.icm.memories([e[: len(c)] for c, e in zip(chunks, embeds, strict=True)])
-            out += [
-                CompressedContent(
-                    r.to(torch.float16).cpu().numpy(), self._processor.full_tokens(c), self._processor.cut_tokens(c)
-                )
-                for c, r in zip(part, rows, strict=True)
-            ]
-        return out
+        return compress(self._model.model, self._processor, contents, device=self._model.device, batch_size=batch_size)
 
     def encode_picture(self, picture: Image) -> EncodedImage:
         """A decoded picture after the tower; stands for the picture in any `Content` this engine reads."""
@@ -143,12 +131,6 @@ class LocalEngine:
 
     async def close(self, handle: Handle) -> None:
         self._batcher.close(handle)
-
-    def _embed(self, chunks: Sequence[Chunk]) -> Tensor:
-        batch = collate(chunks, self._processor, self._model.device)
-        features = encode_pictures(self._model.model, self._processor, batch.pictures)
-        embeds: Tensor = self._model.model.embed(batch.input_ids, features, batch.image_mask, None)
-        return embeds
 
     def _token_ids(self, tokens: Sequence[str]) -> Tensor:
         return torch.tensor([self._processor.token_id(t) for t in tokens], device=self._model.device)
