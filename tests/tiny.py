@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from retrv_r1_training.backbone import BackboneSize, build_model, build_processor, build_tokenizer
 
-from retrv_r1_retriever.model.checkpoint import Checkpoint, Manifest
+from retrv_r1_retriever.model.checkpoint import Checkpoint, Manifest, save_checkpoint
 from retrv_r1_retriever.model.configuration import IcmConfig
 from retrv_r1_retriever.prompt import build_prompt
 from retrv_r1_retriever.types import Candidate, Content, Document, Memory, Query
@@ -30,6 +31,14 @@ def checkpoint() -> Checkpoint:
         model.model.init_icm()
     manifest = Manifest("tiny-random", memory_digest="m", checkpoint_digest="c")
     return Checkpoint(model, build_processor(tokenizer, size), manifest)
+
+
+@pytest.fixture(scope="session")
+def folder(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, as files."""
+    path = tmp_path_factory.mktemp("checkpoint")
+    save_checkpoint(path, checkpoint.model, checkpoint.processor, checkpoint.manifest, dtype=torch.float32)
+    return path
 
 
 def picture(seed: int, width: int = 64, height: int = 64) -> Image.Image:

@@ -1,3 +1,3 @@
-from tests.tiny import checkpoint
+from tests.tiny import checkpoint, folder
 
-__all__ = ["checkpoint"]
+__all__ = ["checkpoint", "folder"]

@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from retrv_r1_retriever.engines.local import LocalEngine
+from retrv_r1_retriever.engines.vllm.server import as_json
 from retrv_r1_retriever.errors import CheckpointError
-from retrv_r1_retriever.model.checkpoint import load_checkpoint, save_checkpoint
+from retrv_r1_retriever.model.checkpoint import load_checkpoint
 from retrv_r1_retriever.model.embedding import encode_pictures
 from retrv_r1_retriever.model.processing import Chunk, collate
-from retrv_r1_retriever.model.wire import PicturePart, RowsPart, TextPart, Wire, text_tail
+from retrv_r1_retriever.model.wire import RowsPart, TextPart, Wire, text_tail
 from retrv_r1_retriever.trace import Forced, Full
 from retrv_r1_retriever.types import Content, Query
+from tests.vllm.stub import received
 from tests.tiny import contents, make_prompt, picture
 
 QUERIES = [Query.of("which card", instruction="find it"), Query.of(image=picture(99)), Query.of("red two", picture(98))]
-
-
-@pytest.fixture(scope="module")
-def folder(checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("checkpoint")
-    save_checkpoint(path, checkpoint.model, checkpoint.processor, checkpoint.manifest, dtype=torch.float32)
-    return path
 
 
 @pytest.fixture
@@ -43,27 +35,6 @@ def local(folder: Path) -> LocalEngine:
     return LocalEngine(load_checkpoint(folder, device="cpu"))
 
 
-def received(wire: Wire, parts) -> tuple[list[int], dict[int, torch.Tensor], list[Image.Image]]:
-    """As a server reads parts: ids (-1 where a row is), rows by place, pictures. Text is tokenised as one with what follows."""
-    ids: list[int] = []
-    rows: dict[int, torch.Tensor] = {}
-    pictures, text = [], ""
-    for part in (*parts, None):
-        if isinstance(part, TextPart):
-            text += part.text
-            continue
-        ids += wire.processor.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-        text = ""
-        if isinstance(part, RowsPart):
-            tensor = torch.load(io.BytesIO(base64.b64decode(part.data)), weights_only=True)
-            rows |= {len(ids) + i: row for i, row in enumerate(tensor)}
-            ids += [-1] * part.count
-        elif isinstance(part, PicturePart):
-            pictures.append(Image.open(io.BytesIO(base64.b64decode(part.png))))
-            ids += [wire.processor.token_id("<|image_pad|>")] * part.count
-    return ids, rows, pictures
-
-
 @pytest.mark.parametrize("query", QUERIES, ids=["text", "image", "both"])
 def test_a_server_receives_what_the_whole_model_reads(wire: Wire, local: LocalEngine, query: Query) -> None:
     prompt = make_prompt(local, query, 5)
@@ -72,7 +43,7 @@ def test_a_server_receives_what_the_whole_model_reads(wire: Wire, local: LocalEn
     second = wire.processor.chunk(opened, prompt, first.next_position)
     parts = wire.parts(first)
     parts += wire.parts(second, text_tail(parts))
-    ids, rows, pictures = received(wire, parts)
+    ids, rows, pictures = received([as_json(part) for part in parts], wire.processor)
 
     whole = Chunk.join([first, second])
     batch = collate([whole], wire.processor)

@@ -64,7 +64,7 @@ class VllmServer:
 
     async def complete(self, parts: Sequence[Part], sampling: Sampling) -> Completion:
         """Raises `ServerError` for a refusal, `EngineError` for an answer that cannot be used."""
-        message = {"role": "user", "content": [_as_json(part) for part in parts]}
+        message = {"role": "user", "content": [as_json(part) for part in parts]}
         body = {"model": self.model, "messages": [message], **_parameters(sampling)}
         try:
             # Idempotent: the server keeps nothing of a completion but a cache.
@@ -126,7 +126,8 @@ _FLAGS = (
 )  # fmt: skip
 
 
-def _as_json(part: Part) -> dict[str, Any]:
+def as_json(part: Part) -> dict[str, Any]:
+    """A part of a message as vLLM reads it."""
     if isinstance(part, TextPart):
         return {"type": "text", "text": part.text}
     if isinstance(part, RowsPart):
