@@ -251,12 +251,12 @@ def open_reader(config: Config) -> LocalEngine | ChatEngine | VllmEngine:
 
 def open_chat(config: Config) -> ChatEngine:
     """Connects to nothing yet."""
-    return config.engine.chat(_api_key(config.engine.api_key_env))
+    return config.engine.chat(api_key(config.engine.api_key_env))
 
 
 def open_vllm(config: Config, *, check: bool = True) -> VllmEngine:
     """Asks the server with a tiny request, unless told not to."""
-    return config.engine.vllm(checkpoint_path(config), _api_key(config.engine.api_key_env), check=check)
+    return config.engine.vllm(checkpoint_path(config), api_key(config.engine.api_key_env), check=check)
 
 
 def open_engine(config: Config) -> LocalEngine:
@@ -336,7 +336,7 @@ def _open_qdrant(store: StoreConfig, spec: CollectionSpec | None) -> QdrantStore
     return QdrantStore(
         store.collection,
         url=store.url,
-        api_key=_api_key(store.api_key_env),
+        api_key=api_key(store.api_key_env),
         spec=None if foreign else spec,
         schema=PayloadSchema(store.text, store.image, store.id, vector) if foreign else None,
         tenant=store.tenant,
@@ -374,7 +374,8 @@ def open_retriever(config: Config) -> RetrvR1Retriever:
         raise
 
 
-def _api_key(variable: str | None) -> str | None:
+def api_key(variable: str | None) -> str | None:
+    """The secret that an environment variable of this name holds. Raises `OptionsError` if there is none."""
     if variable is None:
         return None
     key = os.environ.get(variable)

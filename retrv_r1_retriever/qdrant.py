@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import threading
 import weakref
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -296,10 +298,34 @@ def look_into(
     collection: str, url: str, api_key: str | None, limit: int
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Some payloads of a collection of unknown layout, and its dense vectors by name, with sizes. Raises `StoreError`."""
+    with _reading(collection, url, api_key) as client:
+        vectors = _vectors(client, collection)
+        records, _ = client.scroll(collection, limit=limit, with_payload=True, with_vectors=False)
+    dense = {name: int(params.size) for name, params in vectors.items() if params.multivector_config is None}
+    return [record.payload or {} for record in records], dense
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """version: of the server; vectors: of a collection, by name, e.g. "256 Cosine" """
+
+    version: str
+    vectors: dict[str, str]
+
+
+def look_at(collection: str, url: str, api_key: str | None) -> Seen:
+    """What a server and a collection on it are. Raises `StoreError`."""
+    with _reading(collection, url, api_key) as client:
+        vectors = _vectors(client, collection)
+        return Seen(client.info().version, {name: _kind(params) for name, params in vectors.items()})
+
+
+@contextmanager
+def _reading(collection: str, url: str, api_key: str | None) -> Iterator[QdrantClient]:
+    """A client for a look around, its errors as ours."""
     client = connect(_import_qdrant(), url, api_key, None)
     try:
-        vectors = client.get_collection(collection).config.params.vectors or {}
-        records, _ = client.scroll(collection, limit=limit, with_payload=True, with_vectors=False)
+        yield client
     except Exception as error:
         raise StoreError(
             explain(f"collection {collection!r}", expected=f"one at {url}", got=f"{type(error).__name__}: {error}",
@@ -307,6 +333,14 @@ def look_into(
         ) from error  # fmt: skip
     finally:
         client.close()
-    named = vectors if isinstance(vectors, dict) else {"": vectors}
-    dense = {name: int(params.size) for name, params in named.items() if params.multivector_config is None}
-    return [record.payload or {} for record in records], dense
+
+
+def _vectors(client: QdrantClient, collection: str) -> dict[str, Any]:
+    """Parameters by name; "" is the vector without one."""
+    vectors: Any = client.get_collection(collection).config.params.vectors or {}
+    return vectors if isinstance(vectors, dict) else {"": vectors}
+
+
+def _kind(params: Any) -> str:
+    many = "" if params.multivector_config is None else " multivector"
+    return f"{params.size} {getattr(params.distance, 'value', params.distance)}{many}"

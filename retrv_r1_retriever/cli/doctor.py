@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from retrv_r1_retriever import config as settings
 from retrv_r1_retriever._sync import run
 from retrv_r1_retriever.cli.draft import write_config
+from retrv_r1_retriever.cli.findings import Finding, guarded
+from retrv_r1_retriever.cli.probes import collection, model_server
 from retrv_r1_retriever.cli.search import load_config
 from retrv_r1_retriever.cli.show import describe
 from retrv_r1_retriever.cli.terminal import one_line, print_json, print_wrapped, printable, terminal_width
@@ -23,7 +24,6 @@ from retrv_r1_retriever.images import content_hash
 if TYPE_CHECKING:
     from retrv_r1_retriever.model.checkpoint import Manifest
 
-Level = Literal["ok", "warn", "fail"]
 LIBRARIES = {
     "numpy": None,
     "pillow": None,
@@ -38,16 +38,6 @@ SAMPLE = 5
 BUILD = "Run `retrv-r1 memory build` and `memory switch`, or index again; until then it is recomputed per query."
 #: Licences that do not allow commercial use, by a part of their name.
 RESTRICTED = ("research", "non-commercial", "noncommercial", "cc-by-nc")
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing looked at. fix: what to change; empty if there is nothing, or the detail says it"""
-
-    level: Level
-    name: str
-    detail: str
-    fix: str = ""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -82,18 +72,18 @@ def _print(finding: Finding) -> None:
 def _findings(args: argparse.Namespace) -> Iterator[Finding]:
     yield Finding("ok", "python", sys.version.split()[0])
     yield from _libraries()
-    config, finding = _guarded("config", lambda: load_config(args))
+    config, finding = guarded("config", lambda: load_config(args))
     if finding or config is None:
         yield finding or Finding("fail", "config", "unreadable")
         return
     where = args.config if Path(args.config).exists() else f"none at {args.config}: defaults"
     yield Finding("ok", "config", f"{where}; top_k {config.rerank.top_k}, think {config.rerank.think}")
-    manifest, finding = _guarded("checkpoint", lambda: _manifest(config))
+    manifest, finding = guarded("checkpoint", lambda: _manifest(config))
     if manifest is None:
         yield finding or Finding("fail", "checkpoint", "unreadable")
     else:
         yield from _checkpoint(config, manifest)
-    yield from _chat(config)
+    yield from model_server(config)
     yield from _images(config)
     yield from _store(config, manifest)
 
@@ -104,14 +94,6 @@ def _libraries() -> Iterator[Finding]:
             yield Finding("ok", name, version(name))
         except PackageNotFoundError:
             yield Finding("warn", name, "not installed", f"If needed: pip install 'retrv-r1-retriever[{extra}]'")
-
-
-def _guarded(name: str, look: Callable[[], Any]) -> tuple[Any, Finding | None]:
-    """What `look` finds, or a finding in place of an error: one broken part must not hide the others."""
-    try:
-        return look(), None
-    except (RetrvR1Error, ImportError, OSError) as error:
-        return None, Finding("fail", name, str(error))
 
 
 def _manifest(config: Config) -> Manifest:
@@ -142,20 +124,6 @@ def _checkpoint(config: Config, manifest: Manifest) -> Iterator[Finding]:
         yield Finding("ok", "think", "auto without a calibrated margin: it always thinks")
 
 
-def _chat(config: Config) -> Iterator[Finding]:
-    """Whether the model server answers, and knows the model."""
-    if config.engine.kind != "chat":
-        return
-    names, finding = _guarded("engine", lambda: run(settings.open_chat(config).models()))
-    where = f"{config.engine.model} at {config.engine.base_url}"
-    if finding is not None:
-        yield finding
-    elif names and config.engine.model not in names:
-        yield Finding("fail", "engine", f"no {where}, but {', '.join(names[:5])}", "Fix model in [engine].")
-    else:
-        yield Finding("ok", "engine", where)
-
-
 def _images(config: Config) -> Iterator[Finding]:
     root = config.path(config.images.root)
     if root.is_dir():
@@ -165,7 +133,7 @@ def _images(config: Config) -> Iterator[Finding]:
 
 
 def _store(config: Config, manifest: Manifest | None) -> Iterator[Finding]:
-    store, finding = _guarded("store", lambda: settings.open_store(config))
+    store, finding = guarded("store", lambda: settings.open_store(config))
     if store is None:
         yield finding or Finding("fail", "store", "cannot be opened")
         return
@@ -180,6 +148,8 @@ def _store(config: Config, manifest: Manifest | None) -> Iterator[Finding]:
             yield Finding("fail", "store", "opened, but empty", "Run: retrv-r1 index SOURCE")
             return
         yield Finding("ok", "store", f"{count:,} documents")
+        if config.store.kind == "qdrant":
+            yield from collection(config, store, manifest)
         sample = run(store.sample(SAMPLE))
         if not sample:
             yield Finding("fail", "payload", "no document could be read", "Check text and image in [store].")

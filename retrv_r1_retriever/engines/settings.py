@@ -30,7 +30,9 @@ class EngineConfig:
     def __post_init__(self) -> None:
         given = [name for name in ("base_url", "model") if getattr(self, name) is not None]
         if self.kind != "local" and len(given) < 2:
-            raise OptionsError(explain(f"kind = {self.kind!r}", expected="base_url and model", got=given, fix="Name both."))
+            raise OptionsError(
+                explain(f"kind = {self.kind!r}", expected="base_url and model", got=given, fix="Name both.")
+            )
         idle = [name for name in ("base_url", "model", "api_key_env", "max_images") if getattr(self, name) is not None]
         if self.kind == "local" and idle:
             fix = "Set kind = 'chat' or 'vllm', or leave them out; a checkpoint is named in [model]."

@@ -10,8 +10,8 @@ from __future__ import annotations
 import base64
 import io
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 
@@ -219,8 +219,7 @@ def _config(folder: Path, icm: IcmConfig) -> RetrvR1Config:
     plain = Qwen2_5_VLConfig.from_pretrained(folder).to_dict()
     plain.pop("model_type", None)
     plain["text_config"] |= {"num_hidden_layers": 0, "layer_types": []}
-    return RetrvR1Config(**plain, icm={"width": icm.width, "heads": icm.heads, "memory_rows": icm.memory_rows,
-                                       "residual": icm.residual})  # fmt: skip
+    return RetrvR1Config(**plain, icm=asdict(icm))
 
 
 def _tensors(folder: Path, part: str) -> Iterator[tuple[str, Tensor]]:

@@ -13,6 +13,8 @@ from typing import Any
 from pydantic_core import to_jsonable_python
 from qdrant_client import QdrantClient, models
 
+ABOUT = {"title": "a stub of Qdrant", "version": "1.16.0"}  # what a server says of itself at its root
+
 
 @dataclass
 class Stub:
@@ -37,12 +39,12 @@ def rest_stub() -> Iterator[Stub]:
             try:
                 with lock:
                     result = answer(client, self.command, route, body)
-                status, reply = 200, {"result": to_jsonable_python(result), "status": "ok", "time": 0.0}
+                status, reply = 200, {"result": to_jsonable_python(result), "status": "ok", "time": 0.0, **ABOUT}
             except ValueError as error:
                 status, reply = 404, {"status": {"error": str(error)}, "time": 0.0}
             data = json.dumps(reply, separators=(",", ":")).encode()
             stub.sent.setdefault("/".join(route[2:] or route), []).append(len(data))
-            if self.command in ("PUT", "DELETE") or (route[-1] in ("delete", "aliases") and body):
+            if self.command in ("PUT", "DELETE") or (route[-1:] and route[-1] in ("delete", "aliases") and body):
                 stub.log.append((self.command, "/".join(route)))
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
@@ -65,6 +67,8 @@ def rest_stub() -> Iterator[Stub]:
 
 
 def answer(client: QdrantClient, method: str, route: list[str], body: Any) -> Any:
+    if not route:
+        return {}
     if route == ["aliases"]:
         return client.get_aliases()
     if route == ["collections"]:

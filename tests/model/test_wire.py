@@ -19,8 +19,8 @@ from retrv_r1_retriever.model.processing import Chunk, collate
 from retrv_r1_retriever.model.wire import RowsPart, TextPart, Wire, text_tail
 from retrv_r1_retriever.trace import Forced, Full
 from retrv_r1_retriever.types import Content, Query
-from tests.vllm.stub import received
 from tests.tiny import contents, make_prompt, picture
+from tests.vllm.stub import received
 
 QUERIES = [Query.of("which card", instruction="find it"), Query.of(image=picture(99)), Query.of("red two", picture(98))]
 

@@ -88,7 +88,9 @@ class Vllm:
 
 def refusal(status: int, message: str, **headers: str) -> Reply:
     named = {name.replace("_", "-"): value for name, value in headers.items()}
-    return Reply({"error": {"message": message, "type": "BadRequestError", "code": status}}, status=status, headers=named)
+    return Reply(
+        {"error": {"message": message, "type": "BadRequestError", "code": status}}, status=status, headers=named
+    )
 
 
 @contextmanager

@@ -219,7 +219,10 @@ def test_other_weights_are_noticed(vllm: Vllm, folder: Path) -> None:
         return None
 
     vllm.override = differs
-    with vllm_stub(vllm) as stub, pytest.raises(EngineError, match="the server's weights: expected those of our checkpoint"):
+    with (
+        vllm_stub(vllm) as stub,
+        pytest.raises(EngineError, match="the server's weights: expected those of our checkpoint"),
+    ):
         engine(folder, stub.url, check=True)
 
 

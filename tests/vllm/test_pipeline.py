@@ -99,12 +99,14 @@ async def test_retriever_service_and_adapter_agree_with_the_local_engine(shop: P
         assert [d.id for d in documents] == order(direct)[:5]
     finally:
         await retriever.aclose()
-    with serving(shop) as served, httpx.Client(base_url=served.url, timeout=200) as client:
-        for query, want in zip(queries(), wanted, strict=True):
-            answer = client.post("/v1/search", json={"query": as_json(query), "return_trace": True}).json()
-            assert [r["id"] for r in answer["results"]] == order(want)
-            assert answer["status"] == want.status.value
-            assert answer["trace"]["versions"]["engine"] == "vllm"
+    with serving(shop) as served:
+        async with httpx.AsyncClient(base_url=served.url, timeout=200) as client:
+            for query, want in zip(queries(), wanted, strict=True):
+                body = {"query": as_json(query), "return_trace": True}
+                answer = (await client.post("/v1/search", json=body)).json()
+                assert [r["id"] for r in answer["results"]] == order(want)
+                assert answer["status"] == want.status.value
+                assert answer["trace"]["versions"]["engine"] == "vllm"
 
 
 def as_json(query: Query) -> dict[str, object]:

@@ -22,7 +22,7 @@ from retrv_r1_retriever.engines.chat import messages as say
 from retrv_r1_retriever.engines.chat.judge import ChatHandle, ListJudge
 from retrv_r1_retriever.engines.chat.messages import Asked, Display, Message, Shown
 from retrv_r1_retriever.engines.chat.replies import Grade, Reading, check_schema, parse_check
-from retrv_r1_retriever.engines.chat.server import ChatServer, ClientTransport, HttpTransport, TooLarge
+from retrv_r1_retriever.engines.chat.server import ChatServer, ClientTransport, HttpTransport, Known, TooLarge
 from retrv_r1_retriever.engines.scripted import log_softmax
 from retrv_r1_retriever.errors import ImageError, OptionsError, explain
 from retrv_r1_retriever.http import HttpLimits, JsonHttp
@@ -93,6 +93,11 @@ class ChatEngine:
         other = copy.copy(self)
         other._images = images
         return other
+
+    @property
+    def known(self) -> Known:
+        """What calls so far have taught of the server."""
+        return self._server.known
 
     async def models(self) -> list[str]:
         """Names of the models the server lists. Raises `ServerError`."""

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from retrv_r1_retriever._sync import run
 from retrv_r1_retriever.engines.base import CompressedContent, SlotRead
 from retrv_r1_retriever.engines.scripted import log_softmax
-from retrv_r1_retriever.engines.vllm.check import check
+from retrv_r1_retriever.engines.vllm.check import cached_share, check
 from retrv_r1_retriever.engines.vllm.server import Completion, Sampling, Traffic, VllmServer
 from retrv_r1_retriever.errors import EngineError, InputError, explain
 from retrv_r1_retriever.http import HttpLimits, JsonHttp
@@ -87,6 +87,10 @@ class VllmEngine:
         if found.max_context is not None:
             self.max_context = min(self.wire.max_context, found.max_context)
 
+    async def cached_share(self) -> float | None:
+        """Share of a prompt, sent twice, that the server had kept; None where it does not say."""
+        return await cached_share(self._server, self.wire)
+
     @property
     def traffic(self) -> Traffic:
         return self._server.traffic
@@ -123,7 +127,12 @@ class VllmEngine:
             handle,
             handle.parts,
             Sampling(
-                params.max_new_tokens, tuple(stop), allowed, allowed or (self._keep_id,), params.temperature, params.seed
+                params.max_new_tokens,
+                tuple(stop),
+                allowed,
+                allowed or (self._keep_id,),
+                params.temperature,
+                params.seed,
             ),
         )
         generation = self._generation(handle, done, allowed, stop)

@@ -74,7 +74,9 @@ class VllmServer:
         done, sent = _completion(answer, sampling), sum(part.count for part in parts)
         if done.prompt_tokens != sent:
             fix = f"Serve the very checkpoint that is read here, with --chat-template {shlex.quote(TEMPLATE)}"
-            raise EngineError(explain("the server's prompt", expected=f"{sent} tokens", got=done.prompt_tokens, fix=fix))
+            raise EngineError(
+                explain("the server's prompt", expected=f"{sent} tokens", got=done.prompt_tokens, fix=fix)
+            )
         self.traffic.requests += 1
         self.traffic.prompt_tokens += sent
         self.traffic.cached_tokens += done.cached_tokens or 0
@@ -164,10 +166,16 @@ def _completion(answer: Any, sampling: Sampling) -> Completion:
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         fix = "Is this a vLLM server of version 0.26 or newer?"
         got = f"{type(error).__name__}: {error} in {str(answer)[:300]}"
-        raise EngineError(explain("chat/completions", expected="token ids with log-probabilities", got=got, fix=fix)) from error
+        raise EngineError(
+            explain("chat/completions", expected="token ids with log-probabilities", got=got, fix=fix)
+        ) from error
     if not (0 < len(ids) == len(logprobs) <= sampling.tokens):
         got = f"{len(ids)} ids and {len(logprobs)} log-probabilities"
-        raise EngineError(explain("chat/completions", expected=f"1 to {sampling.tokens} tokens", got=got, fix="Look at the server's log."))
+        raise EngineError(
+            explain(
+                "chat/completions", expected=f"1 to {sampling.tokens} tokens", got=got, fix="Look at the server's log."
+            )
+        )
     if any(not set(sampling.read) <= set(one) for one in read):
         raise EngineError(
             explain("chat/completions", expected=f"log-probabilities of {len(sampling.read)} tokens", got="not all of them",
