@@ -77,14 +77,19 @@ def _judging(engine: ChatEngine) -> Finding:
     results = RetrvR1Reranker(engine, options=RerankOptions(think="never")).rerank("a red square", documents)
     run(engine.aclose())
     if results.status is Status.FALLBACK:
-        return Finding("fail", "judging", results.reason or "no judgement", "Take a model that follows instructions.")
+        return Finding("fail", "judging", results.reason or "no judgement")
     known = engine.known
     able = {"pictures": known.pictures, "log-probabilities": "logprobs" not in known.dropped}
     can, cannot = ([name for name, has in able.items() if has is wanted] for wanted in (True, False))
-    detail = f"{', '.join([known.format.replace('_', ' '), *can])}" + (f"; no {', no '.join(cannot)}" if cannot else "")
-    if results.status is Status.PARTIAL or not known.pictures:
-        return Finding("warn", "judging", f"{detail}; {results.reason or 'texts only'}", "See docs/hosted-vlm.md.")
-    return Finding("ok", "judging", detail)
+    detail = f"replies as {', '.join([known.format.replace('_', ' '), *can])}" + (
+        f"; no {', no '.join(cannot)}" if cannot else ""
+    )
+    if results.reason:
+        detail += f"; {results.reason}"
+    if known.pictures and results.status is Status.RERANKED:
+        return Finding("ok", "judging", detail)
+    fix = "See docs/hosted-vlm.md." if known.pictures else "Take a vision-language model if documents have pictures."
+    return Finding("warn", "judging", detail, fix)
 
 
 def collection(config: Config, store: QdrantStore, manifest: Manifest | None) -> Iterator[Finding]:

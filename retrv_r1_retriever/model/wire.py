@@ -79,6 +79,7 @@ class Wire:
         self.processor, self.manifest = processor, manifest
         self._model, self._folder = model, folder
         self._loading = threading.Lock()
+        self._words: dict[int, str | None] = {}
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Wire:
@@ -128,10 +129,10 @@ class Wire:
         parts: list[Part] = []
         for kind, start, end in _spans(chunk, self.processor.token_id(CONTENT_PAD)):
             ids = tuple(chunk.ids[start:end].tolist())
-            text = self._as_text(ids, (*before, *text_tail(parts)) if start == 0 else text_tail(parts))
+            text = self._as_text(ids, before if start == 0 else text_tail(parts)) if kind == "text" else None
             if kind == "picture":
                 parts.append(PicturePart(_png(next(pictures)), end - start))
-            elif kind == "text" and text is not None:
+            elif text is not None:
                 parts.append(TextPart(text, ids))
             else:
                 parts.append(RowsPart(_saved(rows[start:end], self._sent_as), end - start))
@@ -159,6 +160,13 @@ class Wire:
 
     def _as_text(self, ids: tuple[int, ...], before: Sequence[int]) -> str | None:
         """The text of which, after that of `before`, a tokenizer makes exactly these ids again; None if there is none."""
+        if len(ids) > 1 or before:
+            return self._tokenised_again(ids, before)
+        if ids[0] not in self._words:  # between candidates every text is one label: asked for K times a prompt
+            self._words[ids[0]] = self._tokenised_again(ids, before)
+        return self._words[ids[0]]
+
+    def _tokenised_again(self, ids: tuple[int, ...], before: Sequence[int]) -> str | None:
         decode = self.processor.tokenizer.decode
         text = str(decode(ids, skip_special_tokens=False))
         if RESERVED in text:

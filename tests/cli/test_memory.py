@@ -59,6 +59,10 @@ def test_from_plan_to_drop(run: Run, shop: Path, server: Stub) -> None:
     assert figures["gigabytes"] > 0
     assert figures["rest_bytes_per_query"] > figures["grpc_bytes_per_query"] > 0
 
+    before = {f["name"]: f for f in run("doctor", "--json").json}
+    assert before["qdrant"]["detail"] == "version 1.16.0, shop: clip 16 Cosine"
+    assert before["digests"]["level"] == "warn"
+    assert "no memory. Run: retrv-r1 memory build" in ". ".join(before["digests"][k] for k in ("detail", "fix"))
     refused = run("memory", "switch")
     assert refused.code == 1
     assert "expected one that was built, got no memory beside this collection" in refused.err
@@ -70,6 +74,8 @@ def test_from_plan_to_drop(run: Run, shop: Path, server: Stub) -> None:
     assert "memory 1/1" in again.err
     switched = run("memory", "switch", "--json").json
     assert switched == {"before": None, "in_use": parts[0]["digest"], "points": 3, "documents": 3}
+    after = {f["name"]: f for f in run("doctor", "--json").json}["digests"]
+    assert (after["level"], parts[0]["digest"] in after["detail"], "in use" in after["detail"]) == ("ok", True, True)
     found = run("search", "--text", "card number 1", "--json").json
     assert not [note for note in found["trace"]["notes"] if "recomputed" in note]
     assert "on all 3 sampled documents" in run("doctor").out

@@ -15,7 +15,7 @@ from retrv_r1_retriever.errors import OptionsError
 from retrv_r1_retriever.options import RerankOptions
 from retrv_r1_retriever.retriever import RetrvR1Retriever
 from retrv_r1_retriever.types import Candidate, Content, Document, Query, Status
-from tests.serving.openai_stub import MODEL, openai_stub, picture
+from tests.serving.openai_stub import MODEL, Vlm, openai_stub, picture
 
 
 def write(folder: Path, engine: str, more: str = "") -> Path:
@@ -75,16 +75,21 @@ def test_the_command_line_reranks_files(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_doctor_asks_the_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def engine_line(text: str) -> str:
+    def line(text: str, name: str = "engine") -> str:
         main(["doctor", "--config", str(write(tmp_path, text)), "--json"])
         found = {f["name"]: f for f in json.loads(capsys.readouterr().out)}
-        return f"{found['engine']['level']} {found['engine']['detail']}"
+        return f"{found[name]['level']} {found[name]['detail']}"
 
-    with openai_stub() as (stub, _):
-        assert engine_line(chat(stub.url)) == f"ok {MODEL} at {stub.url}"
-        assert engine_line(chat(stub.url, "other")) == f"fail no other at {stub.url}, but {MODEL}"
+    with openai_stub(Vlm(logprobs=True)) as (stub, vlm):
+        assert line(chat(stub.url)) == f"ok {MODEL} at {stub.url}"
+        assert line(chat(stub.url), "judging") == "ok replies as json schema, pictures, log-probabilities"
+        vlm.formats, vlm.refuses, vlm.vision = (), {"logprobs": "logprobs: not here"}, False
+        assert line(chat(stub.url), "judging") == "warn replies as text; no pictures, no log-probabilities"
+        vlm.override = lambda number, body: "I like both."
+        assert line(chat(stub.url), "judging").startswith("fail reply: expected verdicts as JSON")
+        assert line(chat(stub.url, "other")) == f"fail no other at {stub.url}, but {MODEL}"
         stub.kill()
-        assert engine_line(chat(stub.url)).startswith("fail ")
+        assert line(chat(stub.url)).startswith("fail ")
 
 
 async def test_the_retriever_takes_any_first_stage() -> None:
