@@ -165,6 +165,14 @@ async def test_a_server_killed_during_an_inspection(vllm: Vllm, folder: Path, fo
     assert "Is the server running" in (gone.reason or "")
 
 
+async def test_a_server_that_comes_back_is_used_again(vllm: Vllm, folder: Path, found: list[Candidate]) -> None:
+    vllm.override = lambda number, body: refusal(503, "restarting") if number < 2 else None
+    with vllm_stub(vllm) as stub:
+        reranker = RetrvR1Reranker(engine(folder, stub.url), options=THINK)
+        assert (await reranker.arerank("which", found)).status is Status.FALLBACK
+        assert (await reranker.arerank("which", found)).status is Status.RERANKED
+
+
 async def test_a_model_that_never_answers_ends_with_the_call(vllm: Vllm, folder: Path, found: list[Candidate]) -> None:
     started = time.monotonic()
     vllm.override = lambda number, body: Reply({}, delay_s=600)

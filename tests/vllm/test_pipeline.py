@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import random
+import time
 from pathlib import Path
 
 import httpx
@@ -107,6 +109,23 @@ async def test_retriever_service_and_adapter_agree_with_the_local_engine(shop: P
                 assert [r["id"] for r in answer["results"]] == order(want)
                 assert answer["status"] == want.status.value
                 assert answer["trace"]["versions"]["engine"] == "vllm"
+
+
+async def test_sixty_four_searches_at_once(shop: Path) -> None:
+    texts = [f"{CARDS[i % 20].text} {i}" for i in range(64)]
+    with serving(shop) as served:
+        async with httpx.AsyncClient(base_url=served.url, timeout=500) as client:
+
+            async def search(text: str) -> tuple[float, httpx.Response]:
+                started, body = time.perf_counter(), {"query": text, "options": {"max_new_tokens": 24}}
+                answer = await client.post("/v1/search", json=body)
+                return time.perf_counter() - started, answer
+
+            answers = await asyncio.gather(*map(search, texts))
+    seconds = sorted(took for took, _ in answers)
+    print(f"64 searches at once: median {seconds[32]:.1f} s, p95 {seconds[60]:.1f} s")
+    assert {answer.status_code for _, answer in answers} == {200}
+    assert [answer.json()["reason"] for _, answer in answers if answer.json()["status"] == "fallback"] == []
 
 
 def as_json(query: Query) -> dict[str, object]:
