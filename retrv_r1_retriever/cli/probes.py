@@ -35,9 +35,7 @@ def _vllm(config: Config) -> Iterator[Finding]:
         return
     where = f"{config.engine.model} at {config.engine.base_url}"
     yield Finding("ok", "engine", f"{where}: vLLM {engine.versions['vllm']}, {engine.max_context:,} tokens")
-    yield Finding(
-        "ok", "model server", "takes rows and pictures, reads 128 labels in one request, has this checkpoint's rows"
-    )
+    yield Finding("ok", "model server", "takes rows, pictures, 128 labels; has this checkpoint")
     share, finding = guarded("prefix cache", lambda: run(engine.cached_share()))
     if finding is not None:
         yield finding
