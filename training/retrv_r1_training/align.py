@@ -27,6 +27,7 @@ from retrv_r1_training.loss import accuracy, weighted_ce
 from retrv_r1_training.teacher import Caption
 
 FINE = 0.2  # of the caption's fine words: two tokens are not meant to keep them
+BY_WORD = 3.0  # of the agreement word by word, beside the choice among K
 
 
 def train_align(
@@ -38,18 +39,18 @@ def train_align(
     The last pool is for validation. ranked: first-stage lists, (queries, K) each.
 
     content   the frozen LM says the caption; its fine words weigh `FINE`
-    relation  a linear reading of the relation token, thrown away afterwards, picks the positive (softmax over K). The LM alone
-              never got the token started: equality of two things it cannot yet read gives no gradient (docs/experiments.md)
+    relation  a linear reading of the relation token, thrown away afterwards, picks the positive (softmax over K) and says of
+              each coarse word whether it agrees, so that a thought can name what contradicts. The LM alone never got the token
+              started: equality of two things it cannot yet read gives no gradient (docs/experiments.md)
     """
     rng = random.Random(seed)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for parameter in model.model.icm.parameters():
-        parameter.requires_grad_(True)
+    model.requires_grad_(False)
+    model.model.icm.requires_grad_(True)
     sample = content_embeds(model, processor, [i.content for i in random.Random(0).sample(pools[0].items, 64)], {})
     norm = float(torch.cat(sample).norm(dim=-1).mean())
     model.model.init_icm(norm)  # as long as what the LM reads in full
-    reading = nn.Linear(model.config.text_config.hidden_size, 1)
+    words = max(len(caption.coarse) for pool in pools for caption in pool.captions)
+    reading = nn.Linear(model.config.text_config.hidden_size, 1 + words)
     cache: dict[int, Tensor] = {}
 
     def describe(pool: Pool, queries: Sequence[LabelledQuery], rng: random.Random) -> tuple[Tensor, dict[str, float]]:
@@ -67,25 +68,31 @@ def train_align(
         fine_ids = {i for item in items for w in Caption.of(item.caption).fine for i in processor.tokenise(f" {w}")}
         fine = torch.isin(batch.input_ids, torch.tensor(sorted(fine_ids))) & batch.sampled
         coarse = batch.sampled & ~fine
-        metrics = {
-            name: accuracy(model, hidden, batch.input_ids, at) for name, at in (("coarse", coarse), ("fine", fine))
-        }
+        parts = (("coarse", coarse), ("fine", fine))
+        metrics = {name: accuracy(model, hidden, batch.input_ids, at) for name, at in parts}
         return weighted_ce(model, hidden, batch.input_ids, batch.sampled * torch.where(fine, FINE, 1.0)), metrics
 
-    def tell(pool: Pool, numbers: Sequence[int], lists: np.ndarray, rng: random.Random) -> tuple[Tensor, Tensor]:
+    def tell(
+        pool: Pool, numbers: Sequence[int], lists: np.ndarray, rng: random.Random
+    ) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """The loss, whether each query's answer was picked, and how often each word's agreement was right."""
         chosen = [contrast(pool, n, lists[n].tolist(), contrast_config, rng) for n in numbers]
         items = [pool.items[i] for part in chosen for i in part]
         queries = [pool.queries[n].query for n in numbers]
-        scores = reading(two_tokens(model, processor, queries, items, cache)[1]).view(len(numbers), -1)
+        read = reading(two_tokens(model, processor, queries, items, cache)[1])
+        scores = read[:, 0].view(len(numbers), -1)
         wanted = torch.zeros(len(numbers), dtype=torch.long)  # the positive comes first; the module sees no order
-        return F.cross_entropy(scores, wanted), scores.argmax(1) == wanted
+        same = torch.cat([agreement([pool.captions[i] for i in part], words) for part in chosen])
+        said, so = read[:, 1:][~same.isnan()], same[~same.isnan()]
+        loss = F.cross_entropy(scores, wanted) + BY_WORD * F.binary_cross_entropy_with_logits(said, so)
+        return loss, scores.argmax(1) == wanted, {"agreement": ((said > 0) == (so > 0)).float().mean().item()}
 
     def loss_fn(step: int) -> tuple[Tensor, dict[str, float]]:
         at = rng.randrange(len(pools) - 1)
         numbers = rng.sample(range(len(pools[at].queries)), schedule.batch_size)
         content, metrics = describe(pools[at], [pools[at].queries[n] for n in numbers], rng)
-        loss, right = tell(pools[at], numbers, ranked[at], rng)
-        return content + loss, metrics | {"relation": right.float().mean().item()}
+        loss, right, more = tell(pools[at], numbers, ranked[at], rng)
+        return content + loss, metrics | more | {"relation": right.float().mean().item()}
 
     @torch.no_grad()
     def evaluate() -> dict[str, float]:
@@ -93,15 +100,25 @@ def train_align(
         numbers = rng.sample(range(len(held_out.queries)), min(200, len(held_out.queries)))
         queries = [held_out.queries[n] for n in numbers]
         scores = describe(held_out, queries[:64], rng)[1]
-        right = tell(held_out, numbers, ranked[-1], rng)[1].tolist()
+        _, picked, more = tell(held_out, numbers, ranked[-1], rng)
+        scores, right = scores | more, picked.tolist()
         for task in TASKS:
-            scores[f"relation_{task}"] = float(
-                np.mean([r for r, q in zip(right, queries, strict=True) if q.task == task])
-            )
+            of_task = [r for r, q in zip(right, queries, strict=True) if q.task == task]
+            scores[f"relation_{task}"] = float(np.mean(of_task))
         return {f"val_{k}": v for k, v in scores.items()}
 
     parameters = [*model.parameters(), *reading.parameters()]
     train("align", schedule, parameters, loss_fn, log_file, evaluate=evaluate)
+
+
+def agreement(candidates: Sequence[Caption], words: int) -> Tensor:
+    """(N, words): 1 where a candidate's coarse word is the first candidate's, 0 where it is not, NaN where either has none."""
+    out = torch.full((len(candidates), words), float("nan"))
+    want = candidates[0].coarse
+    for row, candidate in zip(out, candidates, strict=True):
+        same = [float(c == w) for c, w in zip(candidate.coarse, want, strict=False)]
+        row[: len(same)] = torch.tensor(same)
+    return out
 
 
 def _pick(pool: Pool, target: int, modality: str, count: int, rng: random.Random) -> list[int]:
