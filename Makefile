@@ -65,8 +65,9 @@ check: setup
 figures: setup
 	$(PY) -m retrv_r1_retriever.demo.figures --split test
 
+BENCH ?= runs/bench
 bench: setup
-	$(PY) -m retrv_r1_retriever.bench
+	$(PY) -m retrv_r1_retriever.bench --out $(BENCH)
 
 RUN ?= runs/miniature
 miniature: setup
