@@ -20,6 +20,9 @@
     [serve]                    # `retrv-r1 serve`, see docs/serving.md
     port = 8080
 
+    [mcp]                      # `retrv-r1 mcp`, see docs/agents.md
+    images = "inline"
+
 Every key has a default; an unknown one is an error. Secrets are named, never written: `api_key_env` is the name of an
 environment variable. Nothing is opened by reading a config; the functions below build the real parts from it.
 """
@@ -40,7 +43,7 @@ from retrv_r1_retriever.engines.base import Compressor
 from retrv_r1_retriever.engines.settings import EngineConfig
 from retrv_r1_retriever.errors import CheckpointError, OptionsError, explain
 from retrv_r1_retriever.options import BALANCED, RerankOptions
-from retrv_r1_retriever.serving.settings import ServeConfig
+from retrv_r1_retriever.serving.settings import McpConfig, ServeConfig
 from retrv_r1_retriever.store import Scalar
 
 if TYPE_CHECKING:
@@ -126,6 +129,7 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     rerank: RerankOptions = BALANCED
     serve: ServeConfig = field(default_factory=ServeConfig)
+    mcp: McpConfig = field(default_factory=McpConfig)
     folder: Path = field(default_factory=Path.cwd)
 
     def path(self, relative: str) -> Path:
@@ -143,7 +147,7 @@ def read_config(path: str | os.PathLike[str]) -> Config:
         ) from None
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise OptionsError(explain(str(path), expected="TOML", got=error, fix="Fix the file.")) from error
-    _check_keys(data, ("store", "model", "engine", "images", "rerank", "serve"), "", path)
+    _check_keys(data, ("store", "model", "engine", "images", "rerank", "serve", "mcp"), "", path)
     return Config(
         _section(StoreConfig, data.get("store", {}), "store", path),
         _section(ModelConfig, data.get("model", {}), "model", path),
@@ -151,6 +155,7 @@ def read_config(path: str | os.PathLike[str]) -> Config:
         _section(EngineConfig, data.get("engine", {}), "engine", path),
         _section(RerankOptions, data.get("rerank", {}), "rerank", path),
         _section(ServeConfig, data.get("serve", {}), "serve", path),
+        _section(McpConfig, data.get("mcp", {}), "mcp", path),
         folder=path.parent.resolve(),
     )
 
