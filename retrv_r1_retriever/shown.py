@@ -18,6 +18,8 @@ from retrv_r1_retriever.types import Document, RankedResult, RankedResults, Stat
 PIXELS_PER_TOKEN = 750
 #: Longest side of a picture in a list, and of one looked at alone. Ours.
 LIST_SIDE, FULL_SIDE = 512, 1568
+#: A picture smaller than this is not worth looking at; rather a few of a long list than a stamp of each. Ours.
+LEAST_TOKENS = 50
 TEXT_CHARS = 500  # of one document in a list
 _QUALITY = 90
 
@@ -53,14 +55,15 @@ class Pictures:
 async def pictures_of(
     documents: Sequence[Document], images: ImageSource, *, tokens: int, side: int = LIST_SIDE
 ) -> Pictures:
-    """In the order given, each as long as there is room for it; tokens: of all together, 0 = none are opened.
+    """In the order given, made small enough for all of them, as far as they are still worth looking at.
 
-    side: longest, in pixels; nothing is made larger.
+    tokens: of all together, 0 = none are opened; side: longest, in pixels; nothing is made larger
     """
     pictured = [document for document in documents if document.content.image is not None]
     if tokens <= 0:
         return Pictures(left_out=tuple(document.id for document in pictured))
-    loaded = await asyncio.gather(*(_loaded(document, images, side, tokens) for document in pictured))
+    share = max(tokens // max(len(pictured), 1), LEAST_TOKENS)
+    loaded = await asyncio.gather(*(_loaded(document, images, side, share) for document in pictured))
     shown, left_out, unreadable, room = [], [], [], tokens
     for document, picture in zip(pictured, loaded, strict=True):
         if isinstance(picture, str):

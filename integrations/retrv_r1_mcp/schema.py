@@ -25,7 +25,8 @@ Instruction = Annotated[
     schema.Text, Field(description='The task in words, e.g. "Find the product in the picture, after this change."')
 ]
 ThinkHow = Annotated[
-    Think, Field(description="`never` is fast, `always` reasons and opens what it is unsure of, `auto` decides by itself.")
+    Think,
+    Field(description="`never` is fast, `always` reasons and opens what it is unsure of, `auto` decides by itself."),
 ]
 TopN = Annotated[int, Field(ge=1, description="How many results to return.")]
 
@@ -83,7 +84,9 @@ class Answer(BaseModel):
 
     status: Annotated[
         Status,
-        Field(description="reranked: a model decided. partial: it did not judge all. fallback: order of the plain search."),
+        Field(
+            description="reranked: a model decided. partial: it did not judge all. fallback: order of the plain search."
+        ),
     ]
     reason: Annotated[str | None, Field(description="Why the status is not `reranked`.")]
     none_fits: Annotated[bool, Field(description="Nothing answers the query; these are the nearest.")]
