@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -62,7 +63,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
 
 @dataclass(frozen=True)
 class Reached:
-    """A server and how to call it. image_root: whether it was started with one; log: what it wrote to standard error."""
+    """A server and how to call it. log: what it wrote to standard error."""
 
     connect: Callable[[], AbstractAsyncContextManager[Client]]
     log: Callable[[], str]
@@ -90,19 +91,20 @@ class Running:
     log: Path
 
     @asynccontextmanager
-    async def connect(self, key: str = "alpha-key", **headers: str) -> AsyncIterator[Client]:  # headers by name
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
-        async with create_mcp_http_client({"authorization": f"Bearer {key}", **named}) as http:
-            async with Client(streamable_http_client(self.url, http_client=http)) as client:
-                yield client
+    async def connect(self, key: str = "alpha-key") -> AsyncIterator[Client]:
+        async with (
+            create_mcp_http_client({"authorization": f"Bearer {key}"}) as http,
+            Client(streamable_http_client(self.url, http_client=http)) as client,
+        ):
+            yield client
 
 
 @pytest.fixture(scope="module")
 def http(shop: Shop) -> Iterator[Running]:
-    """Speaks for alpha and beta, by key."""
-    config = shop.config(
-        "http", "[serve]\ntenant_field = 'tenant'\ntenants = {alpha = 'ALPHA_KEY', beta = 'BETA_KEY'}\n"
-    )
+    """Speaks for alpha and beta, by key; on a copy of the index, which one process at a time may have open."""
+    shutil.copytree(shop.folder / "retrv-index", shop.folder / "http-index")
+    tenants = "tenant_field = 'tenant'\ntenants = {alpha = 'ALPHA_KEY', beta = 'BETA_KEY'}"
+    config = shop.config("http", f"[store]\npath = 'http-index'\n[serve]\n{tenants}\n")
     log = shop.folder / "http.log"
     argv = [*COMMAND, "--config", str(config), "--http", "--port", "0"]
     with log.open("w") as stderr:

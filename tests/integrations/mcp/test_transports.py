@@ -6,7 +6,6 @@ import asyncio
 import base64
 import io
 import json
-from pathlib import Path
 from typing import Any
 
 import anyio
@@ -16,7 +15,7 @@ from mcp import Client
 from mcp_types import CallToolResult
 from PIL import Image
 
-from tests.integrations.mcp.conftest import Reached, Running, Shop
+from tests.integrations.mcp.conftest import COMMAND, ENVIRONMENT, Reached, Running, Shop
 from tests.integrations.mcp.parts import pictures, text
 from tests.serving.test_running import wait_for
 
@@ -138,10 +137,8 @@ async def test_a_client_that_hangs_up_leaves_the_server_up(http: Running) -> Non
         assert ids(await client.call_tool("search", {"query": "a card", "think": "never"}))
 
 
-async def test_stdout_is_protocol_only(shop: Shop, tmp_path: Path) -> None:
+async def test_stdout_is_protocol_only(shop: Shop) -> None:
     """Line by line, without a client that would forgive."""
-    from tests.integrations.mcp.conftest import COMMAND, ENVIRONMENT
-
     config = shop.config("plain", "[store]\ntenant_field = 'tenant'\ntenant_value = 'alpha'\n")
     process = await asyncio.create_subprocess_exec(
         *COMMAND, "--config", str(config), env=ENVIRONMENT, stdin=-1, stdout=-1, stderr=-1
