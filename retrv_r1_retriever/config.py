@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from retrv_r1_retriever.edge import EdgeStore
     from retrv_r1_retriever.engines.chat import ChatEngine
     from retrv_r1_retriever.engines.local import LocalEngine
-    from retrv_r1_retriever.images import ImageSource
+    from retrv_r1_retriever.images import ImageSource, LocalImages
     from retrv_r1_retriever.model.embedding import BackboneEmbedder
     from retrv_r1_retriever.points import CollectionSpec
     from retrv_r1_retriever.qdrant import QdrantStore
@@ -267,21 +267,27 @@ def open_embedder(config: Config) -> BackboneEmbedder:
 
 
 def open_images(config: Config) -> ImageSource:
+    local = local_images(config, config.path(config.images.root))
+    if not config.images.hosts:
+        return local
+    from retrv_r1_retriever.remote_images import HttpImages
+
+    limits = config.images
+    return HttpImages(limits.hosts, then=local, max_bytes=limits.max_bytes, timeout_s=limits.timeout_s)
+
+
+def local_images(config: Config, root: Path) -> LocalImages:
+    """Files below `root`, within the limits of [images]."""
     from retrv_r1_retriever.images import LocalImages
 
     limits = config.images
-    local = LocalImages(
-        config.path(limits.root),
+    return LocalImages(
+        root,
         max_bytes=limits.max_bytes,
         max_pixels=limits.max_pixels,
         max_frames=limits.max_frames,
         timeout_s=limits.timeout_s,
     )
-    if not limits.hosts:
-        return local
-    from retrv_r1_retriever.remote_images import HttpImages
-
-    return HttpImages(limits.hosts, then=local, max_bytes=limits.max_bytes, timeout_s=limits.timeout_s)
 
 
 def open_store(config: Config, spec: CollectionSpec | None = None) -> EdgeStore | QdrantStore:

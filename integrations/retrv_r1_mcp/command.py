@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args, get_type_hints
 
 from retrv_r1_retriever.cli.search import load_config
-from retrv_r1_retriever.config import Config
+from retrv_r1_retriever.cli.serve import listen
+from retrv_r1_retriever.config import Config, local_images
 from retrv_r1_retriever.errors import OptionsError, explain, missing_extra
 from retrv_r1_retriever.images import LocalImages
 from retrv_r1_retriever.serving.settings import McpConfig, is_local
@@ -40,7 +41,7 @@ def main(args: argparse.Namespace) -> int:
     del mcp
     config = _asked(args, load_config(args))
     _check(args, config)
-    files = None if args.image_root is None else _files(args.image_root, config)
+    files = None if args.image_root is None else local_images(config, args.image_root)
     _log_to_stderr()
     if args.http:
         return _serve(config, lambda: _open(config, files))
@@ -65,30 +66,13 @@ def _open(config: Config, files: LocalImages | None) -> Calls:
 
 
 def _serve(config: Config, open: Callable[[], Calls]) -> int:
-    import uvicorn
-
     from retrv_r1_mcp.server import create_server
     from retrv_r1_mcp.transport import create_app, tenant_of
 
     keys = config.serve.keys()
     calls = open()  # before the port is: whoever starts a server wants to hear of it
     app = create_app(create_server(lambda: calls, tenant_of), keys, config.mcp, config.serve)
-    settings = uvicorn.Config(
-        app,
-        host=config.mcp.host,
-        port=config.mcp.port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        lifespan="on",
-        timeout_graceful_shutdown=int(config.serve.shutdown_s),
-    )
-    try:
-        uvicorn.Server(settings).run()
-    except SystemExit as error:  # how uvicorn says that the port is taken, after it has logged it
-        where, fix = f"{config.mcp.host}:{config.mcp.port}", "Take another port, or stop what listens there."
-        raise OptionsError(explain(where, expected="a free port", got="an error, see above", fix=fix)) from error
-    return 0
+    return listen(app, config.mcp.host, config.mcp.port, config.serve.shutdown_s)
 
 
 def _asked(args: argparse.Namespace, config: Config) -> Config:
@@ -115,17 +99,6 @@ def _check(args: argparse.Namespace, config: Config) -> None:
     if args.image_root is not None and serve.tenants:
         fix = "Leave it out: a path would be somebody else's picture."
         raise OptionsError(explain("--image-root", expected="none beside [serve] tenants", got="one", fix=fix))
-
-
-def _files(root: Path, config: Config) -> LocalImages:
-    limits = config.images
-    return LocalImages(
-        root,
-        max_bytes=limits.max_bytes,
-        max_pixels=limits.max_pixels,
-        max_frames=limits.max_frames,
-        timeout_s=limits.timeout_s,
-    )
 
 
 def _log_to_stderr() -> None:

@@ -154,7 +154,8 @@ async def test_stdout_is_protocol_only(shop: Shop) -> None:
         answers[line.get("id")] = line
     assert answers[1]["result"]["serverInfo"]["name"] == "retrv-r1"
     assert answers[2]["result"]["structuredContent"]["results"]
-    rest, log = await process.communicate()  # closes standard input: the client has gone
+    process.stdin.close()  # the client has gone
+    rest, log = await asyncio.wait_for(process.communicate(), 60)
     assert process.returncode == 0
     assert [json.loads(line)["jsonrpc"] for line in rest.splitlines()] == ["2.0"] * len(rest.splitlines())
     assert b"Traceback" not in log
