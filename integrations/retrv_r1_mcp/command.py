@@ -21,6 +21,8 @@ from retrv_r1_retriever.serving.settings import McpConfig, is_local
 if TYPE_CHECKING:
     from retrv_r1_mcp.calls import Calls
 
+log = logging.getLogger(__name__)
+
 
 def add(parser: argparse.ArgumentParser) -> None:
     parser.description = "Search, rerank and inspect as tools of an agent (Model Context Protocol). See docs/agents.md."
@@ -48,6 +50,7 @@ def main(args: argparse.Namespace) -> int:
     from retrv_r1_mcp.server import create_server
     from retrv_r1_mcp.transport import nobody, run_stdio
 
+    log.info("waiting for a client on standard input; --http serves over HTTP")
     asyncio.run(run_stdio(create_server(lambda: _open(config, files), nobody)))
     return 0
 
@@ -67,11 +70,12 @@ def _open(config: Config, files: LocalImages | None) -> Calls:
 
 def _serve(config: Config, open: Callable[[], Calls]) -> int:
     from retrv_r1_mcp.server import create_server
-    from retrv_r1_mcp.transport import create_app, tenant_of
+    from retrv_r1_mcp.transport import PATH, create_app, tenant_of
 
     keys = config.serve.keys()
     calls = open()  # before the port is: whoever starts a server wants to hear of it
     app = create_app(create_server(lambda: calls, tenant_of), keys, config.mcp, config.serve)
+    log.info("tools at the path %s, for callers with a key", PATH)
     return listen(app, config.mcp.host, config.mcp.port, config.serve.shutdown_s)
 
 
