@@ -50,10 +50,8 @@ class Calls:
     async def rerank(self, tenant: str | None, asked: schema.RerankArguments, report: Report) -> CallToolResult:
         named = [asked.image, *(document.image for document in asked.documents)]
         to_image = _resolved(await self.pictures.resolve(named, self.store(tenant)))
-        query, documents = (
-            to_query(_query(asked), self.limits, to_image),
-            to_documents(asked.documents, self.limits, to_image),
-        )
+        query = to_query(_query(asked), self.limits, to_image)
+        documents = to_documents(asked.documents, self.limits, to_image)
         if documents.blank:
             first = f"documents[{documents.blank[0]}]"
             raise InputError(explain(first, expected="text, image or id", got="none", fix="Give it one, or drop it."))
