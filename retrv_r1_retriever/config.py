@@ -20,6 +20,9 @@
     [serve]                    # `retrv-r1 serve`, see docs/serving.md
     port = 8080
 
+    [mcp]                      # `retrv-r1 mcp`, see docs/agents.md
+    images = "inline"
+
 Every key has a default; an unknown one is an error. Secrets are named, never written: `api_key_env` is the name of an
 environment variable. Nothing is opened by reading a config; the functions below build the real parts from it.
 """
@@ -40,14 +43,14 @@ from retrv_r1_retriever.engines.base import Compressor
 from retrv_r1_retriever.engines.settings import EngineConfig
 from retrv_r1_retriever.errors import CheckpointError, OptionsError, explain
 from retrv_r1_retriever.options import BALANCED, RerankOptions
-from retrv_r1_retriever.serving.settings import ServeConfig
+from retrv_r1_retriever.serving.settings import McpConfig, ServeConfig
 from retrv_r1_retriever.store import Scalar
 
 if TYPE_CHECKING:
     from retrv_r1_retriever.edge import EdgeStore
     from retrv_r1_retriever.engines.chat import ChatEngine
     from retrv_r1_retriever.engines.local import LocalEngine
-    from retrv_r1_retriever.images import ImageSource
+    from retrv_r1_retriever.images import ImageSource, LocalImages
     from retrv_r1_retriever.model.embedding import BackboneEmbedder
     from retrv_r1_retriever.points import CollectionSpec
     from retrv_r1_retriever.qdrant import QdrantStore
@@ -126,6 +129,7 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     rerank: RerankOptions = BALANCED
     serve: ServeConfig = field(default_factory=ServeConfig)
+    mcp: McpConfig = field(default_factory=McpConfig)
     folder: Path = field(default_factory=Path.cwd)
 
     def path(self, relative: str) -> Path:
@@ -143,7 +147,7 @@ def read_config(path: str | os.PathLike[str]) -> Config:
         ) from None
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise OptionsError(explain(str(path), expected="TOML", got=error, fix="Fix the file.")) from error
-    _check_keys(data, ("store", "model", "engine", "images", "rerank", "serve"), "", path)
+    _check_keys(data, ("store", "model", "engine", "images", "rerank", "serve", "mcp"), "", path)
     return Config(
         _section(StoreConfig, data.get("store", {}), "store", path),
         _section(ModelConfig, data.get("model", {}), "model", path),
@@ -151,6 +155,7 @@ def read_config(path: str | os.PathLike[str]) -> Config:
         _section(EngineConfig, data.get("engine", {}), "engine", path),
         _section(RerankOptions, data.get("rerank", {}), "rerank", path),
         _section(ServeConfig, data.get("serve", {}), "serve", path),
+        _section(McpConfig, data.get("mcp", {}), "mcp", path),
         folder=path.parent.resolve(),
     )
 
@@ -262,21 +267,27 @@ def open_embedder(config: Config) -> BackboneEmbedder:
 
 
 def open_images(config: Config) -> ImageSource:
+    local = local_images(config, config.path(config.images.root))
+    if not config.images.hosts:
+        return local
+    from retrv_r1_retriever.remote_images import HttpImages
+
+    limits = config.images
+    return HttpImages(limits.hosts, then=local, max_bytes=limits.max_bytes, timeout_s=limits.timeout_s)
+
+
+def local_images(config: Config, root: Path) -> LocalImages:
+    """Files below `root`, within the limits of [images]."""
     from retrv_r1_retriever.images import LocalImages
 
     limits = config.images
-    local = LocalImages(
-        config.path(limits.root),
+    return LocalImages(
+        root,
         max_bytes=limits.max_bytes,
         max_pixels=limits.max_pixels,
         max_frames=limits.max_frames,
         timeout_s=limits.timeout_s,
     )
-    if not limits.hosts:
-        return local
-    from retrv_r1_retriever.remote_images import HttpImages
-
-    return HttpImages(limits.hosts, then=local, max_bytes=limits.max_bytes, timeout_s=limits.timeout_s)
 
 
 def open_store(config: Config, spec: CollectionSpec | None = None) -> EdgeStore | QdrantStore:

@@ -48,6 +48,7 @@ def test_everything_is_in_the_wheel(wheel):
         "retrv_r1_training/recipes/miniature.yaml",
         "langchain_retrv_r1/py.typed",
         "llama_index_retrv_r1/py.typed",
+        "retrv_r1_mcp/py.typed",
     ):
         assert needed in names
     assert not [n for n in names if n.startswith("tests/")]

@@ -37,6 +37,9 @@ COMMANDS: dict[str, tuple[str, AddArguments]] = {
     "doctor": ("check installation, checkpoint and store, and say what to change", doctor.add),
 }
 
+#: Entry point -> what it is, of packages of this distribution: to ask them, they would have to be loaded.
+BESIDE = {"retrv_r1_mcp.command:add": "tools for agents over MCP: search, rerank, inspect"}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -101,7 +104,8 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     for entry in entry_points(group=GROUP):
         if entry.name in COMMANDS:
             continue  # nobody replaces a command of ours
-        command = _command(commands, entry.name, f"added by {entry.dist.name if entry.dist else entry.value}")
+        added_by = f"added by {entry.dist.name if entry.dist else entry.value}"
+        command = _command(commands, entry.name, BESIDE.get(entry.value, added_by))
         if entry.name == asked:  # loading is left until needed: a training package brings torch along
             entry.load()(command)
     return parser

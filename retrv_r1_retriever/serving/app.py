@@ -44,7 +44,6 @@ from retrv_r1_retriever.serving.requests import (
     to_options,
     to_query,
     unknown_fields,
-    with_room,
 )
 from retrv_r1_retriever.serving.service import Service
 from retrv_r1_retriever.serving.settings import ServeConfig
@@ -120,11 +119,7 @@ class _Routes:
         options = to_options(body, service.options, self._config)
         query, asked = to_query(body.query, self._config), to_documents(body.documents, self._config)
         async with self._turn(call, options) as remaining:
-            candidates = asked.candidates(await service.stored(call.tenant, asked.stored.values()))
-            # Memory made for documents of the collection may be kept, as after a search; for others there is no place.
-            lazy = bool(asked.stored) and not asked.inline
-            reranker = service.collection(call.tenant).retriever.reranker if lazy else service.reranker
-            results = await reranker.arerank(query, candidates, options=with_room(remaining, len(asked.inline)))
+            results = await service.rerank(call.tenant, query, asked, remaining)
         return self._finish(call, body, results, asked, response)
 
     async def search(self, request: Request, body: schema.SearchRequest, response: Response) -> schema.Answer:
@@ -132,9 +127,9 @@ class _Routes:
         check_model(body.model, self._config)
         options = to_options(body, service.options, self._config)
         query, only = to_query(body.query, self._config), to_filter(body.filter)
-        retriever = service.collection(call.tenant).retriever
+        service.collection(call.tenant)  # a server without one says so before anybody waits
         async with self._turn(call, options) as remaining:
-            results = await retriever.aretrieve(query, filter=only, options=remaining)
+            results = await service.search(call.tenant, query, remaining, filter=only)
         return self._finish(call, body, results, Asked(), response)
 
     async def health(self) -> dict[str, str]:

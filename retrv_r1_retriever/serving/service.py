@@ -10,10 +10,12 @@ from retrv_r1_retriever.config import Config
 from retrv_r1_retriever.edge import EdgeStore
 from retrv_r1_retriever.errors import InputError, OptionsError, explain
 from retrv_r1_retriever.options import RerankOptions
+from retrv_r1_retriever.progress import ProgressFn
 from retrv_r1_retriever.reranker import RetrvR1Reranker
 from retrv_r1_retriever.retriever import RetrvR1Retriever
-from retrv_r1_retriever.store import Store, VectorFirstStage
-from retrv_r1_retriever.types import Candidate
+from retrv_r1_retriever.serving.requests import Asked, with_room
+from retrv_r1_retriever.store import Filter, Store, VectorFirstStage
+from retrv_r1_retriever.types import Candidate, Query, RankedResults
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,35 @@ class Service:
             fix = "Send the documents themselves, or serve with search = true."
             raise InputError(explain("collection", expected="one", got="a server without", fix=fix))
         return found
+
+    async def search(
+        self,
+        tenant: str | None,
+        query: Query,
+        options: RerankOptions,
+        *,
+        filter: Filter | None = None,
+        progress: ProgressFn | None = None,
+    ) -> RankedResults:
+        retriever = self.collection(tenant).retriever
+        return await retriever.aretrieve(query, filter=filter, options=options, progress=progress)
+
+    async def rerank(
+        self,
+        tenant: str | None,
+        query: Query,
+        asked: Asked,
+        options: RerankOptions,
+        *,
+        progress: ProgressFn | None = None,
+    ) -> RankedResults:
+        """Raises `InputError` for an id that the tenant's collection does not have."""
+        candidates = asked.candidates(await self.stored(tenant, asked.stored.values()))
+        # Memory made for documents of the collection may be kept, as after a search; for others there is no place.
+        lazy = bool(asked.stored) and not asked.inline
+        reranker = self.collection(tenant).retriever.reranker if lazy else self.reranker
+        room = with_room(options, len(asked.inline))
+        return await reranker.arerank(query, candidates, options=room, progress=progress)
 
     async def stored(self, tenant: str | None, ids: Iterable[str]) -> list[Candidate]:
         wanted = list(dict.fromkeys(ids))
