@@ -37,10 +37,11 @@ class Request:
 
 @dataclass
 class HttpStub:
-    """url: without a path; requests: in the order they came; kill(): closes the port and every open connection"""
+    """url: without a path; requests: in the order they came; connections: open ones; kill(): closes these and the port"""
 
     url: str
     requests: list[Request]
+    connections: set[socket.socket]
     kill: Callable[[], None]
 
 
@@ -111,6 +112,6 @@ def http_stub(answer: Callable[[Request], Reply] | Sequence[Reply]) -> Iterator[
 
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     try:
-        yield HttpStub(f"http://127.0.0.1:{server.server_port}", requests, kill)
+        yield HttpStub(f"http://127.0.0.1:{server.server_port}", requests, connections, kill)
     finally:
         kill()
