@@ -222,17 +222,23 @@ async def test_closing_the_engine_ends_its_calls_and_frees_it(checkpoint):
 
 
 AT_EXIT = """
-import threading
+import threading, time, torch
 from retrv_r1_retriever import Content, Document, RerankOptions, RetrvR1Reranker
 from retrv_r1_retriever.config import Config, open_engine
 
 engine, started = open_engine(Config()), threading.Event()
-read = engine._batcher._read
-engine._batcher._read = lambda work: (started.set(), read(work))[1]
-reranker = RetrvR1Reranker(engine, options=RerankOptions(think="always", max_recompute=60, timeout_s=None))
-documents = [Document(str(i), Content(f"card {i}")) for i in range(60)]
-for _ in range(3):
-    threading.Thread(target=reranker.rerank, args=("a card", documents), daemon=True).start()
+read, large = engine._batcher._read, torch.ones(500, 500)
+
+def slow(work):
+    started.set()
+    end = time.monotonic() + 2
+    while time.monotonic() < end:
+        large @ large
+    return read(work)
+
+engine._batcher._read = slow
+reranker = RetrvR1Reranker(engine, options=RerankOptions(timeout_s=None))
+threading.Thread(target=reranker.rerank, args=("a card", [Document("a", Content("red"))]), daemon=True).start()
 started.wait()
 """
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 
@@ -115,3 +116,11 @@ def http_stub(answer: Callable[[Request], Reply] | Sequence[Reply]) -> Iterator[
         yield HttpStub(f"http://127.0.0.1:{server.server_port}", requests, connections, kill)
     finally:
         kill()
+
+
+@contextmanager
+def pictures_stub(folder: Path) -> Iterator[str]:
+    """The URL under which the PNG files of a folder are."""
+    headers = {"Content-Type": "image/png"}
+    with http_stub(lambda request: Reply((folder / request.path[1:]).read_bytes(), headers=headers)) as stub:
+        yield stub.url
