@@ -107,11 +107,11 @@ class PayloadSchema:
 
     def to_payload(self, document: Document) -> dict[str, Any]:
         """The way back. Raises `InputError` where metadata and a field of the schema would overwrite each other."""
-        for value in filter(None, (self.text, self.image)):
-            if _is_template(value):
+        for template in filter(None, (self.text, self.image)):
+            if _is_template(template):
                 raise SchemaError(
                     explain(
-                        "PayloadSchema.to_payload", expected="text= and image= as one field", got=f"the template {value!r}",
+                        "PayloadSchema.to_payload", expected="text= and image= as one field", got=f"the template {template!r}",
                         fix="It cannot be taken apart again; such a collection can only be read.",
                     )
                 )  # fmt: skip
