@@ -6,7 +6,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 TESTS ?= tests
 
-.PHONY: help demo test check slow lowest fuzz figures bench miniature setup clean
+.PHONY: help demo test check slow lowest wheel fuzz figures bench miniature setup clean
 
 help:
 	@echo "make demo       index the demo catalogue, search, rerank, write the report (DIR=./demo-data)"
@@ -14,6 +14,7 @@ help:
 	@echo "make check      ruff, mypy strict, import rules, size limits"
 	@echo "make slow       the tests that take minutes"
 	@echo "make lowest     the adapters' tests on the lowest versions of LangChain, LlamaIndex and qdrant-client"
+	@echo "make wheel      the built wheel in bare virtual environments, each framework's extra with its docs' first example"
 	@echo "make fuzz       100,000 generated model outputs through session and ranking"
 	@echo "make figures    quality on the catalogue's test split, mode by mode"
 	@echo "make bench      speed against the same model reading every candidate in full"
@@ -51,6 +52,9 @@ lowest:
 	$(PYTHON) tests/lowest.py > $(LOWEST)/pins.txt
 	PIP_CONSTRAINT=$(abspath $(LOWEST)/pins.txt) $(MAKE) setup VENV=$(LOWEST)
 	$(LOWEST)/bin/python -m pytest tests/integrations
+
+wheel: setup
+	TORCH='$(TORCH)' $(PY) -m pytest tests/test_wheel.py
 
 fuzz: setup
 	RETRV_FUZZ=100000 $(PY) -m pytest tests/core/test_fuzz.py

@@ -366,6 +366,7 @@ def open_retriever(config: Config) -> RetrvR1Retriever:
             images=open_images(config),
             memory=config.store.memory,
             options=config.rerank,
+            closes=[engine],
         )
     except BaseException:
         run(store.close())  # or its lock would outlive a failed attempt

@@ -45,6 +45,10 @@ class Reranker(Protocol):
     ) -> list[RankedResults]: ...
 
 
+class Closable(Protocol):
+    async def aclose(self) -> None: ...
+
+
 class RetrvR1Retriever:
     """A first stage finds candidates, a reranker decides.
 
@@ -53,6 +57,7 @@ class RetrvR1Retriever:
     images: where pictures of queries and candidates come from; the default reads bytes, data URIs and Pillow images only
     memory: "lazy" keeps memory that a call had to make in a sidecar of the store, written in the background (docs/memory.md);
         needs `store` and `engine`. Call `aclose()` at the end, or the last of it is lost
+    closes: what `aclose()` closes beside the store. An engine is not: it may be shared, unless `from_config` opened it
     """
 
     def __init__(
@@ -67,8 +72,9 @@ class RetrvR1Retriever:
         images: ImageSource | None = None,
         memory: Literal["stored", "lazy"] = "stored",
         options: RerankOptions = BALANCED,
+        closes: Sequence[Closable] = (),
     ) -> None:
-        self.images = images or LocalImages()
+        self.images, self._closes = images or LocalImages(), tuple(closes)
         self._write_back = None if memory == "stored" else _write_back(memory, store, engine)
         self.reranker = _reranker(engine, compressor, reranker, self.images, options, self._write_back)
         reads_memory = getattr(self.reranker, "compressor", True) is not None
@@ -144,11 +150,13 @@ class RetrvR1Retriever:
         return run(self.aretrieve_batch(queries, filter=filter, options=options, concurrency=concurrency))
 
     async def aclose(self) -> None:
-        """Finish what is written in the background, and close the store."""
+        """Finish what is written in the background, close the store, and what is in `closes`."""
         if self._write_back is not None:
             await self._write_back.flush()
         if isinstance(self.first_stage, VectorFirstStage):
             await self.first_stage.store.close()
+        for one in self._closes:
+            await one.aclose()
 
     def close(self) -> None:
         run(self.aclose())

@@ -99,7 +99,11 @@ def rerank(args: argparse.Namespace) -> int:
     documents = [document for source in args.sources for document in _documents(source)]
     # All of them are misses: nothing was indexed, and the caller has named every file.
     options = options.with_options(on_stale="recompute", max_recompute=min(len(documents), 127))
-    results = RetrvR1Reranker(settings.open_reader(config), images=images).rerank(query, documents, options=options)
+    engine = settings.open_reader(config)
+    try:
+        results = RetrvR1Reranker(engine, images=images).rerank(query, documents, options=options)
+    finally:
+        run(engine.aclose())
     return finish(args, results, images)
 
 

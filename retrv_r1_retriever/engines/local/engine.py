@@ -144,6 +144,10 @@ class LocalEngine:
     async def close(self, handle: Handle) -> None:
         self._batcher.close(handle)
 
+    async def aclose(self) -> None:
+        """End the worker; calls in flight fail, later ones are refused. An engine that is let go at exit ends by itself."""
+        await asyncio.to_thread(self._batcher.stop)
+
     def _embed(self, chunks: Sequence[Chunk]) -> Tensor:
         batch = collate(chunks, self._processor, self._model.device)
         features = encode_pictures(self._model.model, self._processor, batch.pictures)
