@@ -24,11 +24,9 @@ from retrv_r1_retriever.types import Content, Query
 from retrv_r1_training.align import Frame
 from retrv_r1_training.data import Item
 
-END = "<|im_end|>"
-
 
 class Descriptions:
-    """`of(items)` -> what the model says of each, greedily, up to `tokens` tokens; the caption where an item has one.
+    """`of(items)` -> what the model says of each, greedily, up to `tokens` tokens or its end of turn; the caption where there is one.
 
     file: made when it is needed; several processes may share it
     """
@@ -60,7 +58,7 @@ class Descriptions:
         prompt = Prompt(Query(content), (), tuple(self._frame.around((Full(0, content, cue=False),))))
         handle = await self._engine.open(prompt)
         try:
-            said = await self._engine.generate(handle, GenerateParams((END,), self._tokens))
+            said = await self._engine.generate(handle, GenerateParams((), self._tokens))
         finally:
             await self._engine.close(handle)
         return Sampled(said.text, said.token_ids)
