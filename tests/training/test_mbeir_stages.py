@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +24,7 @@ from retrv_r1_retriever.model.embedding import embed_chunks, embedding_chunk
 from retrv_r1_retriever.types import Query
 from tests.tiny import contents
 
+ROOT = Path(__file__).parents[2]
 LM = "model.language_model.layers.0.self_attn.q_proj.weight"
 
 
@@ -307,3 +312,28 @@ def test_a_loss_that_is_not_finite_stops_with_a_saved_state(recipes, tmp_path, m
 def test_a_recipe_that_cannot_run_says_why(recipes, tmp_path, capsys, name, sets, message):
     assert stage(name, recipes / f"{name}.yaml", tmp_path / "run", *sets) == 1
     assert message in capsys.readouterr().err
+
+
+def launch(name, recipes, run, processes, *sets):
+    """By torchrun, as `accelerate launch` does for GPUs. Losses and gradient norms."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone", "-m"]
+    command += ["retrv_r1_training.cli", name, str(recipes / f"{name}.yaml"), "--folder", str(run), "--threads", "1"]
+    command += [part for text in ("data.examples=0", *sets) for part in ("--set", text)]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "training"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return logged(run), logged(run, "grad_norm")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "zero"), [("embedder", "null"), ("embedder", "zero2"), ("align", "null"), ("align", "zero2")]
+)
+def test_two_processes_agree_with_one(recipes, tmp_path, name, zero):
+    """The embedder's negatives of the other process count, with their gradients; align's rows are of equal length here."""
+    want = launch(name, recipes, tmp_path / "one", 1)
+    got = launch(name, recipes, tmp_path / "two", 2, f"run.deepspeed={zero}")
+    assert len(want[0]) == 4
+    for mine, theirs in zip(got, want, strict=True):
+        assert mine == pytest.approx(theirs, rel=5e-3)

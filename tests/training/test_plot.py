@@ -13,19 +13,10 @@ OURS = [
     {"stage": "align", "step": n, "loss": 2.0 / n, "relation": 0.1 * n, "val_relation": float("nan")} for n in (1, 2, 3)
 ]
 TRL = [
-    {
-        "stage": "grpo",
-        "step": n,
-        "loss": 0.1,
-        "reward": 1.0,
-        "lambda": n / 4,
-        "correct": 0.5,
-        "inspections": 2.0,
-        "tokens": 80.0,
-        "val_R@1_all": 0.4,
-    }
+    {"stage": "grpo", "step": n, "loss": 0.1, "reward": 1.0, "lambda": n / 4, "correct": 0.5, "inspections": 2.0,
+     "tokens": 80.0, "val_R@1_all": 0.4}
     for n in range(1, 5)
-]
+]  # fmt: skip
 
 
 def write(run, rows, tail=""):

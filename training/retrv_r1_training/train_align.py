@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from retrv_r1_retriever.model.checkpoint import save_checkpoint
+from retrv_r1_retriever.model.modeling import RetrvR1ForConditionalGeneration
 from retrv_r1_retriever.model.processing import Processor
 from retrv_r1_training.adapters import load_trained
 from retrv_r1_training.align import Frame, agreement, described, read_two_tokens, relation_loss, two_tokens
 from retrv_r1_training.data import content_embeds
 from retrv_r1_training.describe import Descriptions
-from retrv_r1_training.draws import Contrasted, Contrasts, Draws, Opened
+from retrv_r1_training.draws import Contrasted, Contrasts, Draws, Opened, Source
 from retrv_r1_training.loss import accuracy, weighted_ce
 from retrv_r1_training.stage_recipe import AlignRecipe
 from retrv_r1_training.stage_run import Figures, Work, begin, dtype_of, is_checkpoint, is_first, load_start, train
@@ -56,7 +57,7 @@ def train_align(recipe: AlignRecipe, run: Path) -> Path:
     return out
 
 
-def _contrasts(recipe: AlignRecipe, sources: Sequence) -> Contrasts:  # type: ignore[type-arg]
+def _contrasts(recipe: AlignRecipe, sources: Sequence[Source]) -> Contrasts:
     negatives = recipe.top_k - 1
     return Contrasts(sources, negatives, round(recipe.hard * negatives), recipe.depth, recipe.described)
 
@@ -66,17 +67,22 @@ def prepare(model: SftModel, processor: Processor, by_word: int, draws: Draws[Co
     contents = [item.content for n in range(min(SAMPLE, len(draws))) for item in draws[n].items]
     norm = float(torch.cat(content_embeds(model, processor, contents, {})).float().norm(dim=-1).mean())
     model.model.init_icm(norm)
-    model.requires_grad_(False)
-    model.model.icm.requires_grad_(True)
+    _train_module(model)
     model.reading = nn.Linear(model.config.text_config.hidden_size, 1 + by_word).to(model.device)
     return model  # type: ignore[return-value]
+
+
+def _train_module(model: RetrvR1ForConditionalGeneration) -> None:
+    """All of the module but the label tag's scale: nothing is labelled here, and DDP waits for every gradient."""
+    model.requires_grad_(False)
+    model.model.icm.requires_grad_(True)
+    model.model.icm.tag_scale.requires_grad_(False)
 
 
 def export(recipe: AlignRecipe, state: dict[str, Tensor], out: Path) -> None:
     """The start with the trained module, and its embedder as it is."""
     start = load_start(recipe.start, "float32", "cpu")
-    start.model.requires_grad_(False)
-    start.model.model.icm.requires_grad_(True)
+    _train_module(start.model)
     load_trained(start.model, {name: value for name, value in state.items() if not name.startswith("reading.")})
     saved = save_checkpoint(out, start.model, start.processor, start.manifest, dtype=dtype_of(recipe))
     if is_checkpoint(recipe.start):
