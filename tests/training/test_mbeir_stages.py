@@ -327,13 +327,11 @@ def launch(name, recipes, run, processes, *sets):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "zero"), [("embedder", "null"), ("embedder", "zero2"), ("align", "null"), ("align", "zero2")]
-)
-def test_two_processes_agree_with_one(recipes, tmp_path, name, zero):
+@pytest.mark.parametrize("name", ["embedder", "align"])
+def test_two_processes_agree_with_one(recipes, tmp_path, name):
     """The embedder's negatives of the other process count, with their gradients; align's rows are of equal length here."""
     want = launch(name, recipes, tmp_path / "one", 1)
-    got = launch(name, recipes, tmp_path / "two", 2, f"run.deepspeed={zero}")
+    got = launch(name, recipes, tmp_path / "two", 2)
     assert len(want[0]) == 4
     for mine, theirs in zip(got, want, strict=True):
         assert mine == pytest.approx(theirs, rel=5e-3)
