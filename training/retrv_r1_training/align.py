@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,10 @@ from retrv_r1_retriever.demo.catalogue import TASKS, LabelledQuery
 from retrv_r1_retriever.model.embedding import encode_pictures
 from retrv_r1_retriever.model.icm import pad
 from retrv_r1_retriever.model.modeling import RetrvR1ForConditionalGeneration
-from retrv_r1_retriever.model.processing import VISION_END, VISION_START, Chunk, Processor, collate
+from retrv_r1_retriever.model.processing import VISION_END, VISION_START, Batch, Chunk, Processor, collate
 from retrv_r1_retriever.prompt import CHECK_CUE, Prompt, query_segments
 from retrv_r1_retriever.trace import Compressed, Sampled, Segment, Text
-from retrv_r1_retriever.types import Candidate, Document, Memory, Query
+from retrv_r1_retriever.types import Candidate, Content, Document, Memory, Query
 from retrv_r1_training.base import DESCRIBE
 from retrv_r1_training.data import Item, Pool, content_embeds
 from retrv_r1_training.lists import Contrast, contrast
@@ -56,15 +57,9 @@ def train_align(
     def describe(pool: Pool, queries: Sequence[LabelledQuery], rng: random.Random) -> tuple[Tensor, dict[str, float]]:
         picks = [_pick(pool, pool.target(q), q.target_modality, per_query, rng) for q in queries]
         items = [pool.items[i] for part in picks for i in part]
-        batch = collate([_chunk(processor, item) for item in items], processor, model.device)
-        inner = model.model
-        embeds = inner.place(
-            inner.get_input_embeddings()(batch.input_ids), batch.compressed,
-            *two_tokens(model, processor, [q.query for q in queries], items, cache),
-        )  # fmt: skip
-        hidden = inner.language_model(
-            inputs_embeds=embeds, position_ids=batch.positions, attention_mask=batch.attention_mask, use_cache=False
-        ).last_hidden_state
+        chunks = [described(processor, item.content, Sampled(f" {item.caption}")) for item in items]
+        tokens = two_tokens(model, processor, [q.query for q in queries], items, cache)
+        hidden, batch = read_two_tokens(model, processor, chunks, tokens)
         fine_ids = {i for item in items for w in Caption.of(item.caption).fine for i in processor.tokenise(f" {w}")}
         fine = torch.isin(batch.input_ids, torch.tensor(sorted(fine_ids))) & batch.sampled
         coarse = batch.sampled & ~fine
@@ -80,12 +75,8 @@ def train_align(
         items = [pool.items[i] for part in chosen for i in part]
         queries = [pool.queries[n].query for n in numbers]
         read = reading(two_tokens(model, processor, queries, items, cache)[1])
-        scores = read[:, 0].view(len(numbers), -1)
-        wanted = torch.zeros(len(numbers), dtype=torch.long)  # the positive comes first; the module sees no order
         same = torch.cat([agreement([pool.captions[i] for i in part], words) for part in chosen])
-        said, so = read[:, 1:][~same.isnan()], same[~same.isnan()]
-        loss = F.cross_entropy(scores, wanted) + BY_WORD * F.binary_cross_entropy_with_logits(said, so)
-        return loss, scores.argmax(1) == wanted, {"agreement": ((said > 0) == (so > 0)).float().mean().item()}
+        return relation_loss(read, len(numbers), same)
 
     def loss_fn(step: int) -> tuple[Tensor, dict[str, float]]:
         at = rng.randrange(len(pools) - 1)
@@ -109,6 +100,22 @@ def train_align(
 
     parameters = [*model.parameters(), *reading.parameters()]
     train("align", schedule, parameters, loss_fn, log_file, evaluate=evaluate)
+
+
+def relation_loss(read: Tensor, queries: int, same: Tensor | None = None) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """The loss, whether each query's answer was picked (queries,) bool, and how often each word's agreement was right.
+
+    read (queries * K, 1 + words): the linear reading of the relation tokens; of each K the positive comes first, and the module
+    sees no order. same (queries * K, words): see `agreement`; None = captions are not aligned by word, or there are none
+    """
+    scores = read[:, 0].view(queries, -1)
+    wanted = torch.zeros(queries, dtype=torch.long, device=scores.device)
+    loss, right = F.cross_entropy(scores, wanted), scores.argmax(1) == wanted
+    if same is None:
+        return loss, right, {}
+    said, so = read[:, 1:][~same.isnan()], same[~same.isnan()]
+    loss = loss + BY_WORD * F.binary_cross_entropy_with_logits(said, so)
+    return loss, right, {"agreement": ((said > 0) == (so > 0)).float().mean().item()}
 
 
 def agreement(candidates: Sequence[Caption], words: int) -> Tensor:
@@ -139,18 +146,49 @@ def two_tokens(
         features = encode_pictures(inner, processor, asked.pictures)
         query_embeds = inner.embed(asked.input_ids, features, asked.image_mask, None)
     query, query_mask = inner.query_rows(query_embeds, asked.compressed.query_mask)
-    row = torch.arange(len(queries)).repeat_interleave(len(items) // len(queries))
+    row = torch.arange(len(queries), device=model.device).repeat_interleave(len(items) // len(queries))
     return inner.icm(memory, mask, query, query_mask, row)  # type: ignore[no-any-return]
 
 
-def _chunk(processor: Processor, item: Item) -> Chunk:
-    nothing = Memory(np.zeros((1, 1), np.float16), "", "", 0)  # the rows are made with gradient, in `two_tokens`
-    """One row: its two tokens where the full ones would stand, "Describe:", its caption. No query, only T_q in the relation token.
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What stands around a candidate that is to be described; the default is what our own backbones learn from captions.
+
+    lead: before a caption's first word; cue: the visible text that ends an opened candidate comes before `after`
+    """
+
+    before: str = ""
+    after: str = DESCRIBE.text
+    lead: str = " "
+    cue: bool = True
+
+    def around(self, shown: Sequence[Segment]) -> list[Segment]:
+        tail = (*((CHECK_CUE,) if self.cue else ()), self.after)
+        return [*((Text(self.before),) if self.before else ()), *shown, *(Text(text) for text in tail)]
+
+
+def described(processor: Processor, content: Content, said: Sampled, frame: Frame = Frame()) -> Chunk:
+    """One row: a candidate's two tokens where the full ones would stand, "Describe:", and what is said of it. No query, only T_q
+    in the relation token.
 
     One candidate a row and no label tag: the frozen LM has never described one picture among several, and labels mean
     nothing to it yet.
     """
-    prompt = Prompt(Query(item.content), (Candidate(Document("", item.content), None, 1, nothing),), ())
-    picture = item.content.image is not None
+    nothing = Memory(np.zeros((1, 1), np.float16), "", "", 0)  # the rows are made with gradient, in `two_tokens`
+    prompt = Prompt(Query(content), (Candidate(Document("", content), None, 1, nothing),), ())
+    picture = content.image is not None
     shown: tuple[Segment, ...] = (Text(VISION_START), Compressed(0), Text(VISION_END)) if picture else (Compressed(0),)
-    return processor.chunk((*shown, Text(CHECK_CUE), DESCRIBE, Sampled(f" {item.caption}")), prompt)
+    return processor.chunk((*frame.around(shown), said), prompt)
+
+
+def read_two_tokens(
+    model: RetrvR1ForConditionalGeneration, processor: Processor, chunks: Sequence[Chunk], tokens: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Batch]:
+    """Last hidden states (B, L, H) of `described` rows with these content and relation tokens (B, H) in place."""
+    batch = collate(chunks, processor, model.device)
+    inner = model.model
+    embeds = inner.place(inner.get_input_embeddings()(batch.input_ids), batch.compressed, *tokens)
+    hidden = inner.language_model(
+        inputs_embeds=embeds, position_ids=batch.positions, attention_mask=batch.attention_mask, use_cache=False
+    ).last_hidden_state
+    return hidden, batch

@@ -40,14 +40,26 @@ def train_embedder(
         image = torch.tensor([pool.items[t].modality == "image" for t in targets])
         same = (ids[:, None] == ids[None]) & ~torch.eye(len(ids), dtype=torch.bool)
         allowed = (image[:, None] == image[None]) & ~same
-        scores = (log_scale.exp() * q @ t.T).masked_fill(~allowed, -1e9)
-        return F.cross_entropy(scores, torch.arange(len(ids))), {"scale": log_scale.exp().item()}
+        loss, _ = info_nce(q, t, torch.arange(len(ids)), allowed, log_scale.exp())
+        return loss, {"scale": log_scale.exp().item()}
 
     def evaluate() -> dict[str, float]:
         ranks = first_stage_lists(model, processor, held_out, dim, 20)
         return recalls(held_out, ranks)
 
     train("embedder", schedule, [*model.parameters(), log_scale], loss_fn, log_file, evaluate=evaluate, every=20)
+
+
+def info_nce(
+    queries: Tensor, candidates: Tensor, right: Tensor, allowed: Tensor, scale: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """Mean -log p(right candidate) of each query, and whether it scored best (n,) bool.
+
+    queries (n, d), candidates (m, d), both of norm 1; right (n,): column of the positive; allowed (n, m) bool: what competes
+    scale: 1 / temperature
+    """
+    scores = (scale * queries @ candidates.T).masked_fill(~allowed, -1e9)
+    return F.cross_entropy(scores, right), scores.argmax(1) == right
 
 
 def first_stage_lists(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -61,9 +61,18 @@ def build(kind: type[T], data: dict[str, Any], where: str) -> T:
         raise OptionsError(
             explain(where, expected=f"keys {sorted(known)}", got=unknown[0], fix="Fix or remove the key.")
         )
-    nested = {k: next((t for t in (h, *get_args(h)) if is_dataclass(t)), None) for k, h in hints.items()}
-    values = {k: build(nested[k], v, f"{where}: {k}") if nested[k] else v for k, v in data.items()}  # type: ignore[arg-type]
+    values = {k: _nested(hints[k], v, f"{where}: {k}") for k, v in data.items()}
     try:
         return kind(**values)
     except TypeError as error:
         raise OptionsError(f"{where}: {error}") from None
+
+
+def _nested(hint: Any, value: Any, where: str) -> Any:
+    """A dataclass, or a tuple of them, from plain values; everything else as it is."""
+    kind = next((t for t in (hint, *get_args(hint)) if is_dataclass(t)), None)
+    if kind is None:
+        return value
+    if get_origin(hint) is tuple:
+        return tuple(build(kind, v, f"{where}[{n}]") for n, v in enumerate(value))  # type: ignore[arg-type]
+    return build(kind, value, where)  # type: ignore[arg-type]

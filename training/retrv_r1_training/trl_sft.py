@@ -24,7 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from retrv_r1_retriever.errors import CheckpointError, InputError, RetrvR1Error, explain
-from retrv_r1_retriever.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from retrv_r1_retriever.model.checkpoint import Checkpoint, Manifest, load_checkpoint, read_manifest, save_checkpoint
 from retrv_r1_retriever.model.modeling import RetrvR1ForConditionalGeneration
 from retrv_r1_retriever.model.processing import EncodedImage, Processor
 from retrv_r1_training.adapters import (
@@ -70,6 +70,8 @@ class SftModel(RetrvR1ForConditionalGeneration):
 
 
 class SftOnTrl(SFTTrainer):
+    stage = "sft"
+
     def __init__(
         self,
         processor: Processor,
@@ -95,23 +97,27 @@ class SftOnTrl(SFTTrainer):
         totals = None if num_items_in_batch is None else Totals(*num_items_in_batch.tolist())
         examples: Sequence[Example] = inputs["examples"]
         loss, metrics, _ = model(objective=lambda net: losses(net, self.processor, examples, self.parts, totals))
+        self.observe(loss, metrics, inputs["numbers"])
+        # gradients are averaged over processes, and `totals` already are of all of them
+        return loss if totals is None else loss * self.accelerator.num_processes
+
+    def observe(self, loss: Tensor, metrics: dict[str, float], numbers: Sequence[int]) -> None:
+        """Note the metrics for the next log line; stop if the loss of any process is not finite."""
         row = torch.tensor([[loss.item(), *metrics.values()]], device=loss.device)
         rows = self.accelerator.gather(row)  # all processes see, and stop, together
         training = self.model.training
         if training and not torch.isfinite(rows[:, 0]).all():
-            self._stop(rows[:, 0].tolist(), inputs["numbers"])
+            self._stop(rows[:, 0].tolist(), numbers)
         for name, value in zip(metrics, rows[:, 1:].nanmean(0).tolist(), strict=True):
             if value == value:  # no such token in any of these examples is NaN
                 self._metrics["train" if training else "eval"][name].append(value)
-        # gradients are averaged over processes, and `totals` already are of all of them
-        return loss if totals is None else loss * self.accelerator.num_processes
 
-    def _stop(self, values: list[float], numbers: list[int]) -> None:
+    def _stop(self, values: list[float], numbers: Sequence[int]) -> None:
         folder = Path(self.args.output_dir) / "stopped"
         self.args.output_dir = str(folder)  # apart from the good checkpoints, which a new start resumes from
         self._save_checkpoint(self.model, None)
         raise NotFiniteError(
-            explain(f"sft: loss at step {self.state.global_step}, examples {numbers}", expected="a finite number",
+            explain(f"{self.stage}: loss at step {self.state.global_step}, examples {numbers}", expected="a finite number",
                     got=values, fix=f"State saved below {folder}. Lower optim.lr or look at these examples, "
                     "and start again in a new --run folder.")
         )  # fmt: skip
@@ -137,8 +143,8 @@ class SftOnTrl(SFTTrainer):
 class JsonLog(TrainerCallback):
     """RUN/log.jsonl: a row per log line and evaluation. A resumed run drops the rows after the state it starts from."""
 
-    def __init__(self, file: Path) -> None:
-        self._file = file
+    def __init__(self, file: Path, stage: str = "sft") -> None:
+        self._file, self._stage = file, stage
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # transformers' signature
         if state.is_world_process_zero:
@@ -149,7 +155,7 @@ class JsonLog(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # as above
         if state.is_world_process_zero:
             with self._file.open("a", encoding="utf-8") as out:
-                out.write(json.dumps({"stage": "sft", "step": state.global_step, **logs}) + "\n")
+                out.write(json.dumps({"stage": self._stage, "step": state.global_step, **logs}) + "\n")
 
 
 class Collator:
@@ -248,6 +254,21 @@ def train_sft(recipe: SftRecipe, run: Path) -> Path:
     return out
 
 
+def keep_embedder(start: Path, out: Path, saved: Manifest) -> None:
+    """The starting checkpoint's embedder as it is: vectors on users' disks were made by it."""
+    before = read_manifest(start)
+    if before.embedder_dim:
+        shutil.copytree(start / "retrv" / "embedder", out / "retrv" / "embedder", dirs_exist_ok=True)
+        saved = replace(saved, embedder_digest=before.embedder_digest)
+        (out / "retrv" / "manifest.json").write_text(json.dumps(asdict(saved), indent=2) + "\n", encoding="utf-8")
+
+
+def stored_dtype(checkpoint: Path) -> torch.dtype:
+    """Of a checkpoint's weights on disk."""
+    with safe_open(checkpoint / "retrv" / "icm.safetensors", "pt") as file:
+        return file.get_tensor(next(iter(file.keys()))).dtype  # type: ignore[no-any-return]
+
+
 def export(recipe: SftRecipe, state: dict[str, Tensor], out: Path) -> None:
     """What was trained, merged into the starting checkpoint. Frozen weights are taken from there, bit by bit."""
     folder = Path(recipe.checkpoint)
@@ -263,16 +284,11 @@ def export(recipe: SftRecipe, state: dict[str, Tensor], out: Path) -> None:
     manifest = replace(
         start.manifest, trained_top_k=recipe.lists.top_k, think_margin=None
     )  # calibrated on other weights
-    with safe_open(folder / "retrv" / "icm.safetensors", "pt") as file:
-        dtype = file.get_tensor(next(iter(file.keys()))).dtype
-    saved = save_checkpoint(out, plain, start.processor, manifest, dtype=dtype)
+    saved = save_checkpoint(out, plain, start.processor, manifest, dtype=stored_dtype(folder))
     if saved.memory_digest != start.manifest.memory_digest:
         raise CheckpointError(
             explain("memory digest after sft", expected=start.manifest.memory_digest, got=saved.memory_digest,
                     fix="Frozen weights moved; this is a bug, please report it.")
         )  # fmt: skip
-    if manifest.embedder_dim:  # as it is: vectors on users' disks were made by it
-        shutil.copytree(folder / "retrv" / "embedder", out / "retrv" / "embedder", dirs_exist_ok=True)
-        saved = replace(saved, embedder_digest=start.manifest.embedder_digest)
-        (out / "retrv" / "manifest.json").write_text(json.dumps(asdict(saved), indent=2) + "\n", encoding="utf-8")
+    keep_embedder(folder, out, saved)
     log.info("checkpoint %s in %s, memory %s", saved.checkpoint_digest, out, saved.memory_digest)
