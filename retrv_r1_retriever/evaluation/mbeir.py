@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from retrv_r1_retriever.errors import InputError, explain
+from retrv_r1_retriever.evaluation.offsets import MAX_BAD_SHARE, LineFormat, LineIndex, Skipped
 from retrv_r1_retriever.readers import mbeir_document
 from retrv_r1_retriever.types import Content, Document, Query
-from retrv_r1_training.offsets import MAX_BAD_SHARE, LineFormat, LineIndex, Skipped
 
 INSTRUCTIONS = Path("instructions", "query_instructions.tsv")
 #: M-BEIR's numbers of the task shapes: (query modality, candidate modality). 5 is unused there.
