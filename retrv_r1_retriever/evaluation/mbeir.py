@@ -12,6 +12,7 @@ the table of instructions. Texts are taken as they stand (the reference code of 
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -260,7 +261,9 @@ def _retrieved(line: bytes) -> tuple[str, str, float]:
     fields = line.decode("utf-8").split()
     if len(fields) < 5:
         raise InputError(explain("line", expected="qid Q0 did rank score tag", got=repr(line), fix="Fix it."))
-    return fields[0], fields[2], float(fields[4])
+    if not math.isfinite(score := float(fields[4])):
+        raise InputError(explain("score", expected="a finite number", got=fields[4], fix="Fix it."))
+    return fields[0], fields[2], score
 
 
 def _json(line: bytes) -> dict[str, Any]:

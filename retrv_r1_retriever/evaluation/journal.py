@@ -1,0 +1,89 @@
+"""One line per query, appended when it is done: a killed evaluation goes on where it was.
+
+The first line names the settings. Settings are also part of the file's name, so that results of two settings cannot mix.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from retrv_r1_retriever.errors import InputError, explain
+
+_EDGE = 1 << 20
+
+
+class Journal:
+    """`folder/<name>.<digest of the settings>.jsonl`; rows are JSON objects with a key `query`.
+
+    A line without its end is what a kill left: it is cut off. Any other line that cannot be read is an `InputError`.
+    done: queries with a row
+    """
+
+    def __init__(self, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
+        self.settings = json.loads(json.dumps(settings, sort_keys=True))
+        self.path = folder / f"{name}.{digest_of(self.settings)}.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        whole = self._check() if self.path.exists() else 0
+        if whole == 0:
+            self.path.write_text(json.dumps({"settings": self.settings}, ensure_ascii=False) + "\n", encoding="utf-8")
+        else:
+            os.truncate(self.path, whole)
+        self.done = {row["query"] for row in self.rows()}
+
+    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """On the disk when this returns."""
+        lines = [(row["query"], json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n") for row in rows]
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(line for _, line in lines)
+            file.flush()
+            os.fsync(file.fileno())
+        self.done.update(query for query, _ in lines)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        with self.path.open("rb") as file:
+            next(file)
+            for number, line in enumerate(file, 2):
+                yield self._parsed(line, number)
+
+    def _check(self) -> int:
+        """Bytes of whole lines. The settings must be ours."""
+        whole = 0
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    break
+                if number == 1 and self._parsed(line, number).get("settings") != self.settings:
+                    fix = "Delete the file: its results are of other settings."
+                    raise InputError(explain(f"{self.path}:1", expected="our settings", got="others", fix=fix))
+                whole += len(line)
+        return whole
+
+    def _parsed(self, line: bytes, number: int) -> dict[str, Any]:
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or (number > 1 and not isinstance(row.get("query"), str)):
+                raise ValueError("no object with a query")
+        except ValueError as error:
+            fix = "Remove the line; its query is done again."
+            raise InputError(explain(f"{self.path}:{number}", expected="a row", got=error, fix=fix)) from None
+        return row
+
+
+def digest_of(value: object) -> str:
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+
+
+def fingerprint(path: Path) -> str:
+    """Tells files apart without reading gigabytes: size, first and last megabyte."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(_EDGE)
+        file.seek(max(0, size - _EDGE))
+        tail = file.read(_EDGE)
+    return hashlib.blake2b(b"%d" % size + head + tail, digest_size=8).hexdigest()
