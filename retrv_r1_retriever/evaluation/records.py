@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
@@ -96,12 +96,11 @@ def lost_by(record: Record, positives: Collection[str], k: int = 1) -> LostBy | 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Over all queries of the qrels.
+    """Quality over all queries of the qrels.
 
     first_stage, reranked: metric -> mean; gain: of the reranked over the first stage, in the last metric
     ceiling: share of queries with a right answer among the candidates; lost: step -> queries; rescued, spoiled: queries whose
-    first place became right, or was right and is not any more; p50, p95: seconds per query (None = not measured)
-    tokens_in, tokens_out, opened: per query; cost: per 1,000 queries in the currency of the prices, None without prices
+    first place became right, or was right and is not any more
     """
 
     queries: int
@@ -112,6 +111,16 @@ class Summary:
     lost: Mapping[str, int]
     rescued: int
     spoiled: int
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """What it took, labels or not.
+
+    opened, tokens_in, tokens_out: per query; p50, p95: seconds per query (None = not measured)
+    cost: per 1,000 queries in the currency of the prices, None without prices
+    """
+
     statuses: Mapping[str, int]
     opened: float
     p50: float | None
@@ -133,35 +142,34 @@ class Price:
         return (tokens_in * self.read + tokens_out * self.written) / 1_000
 
 
-def summarise(records: Sequence[Record], qrels: Qrels, metrics: Sequence[str], price: Price | None = None) -> Summary:
+def summarise(records: Sequence[Record], qrels: Qrels, metrics: Sequence[str]) -> Summary:
     """`records`: one per query of the qrels. Means of missing queries would be means of other queries, so they raise."""
-    known = {record.query: record for record in records}
-    if len(known) != len(records) or known.keys() != qrels.keys():
+    known = {record.query for record in records}
+    if len(known) != len(records) or known != qrels.keys():
         got = f"{len(records)} records of {len(known)} queries for qrels of {len(qrels)}"
         raise InputError(explain("records", expected="one per query", got=got, fix="Evaluate the queries that miss."))
-    before, after = ({r.query: r.before for r in records}, {r.query: r.after for r in records})
+    before, after = {r.query: r.before for r in records}, {r.query: r.after for r in records}
     scored = {name: (values(before, qrels, name), values(after, qrels, name)) for name in metrics}
     was, now = values(before, qrels, "recall@1"), values(after, qrels, "recall@1")
     last = scored[metrics[-1]]
-    read, written = (_mean([float(getattr(r, n)) for r in records]) for n in ("tokens_in", "tokens_out"))
-    p50, p95 = _percentiles([r.seconds for r in records if r.seconds is not None])
     return Summary(
         queries=len(records),
-        first_stage={name: _mean(list(pair[0].values())) for name, pair in scored.items()},
-        reranked={name: _mean(list(pair[1].values())) for name, pair in scored.items()},
+        first_stage={name: _mean(pair[0].values()) for name, pair in scored.items()},
+        reranked={name: _mean(pair[1].values()) for name, pair in scored.items()},
         gain=paired_test(list(last[0].values()), list(last[1].values())),
-        ceiling=_mean([float(any(positives(qrels[r.query]) & {*r.before})) for r in records]),
+        ceiling=_mean(not positives(qrels[r.query]).isdisjoint(r.before) for r in records),
         lost=losses(records, qrels),
         rescued=sum(now[query] > was[query] for query in qrels),
         spoiled=sum(now[query] < was[query] for query in qrels),
-        statuses=dict(Counter(r.status.value for r in records)),
-        opened=_mean([float(len(r.opened)) for r in records]),
-        p50=p50,
-        p95=p95,
-        tokens_in=read,
-        tokens_out=written,
-        cost=price.per_thousand(read, written) if price else None,
     )
+
+
+def effort(records: Sequence[Record], price: Price | None = None) -> Effort:
+    read, written = _mean(r.tokens_in for r in records), _mean(r.tokens_out for r in records)
+    p50, p95 = percentiles([r.seconds for r in records if r.seconds is not None])
+    cost = price.per_thousand(read, written) if price else None
+    statuses = dict(sorted(Counter(r.status.value for r in records).items()))
+    return Effort(statuses, _mean(len(r.opened) for r in records), p50, p95, read, written, cost)
 
 
 def losses(records: Sequence[Record], qrels: Qrels, k: int = 1) -> dict[str, int]:
@@ -174,12 +182,14 @@ def positives(grades: Mapping[str, int]) -> set[str]:
     return {id for id, grade in grades.items() if grade > 0}
 
 
-def _mean(numbers: Sequence[float]) -> float:
-    return math.fsum(numbers) / len(numbers)
-
-
-def _percentiles(seconds: Sequence[float]) -> tuple[float | None, float | None]:
+def percentiles(seconds: Sequence[float]) -> tuple[float | None, float | None]:
+    """p50 and p95."""
     if not seconds:
         return None, None
     p50, p95 = np.percentile(seconds, (50, 95))
     return float(p50), float(p95)
+
+
+def _mean(numbers: Iterable[float]) -> float:
+    given = list(numbers)
+    return math.fsum(given) / len(given)
