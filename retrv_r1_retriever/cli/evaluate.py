@@ -170,7 +170,7 @@ def _write_runs(path: Path | None, modes: Sequence[RerankOptions], measured: Mea
     for options in modes if path else ():
         assert path is not None
         own = path if len(modes) == 1 else path.with_name(f"{path.stem}.{tag(options)}{path.suffix}")
-        write_run(own, {r.query: r.after for r in measured.records[label(options)]}, tag(options))
+        write_run(own, {r.query: r.reranked for r in measured.records[label(options)]}, tag(options))
         written.append(own)
     return written
 

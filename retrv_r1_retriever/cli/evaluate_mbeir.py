@@ -71,8 +71,7 @@ def main(args: argparse.Namespace) -> int:
     check_output(args.report, args.out / "results.json")
     parts = _parts(config, args)
     runs = run(run_benchmark(setup, parts, Progress()))
-    unasked = {task.name: ["not asked for"] for task in TASKS if task not in setup.tasks}
-    scores = BenchmarkScore(tuple(score(one) for one in runs), absent | unasked)
+    scores = BenchmarkScore(tuple(score(one) for one in runs), absent)
     configuration = describe(setup, parts)
     written = write_results(setup, runs, scores, configuration)
     if args.report:
@@ -136,7 +135,7 @@ def write_results(
         lists = ((row["query"], row["ranked"]) for row in one.first_stage.rows())
         _write_run(folder / f"{one.task.name}.{setup.pool}.first-stage.txt", lists, f"{head}.first-stage")
         for options, mode in zip(setup.modes, one.rerankings, strict=False):
-            lists = ((r.query, [(id, -place) for place, id in enumerate(r.after, 1)]) for r in one.records(mode))
+            lists = ((r.query, [(id, -place) for place, id in enumerate(r.reranked, 1)]) for r in one.records(mode))
             name = tag(options)
             _write_run(folder / f"{one.task.name}.{setup.pool}.{name}.txt", lists, f"{head}.{name}")
     table, everything, problems = (setup.out / name for name in ("results.tsv", "results.json", "problems.txt"))
@@ -181,7 +180,9 @@ def results_json(scores: BenchmarkScore, configuration: Mapping[str, Any]) -> di
 
 def _problems(scores: BenchmarkScore) -> list[str]:
     absent = [f"{name}: missing: {', '.join(files)}" for name, files in scores.absent.items()]
-    return absent + [f"{task.task}: {problem}" for task in scores.tasks for problem in task.problems]
+    asked = len(scores.tasks) + len(absent)
+    fewer = [f"{asked} of the {len(TASKS)} tasks were asked for"] if asked < len(TASKS) else []
+    return fewer + absent + [f"{task.task}: {problem}" for task in scores.tasks for problem in task.problems]
 
 
 # -- what is shown -----------------------------------------------------------------------------------------------------
@@ -212,7 +213,14 @@ def _tables(scores: BenchmarkScore) -> list[ReportTable]:
 
 
 def _print(scores: BenchmarkScore, configuration: Mapping[str, Any], written: Sequence[Path]) -> None:
-    for table in _tables(scores):
+    totals = [
+        (system, *(f"{sum(t.systems[system].lost[step.value] for t in scores.tasks):,}" for step in LostBy))
+        for system in scores.systems[1:]
+    ]
+    lost = ReportTable(
+        "Queries lost, by the step that lost them", ("", *(step.value for step in LostBy)), tuple(totals)
+    )
+    for table in (_tables(scores)[0], *([lost] if totals else [])):
         print(f"{table.caption}\n")
         print_table(table.header, table.rows, indent="  ")
         print()

@@ -20,7 +20,7 @@ from retrv_r1_retriever.engines.base import Compressor, Engine
 from retrv_r1_retriever.errors import ImageError, InputError, explain
 from retrv_r1_retriever.evaluation.first_stage import RunFirstStage
 from retrv_r1_retriever.evaluation.journal import Journal, digest_of, fingerprint
-from retrv_r1_retriever.evaluation.mbeir import Dataset, Limits
+from retrv_r1_retriever.evaluation.mbeir import INSTRUCTIONS, Dataset, Limits
 from retrv_r1_retriever.evaluation.measure import ProgressFn, label
 from retrv_r1_retriever.evaluation.records import Record, record_of
 from retrv_r1_retriever.images import ImageSource, load_content
@@ -144,7 +144,12 @@ class TaskRun:
     skipped: list[str] = field(default_factory=list)
 
     def records(self, mode: str) -> Iterator[Record]:
-        return (Record.from_json(row["record"]) for row in self.rerankings[mode].rows())
+        """In the order in which they were done; `rest` is the first stage's list from K on."""
+        for row in self.rerankings[mode].rows():
+            record = Record.from_json(row["record"])
+            known = record.query in self.first_stage
+            rest = self.first_stage.get(record.query)["ranked"][len(record.before) :] if known else ()
+            yield replace(record, rest=tuple(id for id, _ in rest))
 
 
 async def run_benchmark(setup: Setup, parts: Parts, progress: ProgressFn) -> list[TaskRun]:
@@ -168,7 +173,8 @@ def _open(task: Task, setup: Setup, parts: Parts) -> TaskRun:
     data = setup.data(task)
     if not len(data):
         raise InputError(explain(task.queries, expected="at least one query", got="none", fix="Restore the file."))
-    files = {name: fingerprint(setup.root / name) for name in (task.queries, task.pool(setup.pool))}
+    made_of = [task.queries, task.pool(setup.pool), INSTRUCTIONS.as_posix()]  # judgements decide scores, not lists
+    files = {name: fingerprint(setup.root / name) for name in made_of if (setup.root / name).is_file()}
     searched = {"files": files, "embedder": parts.embedder_digest, "depth": DEPTH, "seed": setup.seed}
     lists, name = setup.out / "lists", f"{task.name}.{setup.pool}"
     rerankings = {}
@@ -186,10 +192,10 @@ class _Meter:
     def __init__(self, progress: ProgressFn, runs: Sequence[TaskRun]) -> None:
         self._progress = progress
         self._done = {"first stage": 0, "reranking": 0}
-        left = [(len(run.data) - len(run.first_stage.done), run) for run in runs]
+        left = [(len(run.data) - len(run.first_stage), run) for run in runs]
         self._total = {
             "first stage": sum(count for count, _ in left),
-            "reranking": sum(len(run.data) - len(journal.done) for run in runs for journal in run.rerankings.values()),
+            "reranking": sum(len(run.data) - len(journal) for run in runs for journal in run.rerankings.values()),
         }
 
     def __call__(self, what: str, count: int) -> None:
@@ -236,7 +242,7 @@ async def _search(
     run: TaskRun, setup: Setup, parts: Parts, store: EdgeStore, meter: Callable[[str, int], None]
 ) -> None:
     """Exact: Qdrant Edge scans every vector until it is told to optimize."""
-    todo = (n for n in range(len(run.data)) if _id(run, n) not in run.first_stage.done)
+    todo = (n for n in range(len(run.data)) if _id(run, n) not in run.first_stage)
     for numbers in _batches(todo, setup.concurrency):
         queries = []
         for number in numbers:
@@ -279,7 +285,7 @@ async def _rerank(
     assert parts.engine is not None
     journal = run.rerankings[label(options)]
     reranker = RetrvR1Reranker(parts.engine, images=parts.images)
-    todo = (row for row in run.first_stage.rows() if row["query"] not in journal.done)
+    todo = (row for row in run.first_stage.rows() if row["query"] not in journal)
     for rows in _batches(todo, setup.concurrency):
         stage = RunFirstStage(store, {row["query"]: row["ranked"] for row in rows}, parts.compressor is not None)
         queries = [await _query(run, row["number"], setup, parts) for row in rows]

@@ -21,7 +21,6 @@ class Journal:
     """`folder/<name>.<digest of the settings>.jsonl`; rows are JSON objects with a key `query`.
 
     A line without its end is what a kill left: it is cut off. Any other line that cannot be read is an `InputError`.
-    done: queries with a row
     """
 
     def __init__(self, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
@@ -33,22 +32,41 @@ class Journal:
             self.path.write_text(json.dumps({"settings": self.settings}, ensure_ascii=False) + "\n", encoding="utf-8")
         else:
             os.truncate(self.path, whole)
-        self.done = {row["query"] for row in self.rows()}
+        self._places: dict[str, int] = {}  # query -> where its line begins
+        for place, row in self._placed():
+            self._places[row["query"]] = place
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, query: object) -> bool:
+        return query in self._places
+
+    def get(self, query: str) -> dict[str, Any]:
+        """Raises `KeyError`."""
+        with self.path.open("rb") as file:
+            file.seek(self._places[query])
+            row: dict[str, Any] = json.loads(file.readline())
+        return row
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """On the disk when this returns."""
-        lines = [(row["query"], json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n") for row in rows]
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(line for _, line in lines)
+        with self.path.open("ab") as file:
+            for row in rows:
+                self._places[row["query"]] = file.tell()
+                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
-        self.done.update(query for query, _ in lines)
 
     def rows(self) -> Iterator[dict[str, Any]]:
+        return (row for _, row in self._placed())
+
+    def _placed(self) -> Iterator[tuple[int, dict[str, Any]]]:
         with self.path.open("rb") as file:
-            next(file)
+            place = len(file.readline())
             for number, line in enumerate(file, 2):
-                yield self._parsed(line, number)
+                yield place, self._parsed(line, number)
+                place += len(line)
 
     def _check(self) -> int:
         """Bytes of whole lines. The settings must be ours."""

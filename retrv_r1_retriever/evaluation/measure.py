@@ -55,8 +55,7 @@ class Measured:
     notes: dict[str, list[str]] = field(default_factory=dict)
     shown: dict[tuple[str, str], list[Shown]] = field(default_factory=dict)
 
-    def add(self, mode: str, results: RankedResults, seconds: float, grades: Mapping[str, int] | None) -> None:
-        record = record_of(results, seconds)
+    def add(self, mode: str, results: RankedResults, record: Record, grades: Mapping[str, int] | None) -> None:
         self.records.setdefault(mode, []).append(record)
         notes = list(results.trace.notes) if results.trace else []
         self.notes[mode] = [note for note in self.notes.get(mode, notes) if note in notes]
@@ -94,9 +93,10 @@ async def measure(
                 options=options,
                 concurrency=concurrency,
             )
-            for query, results, (*_, seconds) in zip(asked, ranked, found, strict=True):
+            for query, results, (_, candidates, seconds) in zip(asked, ranked, found, strict=True):
                 grades = None if qrels is None else qrels[query.id or ""]
-                measured.add(label(options), replace(results, query=query), seconds, grades)
+                rest = [candidate.document.id for candidate in candidates[options.top_k :]]
+                measured.add(label(options), replace(results, query=query), record_of(results, seconds, rest), grades)
         if progress:
             progress("evaluating", start + len(asked), len(queries))
     return measured

@@ -21,7 +21,8 @@ from retrv_r1_retriever.types import RankedResults, Status
 class Record:
     """One query reranked, in ids.
 
-    before, after: the whole list as retrieved and as reranked; opened: in full, in order; unranked: not judged
+    before, after: the K candidates as retrieved and as reranked; rest: what was retrieved beyond them, and stays behind them
+    opened: in full, in order; unranked: not judged
     thought: False where the direct read alone decided; selected: the answer, None if none was chosen
     seconds: the whole call, None if nobody measured it; tokens_in, tokens_out: read and written by the model
     """
@@ -37,6 +38,15 @@ class Record:
     seconds: float | None = None
     tokens_in: int = 0
     tokens_out: int = 0
+    rest: tuple[str, ...] = ()
+
+    @property
+    def retrieved(self) -> tuple[str, ...]:
+        return (*self.before, *self.rest)
+
+    @property
+    def reranked(self) -> tuple[str, ...]:
+        return (*self.after, *self.rest)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -44,11 +54,11 @@ class Record:
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Record:
         """Raises `ValueError`, `KeyError` or `TypeError` for what is no record."""
-        lists = {name: tuple(row[name]) for name in ("before", "after", "opened", "unranked")}
+        lists = {name: tuple(row[name]) for name in ("before", "after", "opened", "unranked", "rest")}
         return cls(**{**row, **lists, "status": Status(row["status"])})
 
 
-def record_of(ranked: RankedResults, seconds: float = 0.0) -> Record:
+def record_of(ranked: RankedResults, seconds: float = 0.0, rest: Sequence[str] = ()) -> Record:
     """`ranked`: a whole list (`top_n=None`), its query with an id; seconds: what came before the reranking."""
     if ranked.query.id is None:
         raise InputError(explain("query", expected="an id", got="None", fix="Pass Query.of(..., id=...)."))
@@ -67,6 +77,7 @@ def record_of(ranked: RankedResults, seconds: float = 0.0) -> Record:
         seconds=trace.timings["total"] + seconds if trace and "total" in trace.timings else None,
         tokens_in=usage.prompt_tokens + usage.inspected_tokens if usage else 0,
         tokens_out=usage.sampled_tokens if usage else 0,
+        rest=tuple(rest),
     )
 
 
@@ -82,7 +93,7 @@ class LostBy(StrEnum):
 
 def lost_by(record: Record, positives: Collection[str], k: int = 1) -> LostBy | None:
     """None if a right answer is among the first k."""
-    if any(id in positives for id in record.after[:k]):
+    if any(id in positives for id in record.reranked[:k]):
         return None
     right = {id for id in record.before if id in positives}
     if not right:
@@ -148,7 +159,7 @@ def summarise(records: Sequence[Record], qrels: Qrels, metrics: Sequence[str]) -
     if len(known) != len(records) or known != qrels.keys():
         got = f"{len(records)} records of {len(known)} queries for qrels of {len(qrels)}"
         raise InputError(explain("records", expected="one per query", got=got, fix="Evaluate the queries that miss."))
-    before, after = {r.query: r.before for r in records}, {r.query: r.after for r in records}
+    before, after = {r.query: r.retrieved for r in records}, {r.query: r.reranked for r in records}
     scored = {name: (values(before, qrels, name), values(after, qrels, name)) for name in metrics}
     was, now = values(before, qrels, "recall@1"), values(after, qrels, "recall@1")
     last = scored[metrics[-1]]

@@ -43,7 +43,7 @@ class TaskScore:
 
 @dataclass(frozen=True, slots=True)
 class BenchmarkScore:
-    """tasks: in the papers' column order; absent: task -> missing files, or "not asked for"
+    """tasks: in the papers' column order; absent: task -> missing files
 
     average: system -> mean of the sixteen headline recalls, None while anything is missing
     """
@@ -83,7 +83,7 @@ def score(run: TaskRun) -> TaskScore:
             step = lost_by(record, _known(positives, record.query, str(journal.path)), task.headline)
             lost.update([step.value] if step else [])
             statuses[record.status.value] += 1
-        after = ((record.query, record.after) for record in run.records(mode))
+        after = ((record.query, record.reranked) for record in run.records(mode))
         steps = {step.value: lost[step.value] for step in LostBy}
         systems[mode] = _system(after, positives, list(task.cuts), steps, dict(statuses))
         missing = len(positives) - sum(statuses.values()) - len(run.skipped)

@@ -42,7 +42,7 @@ def test_modes_over_the_same_candidates(indexed: Path, run: Run) -> None:
     assert direct["cost"] == pytest.approx(direct["tokens_in"] / 1_000)
     assert direct["p50"] > 0
     written = read_run(Path("run.retrv-r1.K2.never.logits.txt"))
-    assert {query: len(documents) for query, documents in written.items()} == {"a": 2, "90:1": 2, "queries.jsonl:3": 2}
+    assert {query: len(documents) for query, documents in written.items()} == {"a": 4, "90:1": 4, "queries.jsonl:3": 4}
     assert ran.json["configuration"]["modes"][names[0]]["top_k"] == 2
     page = Path("eval.html").read_text()
     assert "Who lost the queries" in page

@@ -26,7 +26,7 @@ DATASETS = {
     "visualnews": 0, "fashion200k": 1, "webqa": 2, "edis": 3, "nights": 4, "oven": 5, "infoseek": 6, "fashioniq": 7, "cirr": 8,
     "mscoco": 9,
 }  # fmt: skip
-VARIANTS = 4  # candidates of a topic
+VARIANTS = 12  # candidates of a topic
 SIZE = 16
 
 
@@ -68,15 +68,15 @@ class TopicEmbedder:
         centre = np.random.default_rng(topic).standard_normal(SIZE)
         if isinstance(item, Query):
             return centre
-        return centre + 0.3 * np.random.default_rng([topic, variant]).standard_normal(SIZE)
+        return centre + 0.8 * np.random.default_rng([topic, variant]).standard_normal(SIZE)
 
 
 def topic_engine() -> ScriptedEngine:
-    """Prefers the query's number, but is blind for every fifth topic."""
+    """Prefers the query's number, but takes every third one for the next."""
 
     def slots(prompt: Prompt) -> list[float]:
         topic, variant = topic_of(prompt.query.content)
-        wanted = (topic, variant if topic % 5 else (variant + 1) % VARIANTS)
+        wanted = (topic, variant if variant % 3 else (variant + 1) % VARIANTS)
         return [*(3.0 if topic_of(c.document.content) == wanted else 0.0 for c in prompt.candidates), -1.0]
 
     return ScriptedEngine(slots=slots)

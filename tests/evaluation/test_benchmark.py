@@ -40,8 +40,7 @@ def setup(folder: Path, root: str = "root", out: str = "out") -> Setup:
 def evaluate(setup: Setup, system: Parts | None = None) -> BenchmarkScore:
     system = system or parts(setup.root)
     runs = run(run_benchmark(setup, system, lambda *_: None))
-    absent = setup.absent() | {task.name: ["not asked for"] for task in TASKS if task not in setup.tasks}
-    scores = BenchmarkScore(tuple(map(score, runs)), absent)
+    scores = BenchmarkScore(tuple(map(score, runs)), setup.absent())
     write_results(setup, runs, scores, describe(setup, system))
     return scores
 
@@ -75,6 +74,7 @@ def test_the_average_is_what_the_run_files_say(whole: Path) -> None:
         assert results["average"][system] == pytest.approx(sum(headline) / 16)
     cirr = results["tasks"]["cirr_task7"]["systems"]
     assert cirr[MODE]["recall"]["1"] > cirr[FIRST_STAGE]["recall"]["1"], "or nothing was reranked"
+    assert 0.2 < results["average"][FIRST_STAGE] < results["average"][MODE] < 1, "or the data decide nothing"
     lost = sum(cirr[MODE]["lost"].values())
     assert lost == round(4 * (1 - cirr[MODE]["recall"]["5"]))
     configuration = results["configuration"]
@@ -130,7 +130,8 @@ def test_the_union_pool(whole: Path) -> None:
     assert scores.average == {FIRST_STAGE: None, "K=2 never/logits": None, MODE: None}
     first, small, large = (scores.tasks[1].systems[name] for name in scores.systems)
     assert len(read_run(mine.out / "runs/cirr_task7.global.first-stage.txt")["8:70"]) == DEPTH
-    assert first.recall[10] >= large.recall[10] >= small.recall[10], "no reranking of K finds what is not among the K"
+    assert large.recall[10] <= first.recall[20], "no reranking of K finds what is not among the K"
+    assert small.recall[5] == first.recall[5], "what was retrieved beyond the K stays behind them"
 
 
 def spoiled(whole: Path, tmp_path: Path, file: str, change: Callable[[str], str]) -> Setup:
