@@ -299,5 +299,23 @@ def _write_report(
         f"First stage: {settings['first_stage']}; fusion: none; {LATENCY_NOTE}, {settings['concurrency']} at a time. "
         f"Below: {len(entries)} queries that reranking changed or left wrong, at most {measured.limit} of a kind."
     )
-    tables = [replace(first, note=words), *rest]
+    tables = [replace(first, note=words), *rest, configuration_table(settings)]
     write_report(path, entries, title="Evaluation", intro=intro, tables=tables, images=retriever.images)
+
+
+def configuration_table(settings: Mapping[str, Any]) -> ReportTable:
+    """What the numbers on a page depend on, a line each."""
+    rows = [(name.replace("_", " "), value) for name, value in settings.items() if not isinstance(value, Mapping)]
+    nested = [(f"{name.replace('_', ' ')}: {key}", v) for name, value in settings.items() if isinstance(value, Mapping)
+              for key, v in value.items()]  # fmt: skip
+    return ReportTable("Configuration", ("", ""), tuple((name, _plain(value)) for name, value in (*rows, *nested)))
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}={_plain(inner)}" for name, inner in value.items())
+    return (
+        {True: "yes", False: "no", None: "none"}.get(value, str(value))
+        if isinstance(value, bool | None)
+        else str(value)
+    )

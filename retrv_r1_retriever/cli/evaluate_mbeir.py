@@ -12,7 +12,7 @@ from typing import Any
 
 from retrv_r1_retriever import config as settings
 from retrv_r1_retriever._sync import run
-from retrv_r1_retriever.cli.evaluate import add_modes, modes_of
+from retrv_r1_retriever.cli.evaluate import add_modes, configuration_table, modes_of
 from retrv_r1_retriever.cli.search import add_options, check_output, load_config
 from retrv_r1_retriever.cli.terminal import Progress, print_json, print_table, print_wrapped, printable
 from retrv_r1_retriever.config import Config
@@ -20,7 +20,7 @@ from retrv_r1_retriever.engines.base import Compressor
 from retrv_r1_retriever.errors import InputError, explain
 from retrv_r1_retriever.evaluation.benchmark import TASKS, Parts, Setup, Task, TaskRun, run_benchmark
 from retrv_r1_retriever.evaluation.journal import digest_of
-from retrv_r1_retriever.evaluation.measure import tag
+from retrv_r1_retriever.evaluation.measure import label, tag
 from retrv_r1_retriever.evaluation.records import LostBy, Record, lost_by
 from retrv_r1_retriever.evaluation.runs import run_lines
 from retrv_r1_retriever.evaluation.scores import CEILINGS, FIRST_STAGE, BenchmarkScore, score
@@ -97,7 +97,7 @@ def _parts(config: Config, args: argparse.Namespace) -> Parts:
     embedder = settings.open_embedder(config)
     engine = None if args.first_stage_only else settings.open_reader(config)
     compressor = engine if isinstance(engine, Compressor) else None
-    spec = settings.collection_spec(compressor, embedder)  # type: ignore[arg-type]  # what the config opened
+    spec = settings.collection_spec(compressor, embedder)
     limits = config.images
     images = LocalImages(
         args.root, max_bytes=limits.max_bytes, max_pixels=limits.max_pixels, timeout_s=limits.timeout_s
@@ -113,7 +113,7 @@ def describe(setup: Setup, parts: Parts) -> dict[str, Any]:
         "metric": "recall@k: any right answer among the first k; k = 10 for Fashion200K and FashionIQ, else 5",
         "first_stage": {"search": "exact cosine (Qdrant Edge)", "embedder": parts.embedder_digest},
         "fusion": "none",
-        "modes": [asdict(options) for options in setup.modes] if parts.engine else [],
+        "modes": {label(options): asdict(options) for options in setup.modes} if parts.engine else {},
         "engine": dict(parts.engine.versions) if parts.engine else None,
         "same_dataset": setup.same_dataset,
         "instruction_seed": setup.seed,
@@ -251,8 +251,11 @@ def _write_report(
 
     first, *rest = _tables(scores)
     entries = [entry for one in runs for mode in one.rerankings for entry in _lost(one, mode, shown)]
-    intro = f"Pool {setup.pool}; {json.dumps(configuration, ensure_ascii=False)}"
-    write_report(path, entries, title="M-BEIR", intro=intro, tables=[first, *rest], images=LocalImages(setup.root))
+    intro = (
+        f"{setup.pool.capitalize()} pools. Below the tables: queries that a reranking lost, {shown} per task and step."
+    )
+    tables = [first, *rest, configuration_table(configuration)]
+    write_report(path, entries, title="M-BEIR", intro=intro, tables=tables, images=LocalImages(setup.root))
 
 
 def _lost(one: TaskRun, mode: str, shown: int) -> list[ReportEntry]:

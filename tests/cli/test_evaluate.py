@@ -9,6 +9,7 @@ import pytest
 
 from retrv_r1_retriever.evaluation.runs import read_run
 from tests.cli.conftest import Run
+from tests.evaluation.mbeir_root import write_root
 
 MODE = "K=20 auto/hybrid"  # of the workplace's config
 QUERIES = [
@@ -124,3 +125,27 @@ def test_compare_two_runs(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPa
     ).err  # fmt: skip
     assert run("eval", "compare", "a.txt", "--qrels", "qrels.txt").code == 2
     assert "eval compare" in run("eval", "compare", "--help").out
+
+
+def test_mbeir_with_a_model(workplace: Path, run: Run) -> None:
+    write_root(workplace / "data", 14, 2)
+    arguments = ["eval", "mbeir", "--root", "data", "--top-k", "4", "--mode", "always/hybrid", "--report", "page.html"]
+    ran = run(*arguments, "--tasks", "cirr_task7,webqa_task1")
+    assert ran.code == 1, "no average, no success"
+    flat = " ".join(ran.out.split())
+    assert "WebQA t→t 2 R@5" in flat
+    assert flat.index("WebQA t→t") < flat.index("CIRR it→i"), "the papers' order"
+    assert "average refused refused" in flat
+    assert "2 of the 16 tasks were asked for" in flat
+    assert "reranking 4/4" in " ".join(ran.err.split())
+    assert "What the first stage found" in Path("page.html").read_text()
+    rows = [json.loads(line) for line in next(Path("mbeir-eval/lists").glob("cirr*K4*")).read_text().splitlines()[1:]]
+    assert [row["record"]["status"] for row in rows] == ["reranked", "reranked"]
+    assert all(row["record"]["thought"] and row["record"]["tokens_out"] > 0 for row in rows)
+    again = run(*arguments, "--tasks", "cirr_task7,webqa_task1", "--json")
+    assert again.json["average"] == {"first stage": None, "K=4 always/hybrid": None}
+    assert again.json["configuration"]["pool"] == "local"
+    assert "reranking" not in again.err, "it was done already"
+    wrong = run("eval", "mbeir", "--root", "items")
+    assert "items: expected M-BEIR's files, got no query/test/mbeir_visualnews_task0_test.jsonl" in wrong.err
+    assert "expected some of visualnews_task0" in run("eval", "mbeir", "--root", "data", "--tasks", "mnist").err

@@ -78,7 +78,11 @@ def test_the_average_is_what_the_run_files_say(whole: Path) -> None:
     lost = sum(cirr[MODE]["lost"].values())
     assert lost == round(4 * (1 - cirr[MODE]["recall"]["5"]))
     configuration = results["configuration"]
-    assert (configuration["pool"], configuration["fusion"], configuration["modes"][0]["top_k"]) == ("local", "none", 20)
+    assert (configuration["pool"], configuration["fusion"], configuration["modes"][MODE]["top_k"]) == (
+        "local",
+        "none",
+        20,
+    )
     table = (whole / "out/results.tsv").read_text().splitlines()
     assert json.loads(table[0][2:]) == configuration
     assert table[1].split("\t") == ["system", *(task.title for task in TASKS), "average"]
