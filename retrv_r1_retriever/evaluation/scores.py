@@ -53,7 +53,7 @@ class BenchmarkScore:
 
     @property
     def complete(self) -> bool:
-        return not self.absent and len(self.tasks) == len(TASKS) and not any(task.problems for task in self.tasks)
+        return len(self.tasks) == len(TASKS) and not any(task.problems for task in self.tasks)
 
     @property
     def systems(self) -> list[str]:

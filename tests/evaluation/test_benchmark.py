@@ -15,7 +15,7 @@ from retrv_r1_retriever.cli.evaluate_mbeir import describe, write_results
 from retrv_r1_retriever.errors import InputError
 from retrv_r1_retriever.evaluation.benchmark import DEPTH, TASKS, Parts, Setup, run_benchmark
 from retrv_r1_retriever.evaluation.runs import read_qrels, read_run
-from retrv_r1_retriever.evaluation.scores import FIRST_STAGE, BenchmarkScore, score
+from retrv_r1_retriever.evaluation.scores import FIRST_STAGE, BenchmarkScore, SystemScore, TaskScore, score
 from retrv_r1_retriever.options import FAST
 from tests.evaluation.mbeir_root import parts, write_root
 
@@ -128,6 +128,14 @@ def test_killed_and_resumed_to_identical_files(whole: Path, tmp_path: Path, wher
     assert files(tmp_path / "out") == files(whole / "out")
 
 
+def test_one_problem_in_one_task_refuses_the_average() -> None:
+    system = {MODE: SystemScore({5: 0.5, 10: 0.25}, 0.5, {}, {})}
+    tasks = [TaskScore(task.name, task.title, task.headline, 4, system) for task in TASKS]
+    assert BenchmarkScore(tuple(tasks), {}).average == {MODE: (13 * 0.5 + 3 * 0.25) / 16}
+    tasks[3] = replace(tasks[3], problems=("a picture",))
+    assert BenchmarkScore(tuple(tasks), {}).average == {MODE: None}
+
+
 def test_the_union_pool(whole: Path) -> None:
     mine = replace(setup(whole), pool="global", tasks=(TASKS[0], CIRR), modes=(OPTIONS.with_options(top_k=2), OPTIONS))
     scores = evaluate(mine)
@@ -203,7 +211,9 @@ def test_fallbacks_are_not_kept(whole: Path, tmp_path: Path) -> None:
     [task] = evaluate(mine, system).tasks
     assert len(task.problems) == 4
     assert "not reranked: the engine failed at direct read" in task.problems[0]
-    assert evaluate(mine).tasks[0].problems == ()
+    [again] = evaluate(mine).tasks
+    assert again.problems == ()
+    assert again.systems[MODE].statuses == {"reranked": 4}
 
 
 def test_positives_of_other_data_sets(whole: Path, tmp_path: Path) -> None:
