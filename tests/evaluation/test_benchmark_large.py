@@ -17,7 +17,7 @@ from tests.evaluation.mbeir_root import write_root
 
 ROOT = Path(__file__).parents[2]
 CANDIDATES, QUERIES = 200_000 // len(TASKS), 20
-MEMORY_MB = 1_000
+MEMORY_MB = 300
 
 
 def start(root: Path, out: Path) -> subprocess.Popen[str]:
