@@ -79,7 +79,7 @@ def _header(title: str, intro: str | None) -> Html:
 
 def _tiles(queries: int, traces: Sequence[ReasoningTrace]) -> Html:
     opened = sum(len(trace.inspected) for trace in traces)
-    tiles = [("queries", f"{queries}"), ("candidates opened per query", f"{opened / len(traces):.1f}")]
+    tiles = [("queries on this page", f"{queries}"), ("candidates opened per query", f"{opened / len(traces):.1f}")]
     prompt = sum(trace.usage.prompt_tokens for trace in traces if trace.usage.uncompressed_tokens)
     full = sum(trace.usage.uncompressed_tokens for trace in traces)
     if prompt and full:

@@ -17,13 +17,13 @@ import numpy as np
 
 from retrv_r1_retriever import _sync
 from retrv_r1_retriever.errors import ImageError, InputError, explain
+from retrv_r1_retriever.evaluation.mbeir import Dataset, JudgedQuery, RunFile, modality_of
+from retrv_r1_retriever.evaluation.offsets import MAX_BAD_SHARE, LineFormat, LineIndex
 from retrv_r1_retriever.images import LocalImages, load_content
 from retrv_r1_retriever.types import Content, Document, Query
 from retrv_r1_training.data import Item
 from retrv_r1_training.klists import hard_negatives
 from retrv_r1_training.labelled import source_caption
-from retrv_r1_training.mbeir import Dataset, JudgedQuery, RunFile, modality_of
-from retrv_r1_training.offsets import MAX_BAD_SHARE, LineFormat, LineIndex
 from retrv_r1_training.stage_recipe import Part, StageData
 
 log = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from enum import StrEnum
 import numpy as np
 
 from retrv_r1_retriever.errors import OptionsError, explain
+from retrv_r1_retriever.evaluation.mbeir import Dataset, JudgedQuery, RunFile
 from retrv_r1_retriever.types import MAX_CANDIDATES, Document
-from retrv_r1_training.mbeir import Dataset, JudgedQuery, RunFile
 
 
 class Missing(StrEnum):

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from retrv_r1_retriever.evaluation.mbeir import iterate
 from retrv_r1_retriever.model.checkpoint import Checkpoint, Manifest, load_checkpoint, save_checkpoint
 from retrv_r1_retriever.model.processing import Processor
 from retrv_r1_retriever.prompt import CHECK_CUE
@@ -22,7 +23,6 @@ from retrv_r1_training.backbone import build_model, build_processor, build_token
 from retrv_r1_training.base import DESCRIBE, FRAME, caption_chunk, caption_loss
 from retrv_r1_training.draws import Captioned, Draws, Opened, Source
 from retrv_r1_training.loss import accuracy
-from retrv_r1_training.mbeir import iterate
 from retrv_r1_training.stage_recipe import BaseRecipe
 from retrv_r1_training.stage_run import Figures, Work, begin, is_first, train
 from retrv_r1_training.trl_sft import SftModel

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.nn.functional import all_gather
 from torch.utils.checkpoint import checkpoint
 
+from retrv_r1_retriever.evaluation.mbeir import MODALITIES, modality_of
 from retrv_r1_retriever.model.checkpoint import save_checkpoint
 from retrv_r1_retriever.model.embedding import BackboneEmbedder, embed_chunks, embedding_chunk
 from retrv_r1_retriever.model.modeling import RetrvR1Model
@@ -29,7 +30,6 @@ from retrv_r1_training.adapters import language_model_only, load_trained, merged
 from retrv_r1_training.data import encode
 from retrv_r1_training.draws import Contrasted, Contrasts, Opened, Source
 from retrv_r1_training.embedder import info_nce
-from retrv_r1_training.mbeir import MODALITIES, modality_of
 from retrv_r1_training.stage_recipe import EmbedderRecipe
 from retrv_r1_training.stage_run import Figures, Work, begin, dtype_of, is_first, load_start, train, world
 from retrv_r1_training.trl_sft import SftModel

@@ -12,6 +12,7 @@ the table of instructions. Texts are taken as they stand (the reference code of 
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from retrv_r1_retriever.errors import InputError, explain
+from retrv_r1_retriever.evaluation.offsets import MAX_BAD_SHARE, LineFormat, LineIndex, Skipped
 from retrv_r1_retriever.readers import mbeir_document
 from retrv_r1_retriever.types import Content, Document, Query
-from retrv_r1_training.offsets import MAX_BAD_SHARE, LineFormat, LineIndex, Skipped
 
 INSTRUCTIONS = Path("instructions", "query_instructions.tsv")
 #: M-BEIR's numbers of the task shapes: (query modality, candidate modality). 5 is unused there.
@@ -260,7 +261,9 @@ def _retrieved(line: bytes) -> tuple[str, str, float]:
     fields = line.decode("utf-8").split()
     if len(fields) < 5:
         raise InputError(explain("line", expected="qid Q0 did rank score tag", got=repr(line), fix="Fix it."))
-    return fields[0], fields[2], float(fields[4])
+    if not math.isfinite(score := float(fields[4])):
+        raise InputError(explain("score", expected="a finite number", got=fields[4], fix="Fix it."))
+    return fields[0], fields[2], score
 
 
 def _json(line: bytes) -> dict[str, Any]:

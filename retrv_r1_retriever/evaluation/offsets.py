@@ -135,7 +135,7 @@ class LineIndex:
         if handle is None or handle[0] != os.getpid():
             connection = sqlite3.connect(f"{self._index.as_uri()}?mode=ro&immutable=1", uri=True)
             handle = self._local.handle = (os.getpid(), connection, self.path.open("rb"))
-        return handle  # type: ignore[no-any-return]
+        return handle
 
     def _make(self, format: LineFormat, stamp: str) -> None:
         """Written aside and moved into place: several ranks may do this at once, and a kill leaves nothing half-made."""
