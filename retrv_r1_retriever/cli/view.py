@@ -16,7 +16,7 @@ from retrv_r1_retriever.errors import InputError, explain
 
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "traces", nargs="+", type=Path, metavar="TRACE", help="files of stored traces, the oldest first"
+        "files", nargs="+", type=Path, metavar="TRACE", help="files of stored traces, the oldest first"
     )
     parser.add_argument(
         "--out", type=Path, metavar="PAGE.html", help="the page (default: beside the first file; opened)"
@@ -30,16 +30,16 @@ def main(args: argparse.Namespace) -> int:
     from retrv_r1_retriever.tracelog import read_traces
 
     config = load_config(args)
-    page = args.out or args.traces[0].with_suffix(".html")
+    page = args.out or args.files[0].with_suffix(".html")
     check_output(page)
     if args.last is not None and args.last < 1:
         raise InputError(explain("--last", expected="at least 1", got=args.last, fix="Leave it out to see all."))
-    stored = [results for path in args.traces for results in read_traces(path)]
+    stored = [results for path in args.files for results in read_traces(path)]
     shown = stored[-args.last :] if args.last else stored
     if not shown:
         fix = "Write some: retrv-r1 search --traces FILE."
-        raise InputError(explain(str(args.traces[0]), expected="at least one trace", got="none", fix=fix))
-    title = ", ".join(path.name for path in args.traces)
+        raise InputError(explain(str(args.files[0]), expected="at least one trace", got="none", fix=fix))
+    title = ", ".join(path.name for path in args.files)
     write_report(page, [ReportEntry(results) for results in shown], title=title, images=settings.open_images(config))
     if args.json:
         print_json({"report": str(page), "calls": len(shown)})
