@@ -39,8 +39,13 @@ async def opened(url: str, size: str) -> AsyncIterator[Page]:
             page = Page(tab)
             tab.on("console", lambda m: page.problems.append(m.text) if m.type in ("error", "warning") else None)
             tab.on("pageerror", lambda error: page.problems.append(str(error)))
-            tab.on("requestfailed", lambda request: page.problems.append(f"failed: {request.url[:200]}"))
+            tab.on("requestfailed", lambda request: _failed(page, request))
             await tab.goto(url)
             yield page
         finally:
             await browser.close()
+
+
+def _failed(page: Page, request: Any) -> None:
+    if request.failure != "net::ERR_ABORTED":  # the tab went on to another page
+        page.problems.append(f"{request.failure}: {request.url[:200]}")

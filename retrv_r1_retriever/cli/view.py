@@ -15,9 +15,7 @@ from retrv_r1_retriever.errors import InputError, explain
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "files", nargs="+", type=Path, metavar="TRACE", help="files of stored traces, the oldest first"
-    )
+    parser.add_argument("files", nargs="+", type=Path, metavar="TRACE", help="files of stored traces, the oldest first")
     parser.add_argument(
         "--out", type=Path, metavar="PAGE.html", help="the page (default: beside the first file; opened)"
     )

@@ -73,7 +73,7 @@ async def test_two_hundred_traces_open_in_time_and_can_be_searched(large: Path, 
         picture = query.locator("img[src]").first
         await picture.evaluate("(image) => image.complete || new Promise((done) => (image.onload = done))")
         assert await picture.evaluate("(image) => image.naturalWidth") == 64
-        assert await tab.is_visible("#q18 >> text=Opens #4 in full")
+        assert await query.locator("text=Opens #4 in full").is_visible()
         await shoot(tab, tmp_path, f"trace-{size}")
         assert page.problems == []
 
