@@ -6,12 +6,13 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 TESTS ?= tests
 
-.PHONY: help demo test check slow lowest wheel fuzz figures bench miniature setup clean
+.PHONY: help demo docs test check slow lowest wheel fuzz figures bench miniature setup clean
 
 help:
 	@echo "make demo       index the demo catalogue, search, rerank, write the report (DIR=./demo-data)"
 	@echo "make test       the test suite"
 	@echo "make check      ruff, mypy strict, import rules, size limits"
+	@echo "make docs       the documentation site, in build/site"
 	@echo "make slow       the tests that take minutes"
 	@echo "make lowest     the adapters' tests on the lowest versions of LangChain, LlamaIndex and qdrant-client"
 	@echo "make wheel      the built wheel in bare virtual environments, each framework's extra with its docs' first example"
@@ -65,6 +66,9 @@ check: setup
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 	$(PY) tests/style.py
+
+docs: setup
+	$(VENV)/bin/mkdocs build --strict --quiet
 
 figures: setup
 	$(PY) -m retrv_r1_retriever.demo.figures --split test

@@ -23,6 +23,12 @@
     [mcp]                      # `retrv-r1 mcp`, see docs/agents.md
     images = "inline"
 
+    [cache]                    # answers of equal calls, for a while; off by default
+    max_entries = 1000
+
+    [observe]                  # see docs/observability.md; off by default
+    traces = "traces.jsonl"
+
 Every key has a default; an unknown one is an error. Secrets are named, never written: `api_key_env` is the name of an
 environment variable. Nothing is opened by reading a config; the functions below build the real parts from it.
 """
@@ -39,9 +45,11 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from retrv_r1_retriever._sync import run
+from retrv_r1_retriever.cache import CacheConfig
 from retrv_r1_retriever.engines.base import Compressor
 from retrv_r1_retriever.engines.settings import EngineConfig
 from retrv_r1_retriever.errors import CheckpointError, OptionsError, explain
+from retrv_r1_retriever.observe import ObserveConfig, Observers, open_observers
 from retrv_r1_retriever.options import BALANCED, RerankOptions
 from retrv_r1_retriever.serving.settings import McpConfig, ServeConfig
 from retrv_r1_retriever.store import Scalar
@@ -130,10 +138,15 @@ class Config:
     rerank: RerankOptions = BALANCED
     serve: ServeConfig = field(default_factory=ServeConfig)
     mcp: McpConfig = field(default_factory=McpConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    observe: ObserveConfig = field(default_factory=ObserveConfig)
     folder: Path = field(default_factory=Path.cwd)
 
     def path(self, relative: str) -> Path:
         return self.folder / Path(relative).expanduser()
+
+    def observers(self) -> Observers:
+        return open_observers(self.observe, self.folder)
 
 
 def read_config(path: str | os.PathLike[str]) -> Config:
@@ -147,17 +160,10 @@ def read_config(path: str | os.PathLike[str]) -> Config:
         ) from None
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise OptionsError(explain(str(path), expected="TOML", got=error, fix="Fix the file.")) from error
-    _check_keys(data, ("store", "model", "engine", "images", "rerank", "serve", "mcp"), "", path)
-    return Config(
-        _section(StoreConfig, data.get("store", {}), "store", path),
-        _section(ModelConfig, data.get("model", {}), "model", path),
-        _section(ImagesConfig, data.get("images", {}), "images", path),
-        _section(EngineConfig, data.get("engine", {}), "engine", path),
-        _section(RerankOptions, data.get("rerank", {}), "rerank", path),
-        _section(ServeConfig, data.get("serve", {}), "serve", path),
-        _section(McpConfig, data.get("mcp", {}), "mcp", path),
-        folder=path.parent.resolve(),
-    )
+    kinds = {name: kind for name, kind in get_type_hints(Config).items() if name != "folder"}
+    _check_keys(data, tuple(kinds), "", path)
+    sections = {name: _section(kind, data.get(name, {}), name, path) for name, kind in kinds.items()}
+    return Config(**sections, folder=path.parent.resolve())
 
 
 def _section(kind: type[T], values: object, name: str, path: Path) -> T:
@@ -347,6 +353,7 @@ def open_retriever(config: Config) -> RetrvR1Retriever:
     from retrv_r1_retriever.lazy import check_pointer
     from retrv_r1_retriever.retriever import RetrvR1Retriever
 
+    cache, observers = config.cache.make(), config.observers()
     store = open_store(config)  # the quick part first: a wrong path should not wait for a model
     try:
         embedder = open_embedder(config)
@@ -360,14 +367,9 @@ def open_retriever(config: Config) -> RetrvR1Retriever:
                 )  # fmt: skip
             check_pointer(run(store.sidecars.in_use()), engine.memory_digest)
         return RetrvR1Retriever(
-            store=store,
-            embedder=embedder,
-            engine=engine,
-            images=open_images(config),
-            memory=config.store.memory,
-            options=config.rerank,
-            closes=[engine],
-        )
+            store=store, embedder=embedder, engine=engine, images=open_images(config), memory=config.store.memory,
+            options=config.rerank, closes=[engine], cache=cache and cache.for_tenant(config.store.tenant), observers=observers,
+        )  # fmt: skip
     except BaseException:
         run(store.close())  # or its lock would outlive a failed attempt
         raise

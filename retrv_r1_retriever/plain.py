@@ -103,6 +103,7 @@ def _trace_json(trace: ReasoningTrace) -> dict[str, Any]:
         "inspected": list(trace.inspected),
         "answer": trace.answer,
         "stop_reason": trace.stop_reason.value if trace.stop_reason else None,
+        "cached": trace.cached,
         "usage": {name: getattr(usage, name) for name in usage.__dataclass_fields__},
         "timings": dict(trace.timings),
         "versions": dict(trace.versions),

@@ -19,7 +19,7 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 from retrv_r1_retriever import __version__
-from retrv_r1_retriever.cli import compare, demo, doctor, evaluate, evaluate_mbeir, index, memory, search, serve
+from retrv_r1_retriever.cli import compare, demo, doctor, evaluate, evaluate_mbeir, index, memory, search, serve, view
 from retrv_r1_retriever.cli.terminal import printable
 from retrv_r1_retriever.config import FILE_NAME
 from retrv_r1_retriever.errors import InputError, NotIndexedError, OptionsError, RetrvR1Error, SchemaError
@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, AddArguments]] = {
     "rerank": ("order given files or a JSONL of documents", search.add_rerank),
     "memory": ("plan, build, switch and drop candidate memory beside a collection", memory.add),
     "eval": ("measure first stage and reranking on your own queries; or `eval mbeir`, `eval compare`", evaluate.add),
+    "view": ("show stored traces as one page", view.add),
     "demo": ("the whole way on generated product cards", demo.add),
     "serve": ("answer over HTTP: rerank, search, metrics", serve.add),
     "doctor": ("check installation, checkpoint and store, and say what to change", doctor.add),

@@ -29,12 +29,13 @@ try:
 except ImportError as error:
     raise missing_extra("fastapi", "serve") from error
 
+from retrv_r1_retriever.measures import reason_label
 from retrv_r1_retriever.options import RerankOptions
 from retrv_r1_retriever.reranker import less_time
 from retrv_r1_retriever.serving import schema
 from retrv_r1_retriever.serving.answers import header_text, to_answer
 from retrv_r1_retriever.serving.door import Call, Door, error_json, too_many
-from retrv_r1_retriever.serving.metrics import Metrics, reason_label
+from retrv_r1_retriever.serving.metrics import Metrics
 from retrv_r1_retriever.serving.queue import Queue, QueueFull
 from retrv_r1_retriever.serving.requests import (
     Asked,

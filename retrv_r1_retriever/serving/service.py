@@ -8,7 +8,9 @@ from dataclasses import dataclass, field, replace
 from retrv_r1_retriever import config as settings
 from retrv_r1_retriever.config import Config
 from retrv_r1_retriever.edge import EdgeStore
+from retrv_r1_retriever.engines.base import Engine
 from retrv_r1_retriever.errors import InputError, OptionsError, explain
+from retrv_r1_retriever.observe import Observers
 from retrv_r1_retriever.options import RerankOptions
 from retrv_r1_retriever.progress import ProgressFn
 from retrv_r1_retriever.reranker import RetrvR1Reranker
@@ -89,16 +91,21 @@ class Service:
 def open_service(config: Config) -> Service:
     """Loads the model and opens the collection. Raises what these raise."""
     if not config.serve.search:
-        engine = settings.open_engine(config)
-        return Service(RetrvR1Reranker(engine, images=settings.open_images(config)), config.rerank)
+        return Service(_stand_alone(settings.open_engine(config), config, config.observers()), config.rerank)
     if config.serve.tenants and config.store.tenant is not None:
         fix = "Leave it out, or serve that tenant alone."
         raise OptionsError(explain("[store] tenant_value", expected="none beside [serve] tenants", got="one", fix=fix))
     retriever = settings.open_retriever(config)
     assert isinstance(retriever.reranker, RetrvR1Reranker)  # what a config makes
-    reranker = RetrvR1Reranker(retriever.reranker.engine, images=retriever.images)
+    reranker = _stand_alone(retriever.reranker.engine, config, retriever.observers)
     tenants = {tenant: _limited(retriever, config, tenant) for tenant in config.serve.tenants}
     return Service(reranker, config.rerank, _collection(retriever), tenants)
+
+
+def _stand_alone(engine: Engine, config: Config, observers: Observers) -> RetrvR1Reranker:
+    """For documents that come with a call. Which tenant's they are it does not know: then nothing is remembered."""
+    cache = None if config.serve.tenants else config.cache.make()
+    return RetrvR1Reranker(engine, images=settings.open_images(config), cache=cache, observers=observers)
 
 
 def _collection(retriever: RetrvR1Retriever) -> Collection:
@@ -126,5 +133,7 @@ def _limited(whole: RetrvR1Retriever, config: Config, tenant: str) -> Collection
         images=whole.images,
         memory=config.store.memory,
         options=config.rerank,
+        cache=whole.reranker.cache and whole.reranker.cache.for_tenant((field, tenant)),
+        observers=whole.observers,
     )
     return Collection(retriever, store)

@@ -69,7 +69,7 @@ def test_all_sections(tmp_path: Path) -> None:
     [
         (
             "[stroe]\n",
-            r"retrv\.toml: stroe: expected one of store, model, engine, images, rerank, serve, mcp, got an unknown key",
+            r"retrv\.toml: stroe: expected one of store, model, images, engine, rerank, serve, mcp, cache, observe, got an unknown key",
         ),
         ("[store]\npaht = 'x'\n", r"retrv\.toml: \[store\] paht: expected one of kind, path, url, .*read_only"),
         ("[rerank]\ntop_n_ = 3\n", r"retrv\.toml: \[rerank\] top_n_: expected one of top_k, top_n, think"),
