@@ -62,8 +62,16 @@ def build(kind: type[T], data: dict[str, Any], where: str) -> T:
             explain(where, expected=f"keys {sorted(known)}", got=unknown[0], fix="Fix or remove the key.")
         )
     nested = {k: next((t for t in (h, *get_args(h)) if is_dataclass(t)), None) for k, h in hints.items()}
-    values = {k: build(nested[k], v, f"{where}: {k}") if nested[k] else v for k, v in data.items()}  # type: ignore[arg-type]
+    values = {k: _nested(nested[k], v, f"{where}: {k}") for k, v in data.items()}
     try:
         return kind(**values)
     except TypeError as error:
         raise OptionsError(f"{where}: {error}") from None
+
+
+def _nested(kind: Any, value: Any, where: str) -> Any:
+    if kind is None or value is None:
+        return value
+    return (
+        tuple(build(kind, v, where) for v in value) if isinstance(value, (list, tuple)) else build(kind, value, where)
+    )
