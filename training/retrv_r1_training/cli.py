@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from retrv_r1_retriever.errors import RetrvR1Error
-from retrv_r1_training import check_cli, convert_cli, first_stage, grpo_cli, sft_command, synthesize_cli
+from retrv_r1_training import check_cli, convert_cli, export, first_stage, grpo_cli, sft_command, synthesize_cli
 from retrv_r1_training.miniature import Miniature, with_fewer_steps
 from retrv_r1_training.recipe import load_recipe
 
@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     grpo_cli.add_parser(commands)
     grpo_cli.add_passrate_parser(commands)
     grpo_cli.add_calibrate_parser(commands)
+    export.add_parser(commands)
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:

@@ -29,11 +29,17 @@ def save_stage(
         before, trained_top_k=top_k or before.trained_top_k, think_margin=None, none_margin=None,
         teachers={**before.teachers, **(teachers or {})},
     )  # fmt: skip
-    saved = save_checkpoint(out, trained.model, trained.processor, manifest, dtype=stored_dtype(start))
+    return save_whole(start, out, replace(trained, manifest=manifest))
+
+
+def save_whole(start: Path, out: Path, trained: Checkpoint) -> Manifest:
+    """`trained` in the dtype of `start`, with its embedder. Raises `CheckpointError` if what memory is made of has changed."""
+    before = trained.manifest
+    saved = save_checkpoint(out, trained.model, trained.processor, before, dtype=stored_dtype(start))
     if saved.memory_digest != before.memory_digest:
         raise CheckpointError(
             explain(f"memory digest of {out}", expected=before.memory_digest, got=saved.memory_digest,
-                    fix="Frozen weights moved; this is a bug, please report it.")
+                    fix="Weights that must not move have changed: copy the starting checkpoint again; if it is whole, report this.")
         )  # fmt: skip
     if before.embedder_dim:  # vectors on users' disks were made by it
         shutil.copytree(start / "retrv" / "embedder", out / "retrv" / "embedder", dirs_exist_ok=True)
