@@ -69,7 +69,7 @@ def measurements(runner: RolloutRunner, tasks: Sequence[Task], sampling: Samplin
     """One greedy pass with a thought each: the direct read comes with it."""
     out = []
     for task, reading in runner.readings(tasks, [0] * len(tasks), sampling):
-        answer = reading.outcome and reading.outcome.answer_logprobs
+        answer = reading.outcome.answer_logprobs if reading.outcome else None
         if reading.direct is None or reading.outcome is None or answer is None:
             got = reading.problem or "no probabilities"
             raise InputError(

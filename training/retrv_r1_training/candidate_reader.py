@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Generic, TypeVar
 
-import torch
 from torch import nn
 
 from retrv_r1_retriever._sync import run
@@ -67,12 +66,12 @@ class CandidateReader:
         return ImageData(known, "")  # type: ignore[arg-type]
 
     def _read(self, contents: Sequence[Content]) -> list[Memory]:
-        found = {c: self._memories.get(c) for c in contents}
-        missing = [c for c, memory in found.items() if memory is None]
+        found = {c: memory for c in contents if (memory := self._memories.get(c)) is not None}
+        missing = [c for c in dict.fromkeys(contents) if c not in found]
         for content, made in zip(missing, self._engine.compress(self._decoded(missing), batch_size=16), strict=True):
-            memory = found[content] = Memory(made.rows, "", "", made.full_tokens)
-            self._memories.put(content, memory, memory.rows.nbytes)
-        return [memory for c in contents if (memory := found[c]) is not None]
+            found[content] = Memory(made.rows, "", "", made.full_tokens)
+            self._memories.put(content, found[content], made.rows.nbytes)
+        return [found[c] for c in contents]
 
     def _decoded(self, contents: Sequence[Content]) -> list[Content]:
         async def all() -> list[Content]:
@@ -91,12 +90,13 @@ def frozen_parts(model: RetrvR1ForConditionalGeneration) -> RetrvR1ForConditiona
     """A copy without the language model's layers: what candidate memory is made of."""
     language, head = model.model.language_model, model.lm_head
     layers = language.layers
-    language.layers, model.lm_head = nn.ModuleList(), nn.Identity()
+    language.layers, model.lm_head = nn.ModuleList(), nn.Identity()  # type: ignore[assignment]  # put back below
     try:
-        with torch.no_grad():
-            return copy.deepcopy(model).requires_grad_(False)
+        frozen = copy.deepcopy(model)
     finally:
         language.layers, model.lm_head = layers, head
+    frozen.requires_grad_(False)
+    return frozen
 
 
 class Bounded(Generic[T]):

@@ -149,7 +149,13 @@ def train_distill(recipe: DistillRecipe, run: Path, think_only: bool = False) ->
     if recipe.thinking.queries:
         tasks = tasks.spread(recipe.thinking.queries)
     train, held_out = _sources(recipe, start, tasks, folder.validation(reader), reader, run)
-    return run if think_only else train_on(recipe, run, start, train, held_out, {})
+    if think_only:
+        return run
+    out = train_on(recipe, run, start, train, held_out, {})
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    if figures := [row["eval_direct"] for row in rows if "eval_direct" in row]:
+        log.info("distill: right answers of the direct read %.3f before, %.3f after", figures[0], figures[-1])
+    return out
 
 
 def _sources(

@@ -126,13 +126,8 @@ class Tasks(Sequence[Task]):
         where = []
         for number, part in enumerate(self._parts):
             found = [n for n in range(len(part.data)) if (made := self._make(part, n)) is not None and made.candidates]
-            log.info(
-                "%s: %d of %d queries, %s",
-                part.data.queries.lines.path.name,
-                len(found),
-                len(part.data),
-                dict(part.counts),
-            )
+            said = ", ".join(f"{count} {what}" for what, count in part.counts.items() if count)
+            log.info("%s: %d of %d queries; %s", part.data.queries.lines.path.name, len(found), len(part.data), said)
             where += [(number, n) for n in found]
         return where
 

@@ -54,4 +54,5 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 def stored_dtype(folder: Path) -> torch.dtype:
     with safe_open(folder / "retrv" / "icm.safetensors", "pt") as file:
-        return file.get_tensor(next(iter(file.keys()))).dtype
+        dtype: torch.dtype = file.get_tensor(next(iter(file.keys()))).dtype
+    return dtype
