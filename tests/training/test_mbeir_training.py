@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from retrv_r1_training.traces import read_traces
 from retrv_r1_retriever.demo.catalogue import TASKS, read_queries
 from retrv_r1_retriever.engines.local import LocalEngine
 from retrv_r1_retriever.errors import InputError, OptionsError
+from retrv_r1_retriever.evaluation.runs import read_run
 from retrv_r1_retriever.images import LocalImages
 from retrv_r1_retriever.model.checkpoint import load_checkpoint
 from retrv_r1_retriever.model.embedding import BackboneEmbedder
@@ -130,9 +132,7 @@ def test_a_pool_without_a_run_is_searched_by_the_embedder_inside(material, start
 
 def test_tasks_have_every_right_slot_and_ask_for_none_where_there_is_none(folder, reader, tmp_path):
     tasks = folder.training(reader, shuffle=0.0, missing="none")
-    run = {line.split()[0]: [] for line in open(folder.config.train[0].lists)}
-    for line in open(folder.config.train[0].lists):
-        run[line.split()[0]].append(line.split()[2])
+    run = read_run(Path(folder.config.train[0].lists))
     assert len(tasks) == 6
     assert tasks[4].right == (NONE_INDEX,)
     assert tasks[4].rank is None
@@ -222,7 +222,7 @@ def test_the_direct_read_may_answer_any_right_slot(start, traces, reader):
 
 def test_thoughts_that_no_longer_fit_are_left_out_up_to_a_share(traces, tmp_path):
     folder, found = traces
-    rows = [json.loads(line) for line in open(found.lines.path)]
+    rows = [json.loads(line) for line in found.lines.path.read_text().splitlines()]
     wrong = next(r for r in rows if r["answer"] is not None)
     other = next(c for c in wrong["candidates"] if c != wrong["answer"])
     rows += [

@@ -61,7 +61,7 @@ class CandidateReader:
         if known is None:
             data = await self._images.load(image)
             encoded = await asyncio.to_thread(self._engine.encode_picture, data.image)
-            known = EncodedImage(encoded.grid, encoded.features.cpu())
+            known = EncodedImage(encoded.grid, encoded.features.cpu().clone())  # a tensor that a backward pass may keep
             self._pictures.put(image, known, known.features.nbytes)
         return ImageData(known, "")  # type: ignore[arg-type]
 

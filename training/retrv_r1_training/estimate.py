@@ -105,7 +105,8 @@ def estimate(recipe: SftRecipe) -> Estimate:
     trained = size.module + (
         recipe.lora.rank * size.lora_per_rank + slots if recipe.tune == "lora" else size.matrices + size.tables
     )
-    gb = _states(recipe, size, trained) | _activations(recipe, size) | {"context": CONTEXT_GB}
+    gb = _states(recipe, size, trained) | _activations(recipe, size)
+    gb |= {"frozen copy": _frozen_copy(recipe, size), "context": CONTEXT_GB}
     seconds = recipe.optim.steps * recipe.optim.batch_size * _flops(recipe, size)
     seconds /= recipe.hardware.tflops * 1e12 * recipe.hardware.use
     return Estimate(size, trained, gb, seconds / 3600)
@@ -140,6 +141,16 @@ def _activations(recipe: SftRecipe, size: Size) -> dict[str, float]:
     return parts
 
 
+def _frozen_copy(recipe: SftRecipe, size: Size) -> float:
+    """Tower, embedding table and norms once more, not sharded: what reads candidates while the model trains."""
+    table = size.tables if size.tied else size.tables // 2
+    return (
+        (size.total - size.matrices - size.module - size.tables + table)
+        * (2 if recipe.run.dtype == "bfloat16" else 4)
+        / GB
+    )
+
+
 def _flops(recipe: SftRecipe, size: Size) -> float:
     """Of one example: 2 per weight and token forward, 2 for the gradient of the input, 2 for that of a trained weight."""
     passes = (4 if recipe.tune == "lora" else 6) + (2 if recipe.run.checkpointing else 0)
@@ -162,6 +173,6 @@ GPU-hours: {result.gpu_hours:.1f} ({result.gpu_hours / hardware.gpus:.1f} hours 
 assumed, not measured:
   {optim.steps} steps x {optim.batch_size} lists of {recipe.data.top_k}; {recipe.length} tokens each, {recipe.thought} of them sampled
   {optim.per_device} list(s) at a time per GPU; activation checkpointing {"on" if recipe.run.checkpointing else "off"}
-  pictures went through the tower before training
+  pictures go through the tower once, while the cache holds them; that time is not counted
   {hardware.tflops:.0f} TFLOP/s per GPU by data sheet, {hardware.use:.0%} of it reached; {CONTEXT_GB:.0f} GB for CUDA and fragmentation
 """
