@@ -130,5 +130,8 @@ def test_nothing_to_calibrate_on_is_an_error():
         calibrate([], 0.0)
 
 
-def test_shipped_recipe_loads():
-    assert load(GrpoRecipe, SHIPPED).grpo.group_size == 8
+@pytest.mark.parametrize("name", ["miniature-grpo", "grpo-7b"])
+def test_shipped_recipe_loads(name):
+    recipe = load(GrpoRecipe, cli.RECIPES / f"{name}.yaml")
+    assert recipe.grpo.group_size == 8
+    assert recipe.data.top_k == 20
