@@ -18,6 +18,7 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
@@ -261,6 +262,7 @@ def train_on(
     log.info("%d process(es), %d lists each per step", world, recipe.optim.batch_size // world)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(run))
     state, out = trained_state(trainer.model), run / "checkpoint"
+    unset_hf_deepspeed_config()  # or transformers would load the starting checkpoint partitioned
     if trainer.is_world_process_zero():
         export(recipe, state, out, teachers)
     trainer.accelerator.wait_for_everyone()
