@@ -20,7 +20,7 @@ from retrv_r1_retriever.images import ImageSource, LocalImages, load_content
 from retrv_r1_retriever.observe import Observers, Step, observed
 from retrv_r1_retriever.options import BALANCED, RerankOptions
 from retrv_r1_retriever.progress import Progress, ProgressFn
-from retrv_r1_retriever.prompt import build_prompt
+from retrv_r1_retriever.prompt import NONE_INDEX, build_prompt
 from retrv_r1_retriever.ranking import Order, rank, to_results
 from retrv_r1_retriever.session import Outcome
 from retrv_r1_retriever.sidecar import Sidecars
@@ -209,7 +209,7 @@ class RetrvR1Reranker:
             progress=progress, observers=self.observers,
         )  # fmt: skip
         timings = {"memory": prepared, **reading.trace.timings, "total": self._clock() - started}
-        return _decide(query, candidates, readable, reading, options, timings)
+        return _decide(query, candidates, readable, reading, options, self.engine.none_margin, timings)
 
     async def _readable(self, candidates: tuple[Candidate, ...], options: RerankOptions) -> memory.Readable:
         if self._sidecars is None or self.compressor is None:
@@ -295,12 +295,13 @@ def _decide(
     readable: memory.Readable,
     reading: Reading,
     options: RerankOptions,
+    none_margin: float | None,
     timings: dict[str, float],
 ) -> RankedResults:
     """Order what was read; put what was not read last, in first-stage order; say which is which."""
     read = [candidates[i] for i in readable.positions]  # the caller's own objects, not the copies with fresh memory
     skipped = _as_retrieved([c for i, c in enumerate(candidates) if i not in set(readable.positions)])
-    order = rank(read, reading.direct, reading.outcome, options.ranking)
+    order = rank(read, reading.direct, reading.outcome, options.ranking, none_margin)
     half_judged = {*(reading.outcome.unreadable if reading.outcome else ()), *reading.stale}
     passed_over = _passed_over(order, reading.outcome)
     unjudged = [i for i in passed_over if order.signals[i].keep_logprob is None]
@@ -326,6 +327,9 @@ def _decide(
     notes = (*readable.notes, *reading.trace.notes)
     if 2 * len(passed_over) > len(read):
         notes = (*notes, f"the thought passed over {len(passed_over)} of {len(read)} candidates: most got no verdict")
+    if reading.outcome and (reading.outcome.answer == NONE_INDEX) != order.none_chosen:
+        said, is_now = ("none", "a candidate") if reading.outcome.answer == NONE_INDEX else ("a candidate", "none")
+        notes = (*notes, f"the thought answered {said}; by the calibrated lead of none the answer is {is_now}")
     if skipped:
         labels = ", ".join(str(i) for i in readable.positions)
         notes = (*notes, f"labels count only the candidates in the prompt, at these places of the list: {labels}")

@@ -41,12 +41,14 @@ class JudgedQuery:
     query: picture as a path relative to the data folder
     grades: candidate id -> grade above 0, best first; empty = nothing answers the query
     negatives: ids judged wrong
+    stratum: group to report by, from `query_src_content`; "" = none is named
     """
 
     query: Query
     modality: str
     grades: Mapping[str, int]
     negatives: tuple[str, ...] = ()
+    stratum: str = ""
 
     @property
     def id(self) -> str:
@@ -184,7 +186,15 @@ class Dataset:
 
     def query(self, number: int, rng: random.Random) -> JudgedQuery:
         """With grades from the qrels and a paraphrase drawn by `rng`."""
-        judged = self.graded(self.queries[number])
+        return self._asked(self.queries[number], rng)
+
+    def find(self, qid: str, rng: random.Random) -> JudgedQuery | None:
+        """The same by id; None for an unknown one."""
+        judged = self.queries.get(qid)
+        return None if judged is None else self._asked(judged, rng)
+
+    def _asked(self, judged: JudgedQuery, rng: random.Random) -> JudgedQuery:
+        judged = self.graded(judged)
         if judged.query.instruction is not None:
             return judged
         modality = self.target_modality(judged)
@@ -247,7 +257,16 @@ def _query(line: bytes) -> JudgedQuery:
     _check_modality("query_modality", row.get("query_modality"))
     positives = dict.fromkeys(_ids(row, "pos_cand_list"), 1)
     return JudgedQuery(query, row.get("query_modality") or modality_of(query.content), positives,
-                       tuple(_ids(row, "neg_cand_list")))  # fmt: skip
+                       tuple(_ids(row, "neg_cand_list")), _stratum(row.get("query_src_content")))  # fmt: skip
+
+
+def _stratum(source: object) -> str:
+    """M-BEIR's free field, where a data set has put a JSON object with a stratum there."""
+    try:
+        data = json.loads(source) if isinstance(source, str) else source
+    except ValueError:
+        return ""
+    return str(data.get("stratum") or "") if isinstance(data, dict) else ""
 
 
 def _judgement(line: bytes) -> tuple[str, str, int]:

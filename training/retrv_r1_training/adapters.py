@@ -89,6 +89,8 @@ def train_fully(model: RetrvR1ForConditionalGeneration, processor: Processor) ->
 def _train_module(model: RetrvR1ForConditionalGeneration) -> None:
     model.model.icm.requires_grad_(True)
     model.model.icm.in_proj.requires_grad_(False)
+    # Adds one constant to all scores of a softmax, so it never gets a gradient, and DDP waits for one of every parameter.
+    model.model.icm.att1.k.bias.requires_grad_(False)
 
 
 def raise_precision(model: nn.Module) -> None:

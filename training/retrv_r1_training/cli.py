@@ -13,6 +13,7 @@ from retrv_r1_retriever.errors import RetrvR1Error
 from retrv_r1_training import (
     check_cli,
     convert_cli,
+    export,
     first_stage,
     grpo_cli,
     plot_cli,
@@ -45,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     grpo_cli.add_passrate_parser(commands)
     grpo_cli.add_calibrate_parser(commands)
     plot_cli.add_parser(commands)
+    export.add_parser(commands)
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:

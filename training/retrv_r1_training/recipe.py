@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
 
@@ -71,8 +71,8 @@ def build(kind: type[T], data: dict[str, Any], where: str) -> T:
 def _nested(hint: Any, value: Any, where: str) -> Any:
     """A dataclass, or a tuple of them, from plain values; everything else as it is."""
     kind = next((t for t in (hint, *get_args(hint)) if is_dataclass(t)), None)
-    if kind is None:
+    if kind is None or value is None:
         return value
-    if get_origin(hint) is tuple:
+    if isinstance(value, (list, tuple)):
         return tuple(build(kind, v, f"{where}[{n}]") for n, v in enumerate(value))  # type: ignore[arg-type]
     return build(kind, value, where)  # type: ignore[arg-type]

@@ -23,8 +23,9 @@ from retrv_r1_retriever.model.processing import Processor
 from retrv_r1_training.adapters import prepare_deepspeed, raise_precision, trained_state
 from retrv_r1_training.draws import Draws
 from retrv_r1_training.overrides import dump, keep
+from retrv_r1_training.stage_checkpoint import stored_dtype
 from retrv_r1_training.stage_recipe import AlignRecipe, BaseRecipe, EmbedderRecipe, Start
-from retrv_r1_training.trl_sft import JsonLog, SftModel, SftOnTrl, numbers, stored_dtype, training_arguments
+from retrv_r1_training.trl_sft import JsonLog, SftModel, SftOnTrl, numbers, training_arguments
 
 log = logging.getLogger(__name__)
 StageRecipe: TypeAlias = EmbedderRecipe | AlignRecipe | BaseRecipe

@@ -51,6 +51,10 @@ class LocalEngine:
         return self._checkpoint.manifest.think_margin
 
     @property
+    def none_margin(self) -> float | None:
+        return self._checkpoint.manifest.none_margin
+
+    @property
     def trained_top_k(self) -> int:
         return self._checkpoint.manifest.trained_top_k
 
