@@ -31,7 +31,8 @@ class Stages:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """top_k: K of the training lists; embedder_dim: of the first stage, small on purpose; pairs_per_query: candidates that
+    """top_k: K of the training lists; embedder_dim: of the first stage, small on purpose; embedder_recall: validation R@20 at which its
+    training stops, so that every seed gets a first stage of the same strength; pairs_per_query: candidates that
     `align` describes per query; comparisons, rehearsal: text-only sequences beside `episodes` and beside `eliminate`, `sft`;
     direct_weight: of the direct read's loss
     """
@@ -39,6 +40,7 @@ class Recipe:
     seed: int
     top_k: int
     embedder_dim: int
+    embedder_recall: float
     pairs_per_query: int
     comparisons: int
     rehearsal: int
