@@ -6,15 +6,17 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 TESTS ?= tests
 
-.PHONY: help demo test check slow test-vllm vllm-env lowest fuzz figures bench miniature setup clean
+.PHONY: help demo docs test check slow test-vllm vllm-env lowest wheel fuzz figures bench miniature setup clean
 
 help:
 	@echo "make demo       index the demo catalogue, search, rerank, write the report (DIR=./demo-data)"
 	@echo "make test       the test suite"
 	@echo "make check      ruff, mypy strict, import rules, size limits"
+	@echo "make docs       the documentation site, in build/site"
 	@echo "make slow       the tests that take minutes"
 	@echo "make test-vllm  the tests against a real vLLM server on this CPU (vllm-env installs it, 3 GB, once)"
 	@echo "make lowest     the adapters' tests on the lowest versions of LangChain, LlamaIndex and qdrant-client"
+	@echo "make wheel      the built wheel in bare virtual environments, each framework's extra with its docs' first example"
 	@echo "make fuzz       100,000 generated model outputs through session and ranking"
 	@echo "make figures    quality on the catalogue's test split, mode by mode"
 	@echo "make bench      speed against the same model reading every candidate in full"
@@ -73,6 +75,9 @@ lowest:
 	PIP_CONSTRAINT=$(abspath $(LOWEST)/pins.txt) $(MAKE) setup VENV=$(LOWEST)
 	$(LOWEST)/bin/python -m pytest tests/integrations
 
+wheel: setup
+	TORCH='$(TORCH)' $(PY) -m pytest tests/test_wheel.py
+
 fuzz: setup
 	RETRV_FUZZ=100000 $(PY) -m pytest tests/core/test_fuzz.py
 
@@ -83,11 +88,15 @@ check: setup
 	$(VENV)/bin/lint-imports
 	$(PY) tests/style.py
 
+docs: setup
+	$(VENV)/bin/mkdocs build --strict --quiet
+
 figures: setup
 	$(PY) -m retrv_r1_retriever.demo.figures --split test
 
+BENCH ?= runs/bench
 bench: setup
-	$(PY) -m retrv_r1_retriever.bench
+	$(PY) -m retrv_r1_retriever.bench --out $(BENCH)
 
 RUN ?= runs/miniature
 miniature: setup

@@ -21,6 +21,15 @@
     [serve]                    # `retrv-r1 serve`, see docs/serving.md
     port = 8080
 
+    [mcp]                      # `retrv-r1 mcp`, see docs/agents.md
+    images = "inline"
+
+    [cache]                    # answers of equal calls, for a while; off by default
+    max_entries = 1000
+
+    [observe]                  # see docs/observability.md; off by default
+    traces = "traces.jsonl"
+
 Every key has a default; an unknown one is an error. Secrets are named, never written: `api_key_env` is the name of an
 environment variable. Nothing is opened by reading a config; the functions below build the real parts from it.
 """
@@ -28,7 +37,6 @@ environment variable. Nothing is opened by reading a config; the functions below
 from __future__ import annotations
 
 import os
-import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -37,11 +45,14 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from retrv_r1_retriever._sync import run
+from retrv_r1_retriever.cache import CacheConfig
 from retrv_r1_retriever.engines.base import Compressor
 from retrv_r1_retriever.engines.settings import EngineConfig
-from retrv_r1_retriever.errors import CheckpointError, OptionsError, explain
+from retrv_r1_retriever.errors import OptionsError, explain
+from retrv_r1_retriever.hub import downloaded
+from retrv_r1_retriever.observe import ObserveConfig, Observers, open_observers
 from retrv_r1_retriever.options import BALANCED, RerankOptions
-from retrv_r1_retriever.serving.settings import ServeConfig
+from retrv_r1_retriever.serving.settings import McpConfig, ServeConfig
 from retrv_r1_retriever.store import Scalar
 
 if TYPE_CHECKING:
@@ -49,7 +60,7 @@ if TYPE_CHECKING:
     from retrv_r1_retriever.engines.chat import ChatEngine
     from retrv_r1_retriever.engines.local import LocalEngine
     from retrv_r1_retriever.engines.vllm import VllmEngine
-    from retrv_r1_retriever.images import ImageSource
+    from retrv_r1_retriever.images import ImageSource, LocalImages
     from retrv_r1_retriever.model.embedding import BackboneEmbedder
     from retrv_r1_retriever.points import CollectionSpec
     from retrv_r1_retriever.qdrant import QdrantStore
@@ -57,7 +68,6 @@ if TYPE_CHECKING:
 
 FILE_NAME = "retrv.toml"
 MINIATURE = "miniature"
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 T = TypeVar("T")
 
@@ -128,10 +138,16 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     rerank: RerankOptions = BALANCED
     serve: ServeConfig = field(default_factory=ServeConfig)
+    mcp: McpConfig = field(default_factory=McpConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    observe: ObserveConfig = field(default_factory=ObserveConfig)
     folder: Path = field(default_factory=Path.cwd)
 
     def path(self, relative: str) -> Path:
         return self.folder / Path(relative).expanduser()
+
+    def observers(self) -> Observers:
+        return open_observers(self.observe, self.folder)
 
 
 def read_config(path: str | os.PathLike[str]) -> Config:
@@ -145,16 +161,10 @@ def read_config(path: str | os.PathLike[str]) -> Config:
         ) from None
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise OptionsError(explain(str(path), expected="TOML", got=error, fix="Fix the file.")) from error
-    _check_keys(data, ("store", "model", "engine", "images", "rerank", "serve"), "", path)
-    return Config(
-        _section(StoreConfig, data.get("store", {}), "store", path),
-        _section(ModelConfig, data.get("model", {}), "model", path),
-        _section(ImagesConfig, data.get("images", {}), "images", path),
-        _section(EngineConfig, data.get("engine", {}), "engine", path),
-        _section(RerankOptions, data.get("rerank", {}), "rerank", path),
-        _section(ServeConfig, data.get("serve", {}), "serve", path),
-        folder=path.parent.resolve(),
-    )
+    kinds = {name: kind for name, kind in get_type_hints(Config).items() if name != "folder"}
+    _check_keys(data, tuple(kinds), "", path)
+    sections = {name: _section(kind, data.get(name, {}), name, path) for name, kind in kinds.items()}
+    return Config(**sections, folder=path.parent.resolve())
 
 
 def _section(kind: type[T], values: object, name: str, path: Path) -> T:
@@ -220,22 +230,7 @@ def checkpoint_path(config: Config) -> str:
             )
         return str(folder)
     local = config.path(name)
-    return str(local) if local.exists() else _downloaded(name, local)
-
-
-def _downloaded(hub_id: str, local: Path) -> str:
-    """The folder of a checkpoint on the hub, fetched once and kept in its cache."""
-    got, cause = f"no folder {local}", None
-    if _HUB_ID.fullmatch(hub_id):
-        from huggingface_hub import snapshot_download
-
-        try:
-            return snapshot_download(hub_id)
-        except Exception as error:  # no network, no such repository, no rights
-            got, cause = f"{got}, and from the hub {type(error).__name__}: {str(error).partition(chr(10))[0]}", error
-    raise CheckpointError(
-        explain(f"checkpoint {hub_id!r}", expected="a folder or a hub id", got=got, fix="Fix checkpoint in [model].")
-    ) from cause
+    return str(local) if local.exists() else downloaded(name, local)
 
 
 def open_reader(config: Config) -> LocalEngine | ChatEngine | VllmEngine:
@@ -275,21 +270,27 @@ def open_embedder(config: Config) -> BackboneEmbedder:
 
 
 def open_images(config: Config) -> ImageSource:
+    local = local_images(config, config.path(config.images.root))
+    if not config.images.hosts:
+        return local
+    from retrv_r1_retriever.remote_images import HttpImages
+
+    limits = config.images
+    return HttpImages(limits.hosts, then=local, max_bytes=limits.max_bytes, timeout_s=limits.timeout_s)
+
+
+def local_images(config: Config, root: Path) -> LocalImages:
+    """Files below `root`, within the limits of [images]."""
     from retrv_r1_retriever.images import LocalImages
 
     limits = config.images
-    local = LocalImages(
-        config.path(limits.root),
+    return LocalImages(
+        root,
         max_bytes=limits.max_bytes,
         max_pixels=limits.max_pixels,
         max_frames=limits.max_frames,
         timeout_s=limits.timeout_s,
     )
-    if not limits.hosts:
-        return local
-    from retrv_r1_retriever.remote_images import HttpImages
-
-    return HttpImages(limits.hosts, then=local, max_bytes=limits.max_bytes, timeout_s=limits.timeout_s)
 
 
 def open_store(config: Config, spec: CollectionSpec | None = None) -> EdgeStore | QdrantStore:
@@ -349,6 +350,7 @@ def open_retriever(config: Config) -> RetrvR1Retriever:
     from retrv_r1_retriever.lazy import check_pointer
     from retrv_r1_retriever.retriever import RetrvR1Retriever
 
+    cache, observers = config.cache.make(), config.observers()
     store = open_store(config)  # the quick part first: a wrong path should not wait for a model
     try:
         embedder = open_embedder(config)
@@ -362,13 +364,9 @@ def open_retriever(config: Config) -> RetrvR1Retriever:
                 )  # fmt: skip
             check_pointer(run(store.sidecars.in_use()), engine.memory_digest)
         return RetrvR1Retriever(
-            store=store,
-            embedder=embedder,
-            engine=engine,
-            images=open_images(config),
-            memory=config.store.memory,
-            options=config.rerank,
-        )
+            store=store, embedder=embedder, engine=engine, images=open_images(config), memory=config.store.memory,
+            options=config.rerank, closes=[engine], cache=cache and cache.for_tenant(config.store.tenant), observers=observers,
+        )  # fmt: skip
     except BaseException:
         run(store.close())  # or its lock would outlive a failed attempt
         raise
@@ -386,7 +384,7 @@ def api_key(variable: str | None) -> str | None:
     return key
 
 
-def collection_spec(engine: LocalEngine | None, embedder: BackboneEmbedder) -> CollectionSpec:
+def collection_spec(engine: Compressor | None, embedder: BackboneEmbedder) -> CollectionSpec:
     """What a collection for this model is made with; without memory for engines that read none (None)."""
     if engine is None:
         return _vectors_of(embedder)

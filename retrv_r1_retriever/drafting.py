@@ -31,7 +31,8 @@ _TEXTS = (
 _IDS = ("id", "doc_id", "document_id", "sku", "uuid", "product_id", "item_id", "asin", "uid")
 _NODE = "_node_content"  # LlamaIndex: the node as JSON
 _NODE_TEXTS = (f"{_NODE}.text", f"{_NODE}.text_resource.text")
-_NODE_IMAGES = ("image_path", "image_resource.path", "image_url", "image_resource.url")
+_NODE_IMAGES = ("image", "image_path", "image_resource.path", "image_url", "image_resource.url")
+_BASE64_IMAGE = f"data:;base64,{{{_NODE}.image}}"  # what is there and no data URI is base64 alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +144,7 @@ def _image(fields: _Fields) -> tuple[str | None, str | None]:
     counts = Counter({name: sum(map(_is_picture, values)) for name, values in fields.texts() if name != _NODE})
     found = [(name, count) for name, count in counts.most_common() if 2 * count >= len(fields.values(name)) and count]
     if not found:
-        return None, None
+        return (_BASE64_IMAGE if fields.values(f"{_NODE}.image") else None), None
     # Of fields that are as often there, one whose name says so: a node's file_path may be a page of text next time.
     best = max(
         found, key=lambda one: (one[1], any(word in one[0].lower() for word in ("image", "img", "picture", "photo")))

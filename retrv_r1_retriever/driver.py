@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from retrv_r1_retriever import observe
 from retrv_r1_retriever.engines.base import Engine, SlotRead
 from retrv_r1_retriever.errors import EngineError, RerankTimeout
 from retrv_r1_retriever.images import ImageSource, load_content
@@ -58,13 +59,14 @@ async def read(
     deadline: float | None = None,
     clock: Clock = time.monotonic,
     progress: ProgressFn | None = None,
+    observers: observe.Observers = (),
 ) -> Reading:
     """Run the model over one prompt.
 
     deadline: on the running loop's clock. Past it the thought is dropped for the direct read; before that: `RerankTimeout`.
     Raises `EngineError` if the model decided nothing at all.
     """
-    run = _Run(engine, prompt, options, images, clock, progress)
+    run = _Run(engine, prompt, options, images, clock, progress, observers)
     try:
         try:
             async with asyncio.timeout_at(deadline):
@@ -122,6 +124,7 @@ class _Run:
     images: ImageSource
     clock: Clock
     progress: ProgressFn | None = None
+    observers: observe.Observers = ()
     handle: Any = None
     direct: SlotRead | None = None
     session: InspectionSession | None = None
@@ -212,22 +215,27 @@ class _Run:
     async def _drive(self, session: InspectionSession) -> None:
         step = session.begin()
         while step.generate is not None:
-            step = await self._fill(session, step)
-            assert step.generate is not None  # filling a step never ends a session
-            with _engine_errors("thought"):
-                if step.append:
-                    await self.engine.append(self.handle, step.append)
-                generation = await self.engine.generate(self.handle, step.generate)
-                if not isinstance(generation, Generation):
-                    got = type(generation).__name__
-                    raise EngineError(f"thought: expected Generation, got {got}. Fix the engine's generate.")
-            step = session.receive(generation)
+            full = next((s for s in step.append if isinstance(s, Full)), None)
+            if full is None:
+                step = await self._advance(session, step)
+                continue
+            opened = observe.Step("inspect", candidates=(self.prompt.candidates[full.index],), index=full.index)
+            with observe.observed(self.observers, opened):
+                step = await self._advance(session, await self._fill(session, step, full))
 
-    async def _fill(self, session: InspectionSession, step: Step) -> Step:
+    async def _advance(self, session: InspectionSession, step: Step) -> Step:
+        assert step.generate is not None  # filling a step never ends a session
+        with _engine_errors("thought"):
+            if step.append:
+                await self.engine.append(self.handle, step.append)
+            generation = await self.engine.generate(self.handle, step.generate)
+            if not isinstance(generation, Generation):
+                got = type(generation).__name__
+                raise EngineError(f"thought: expected Generation, got {got}. Fix the engine's generate.")
+        return session.receive(generation)
+
+    async def _fill(self, session: InspectionSession, step: Step, full: Full) -> Step:
         """The step with the opened candidate's content loaded; a candidate that cannot be loaded stays closed."""
-        full = next((s for s in step.append if isinstance(s, Full)), None)
-        if full is None:
-            return step
         candidate = self.prompt.candidates[full.index]
         try:
             with self._stage("load"):

@@ -34,9 +34,12 @@ def marks(results: RankedResults, result: RankedResult, metadata: Mapping[str, A
 
 
 def artifact(results: RankedResults) -> dict[str, Any]:
-    """`results_json` with the whole trace, as `ReasoningTrace.from_json` reads it; nothing in it is not JSON."""
+    """`results_json` with the whole trace, as `ReasoningTrace.from_json` reads it; nothing in it is not JSON.
+
+    Values of a document's metadata that JSON does not have, dates say, are there as strings.
+    """
     trace = None if results.trace is None else json.loads(results.trace.to_json())
-    plain: dict[str, Any] = finite({**results_json(results), "trace": trace})
+    plain: dict[str, Any] = json.loads(json.dumps(finite({**results_json(results), "trace": trace}), default=str))
     return plain
 
 
@@ -100,6 +103,7 @@ def _trace_json(trace: ReasoningTrace) -> dict[str, Any]:
         "inspected": list(trace.inspected),
         "answer": trace.answer,
         "stop_reason": trace.stop_reason.value if trace.stop_reason else None,
+        "cached": trace.cached,
         "usage": {name: getattr(usage, name) for name in usage.__dataclass_fields__},
         "timings": dict(trace.timings),
         "versions": dict(trace.versions),

@@ -2,7 +2,7 @@
 
 `hybrid`, best first:
 
-1. the answer;
+1. the answer (where none is the answer by a calibrated lead: the candidate that would have been);
 2. everything not settled below, by one value per candidate:
    - *listed* (it has a verdict in the elimination; opened-and-matching ones included): log p(keep) of that first verdict. On
      engines that write verdicts without probabilities, `keep` counts as 0 and any reason against as -inf;
@@ -43,9 +43,17 @@ class Order:
 
 
 def rank(
-    candidates: Sequence[Candidate], direct: SlotRead | None, outcome: Outcome | None, ranking: Ranking = "hybrid"
+    candidates: Sequence[Candidate],
+    direct: SlotRead | None,
+    outcome: Outcome | None,
+    ranking: Ranking = "hybrid",
+    none_margin: float | None = None,
 ) -> Order:
-    """Order `candidates`. At least one of `direct` and `outcome` is needed; `logits` needs `direct` and ignores `outcome`."""
+    """Order `candidates`. At least one of `direct` and `outcome` is needed; `logits` needs `direct` and ignores `outcome`.
+
+    none_margin: the answer is none exactly if none leads the best candidate by these nats, in the read that decides (behind a
+        thought its own answer, else the direct read); None = as the model said
+    """
     if direct is None and (outcome is None or ranking == "logits"):
         raise ValueError(f"ranking={ranking!r}: neither a direct read nor a usable thought to rank by")
     if direct is not None and len(direct.logprobs) != len(candidates) + 1:
@@ -53,13 +61,19 @@ def rank(
     outcome = None if ranking == "logits" else outcome
     signals = _signals(len(candidates), direct, outcome)
     slot = outcome.answer if outcome is not None else _best_slot(direct, candidates)
+    first = slot if slot is not None and slot < len(candidates) else None
     none_chosen = slot == NONE_INDEX
-    answer = slot if slot is not None and slot < len(candidates) else None
+    logprobs = outcome.answer_logprobs if outcome is not None else direct.logprobs if direct is not None else None
+    if none_margin is not None and logprobs is not None:
+        none_chosen = none_lead(logprobs) >= none_margin
+        if first is None and not none_chosen:
+            first = _best_candidate(logprobs, candidates)
+    answer = None if none_chosen else first
 
     def key(index: int) -> tuple[int, float, int, int]:
         s, candidate = signals[index], candidates[index]
         first_stage = (candidate.rank, index)
-        if index == answer:
+        if index == first:  # also where none was chosen over it: it is the next best
             return (0, 0.0, *first_stage)
         if ranking == "promote":
             return (1, 0.0, *first_stage)
@@ -99,12 +113,22 @@ def _value(signals: Signals, count: int) -> float:
     return signals.slot_logprob if signals.slot_logprob is not None else -math.log(count + 1)
 
 
+def none_lead(logprobs: Sequence[float]) -> float:
+    """Nats by which none, the last slot, leads the best candidate; negative = it trails."""
+    *slots, none = map(_number, logprobs)
+    return none - max(slots)
+
+
 def _best_slot(direct: SlotRead | None, candidates: Sequence[Candidate]) -> int | None:
     """The arg-max slot of the direct read; between equals a candidate before none, then by first-stage rank."""
     if direct is None:
         return None
-    best = min(range(len(candidates)), key=lambda i: (-_number(direct.logprobs[i]), candidates[i].rank, i))
+    best = _best_candidate(direct.logprobs, candidates)
     return best if _number(direct.logprobs[best]) >= _number(direct.logprobs[-1]) else NONE_INDEX
+
+
+def _best_candidate(logprobs: Sequence[float], candidates: Sequence[Candidate]) -> int:
+    return min(range(len(candidates)), key=lambda i: (-_number(logprobs[i]), candidates[i].rank, i))
 
 
 def _signals(count: int, direct: SlotRead | None, outcome: Outcome | None) -> tuple[Signals, ...]:

@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 from urllib.parse import urljoin, urlsplit
 
@@ -106,7 +107,18 @@ class _AllowList:
         return any(found in network for network in self.networks if network.version == found.version)
 
 
-class HttpImages:
+class _InFront:
+    """A source that hands on to `then` what is not its own."""
+
+    _then: ImageSource
+
+    @property
+    def root(self) -> Path | None:
+        """The folder that relative paths start from, as far as a source behind this one has any."""
+        return getattr(self._then, "root", None)
+
+
+class HttpImages(_InFront):
     """Pictures behind http and https URLs, from `hosts` only. Needs the extra `http`.
 
     hosts: "img.example.com", "*.example.com", an address or a network. Every redirect must stay on the list. A name is resolved
@@ -201,7 +213,7 @@ class HttpImages:
         raise _error(url, f"at most {self._max_bytes:,} bytes", "more", "Shrink it, or raise max_bytes.")
 
 
-class FsspecImages:
+class FsspecImages(_InFront):
     """Pictures below one place of any fsspec file system: `FsspecImages("s3://bucket/cards", {"anon": True})`. Extra `fsspec`.
 
     root: files are read below it only; a picture is named by its full URL. options: of the file system, credentials included
@@ -249,7 +261,7 @@ class FsspecImages:
         return data
 
 
-class CallableImages:
+class CallableImages(_InFront):
     """Pictures from your own function, sync (run in a thread) or async: a reference in, bytes or a Pillow image out.
 
     It is asked for every string that is no data URI; None = not one of its own. then: takes everything else, and decodes

@@ -12,13 +12,15 @@ from typing import TypeAlias, TypeVar
 
 from retrv_r1_retriever import driver, memory
 from retrv_r1_retriever._sync import run
+from retrv_r1_retriever.cache import ResultCache
 from retrv_r1_retriever.driver import Clock, Reading
 from retrv_r1_retriever.engines.base import Compressor, Engine, ReadsPictures
 from retrv_r1_retriever.errors import EngineError, InputError, RerankTimeout, explain
 from retrv_r1_retriever.images import ImageSource, LocalImages, load_content
+from retrv_r1_retriever.observe import Observers, Step, observed
 from retrv_r1_retriever.options import BALANCED, RerankOptions
 from retrv_r1_retriever.progress import Progress, ProgressFn
-from retrv_r1_retriever.prompt import build_prompt
+from retrv_r1_retriever.prompt import NONE_INDEX, build_prompt
 from retrv_r1_retriever.ranking import Order, rank, to_results
 from retrv_r1_retriever.session import Outcome
 from retrv_r1_retriever.sidecar import Sidecars
@@ -35,6 +37,7 @@ from retrv_r1_retriever.types import (
 log = logging.getLogger(__name__)
 
 Candidates: TypeAlias = "Sequence[Candidate] | Sequence[Document]"
+_TOO_SLOW = "timed out before the model had read the candidates. Raise timeout_s."
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -48,6 +51,7 @@ class RetrvR1Reranker:
     sidecars: of the collection that the candidates are from (`QdrantStore(...).sidecars`): those that come without memory, as
         from a framework's own store, get it from there. Their document ids have to be the collection's point ids
     write_back: is given the candidates whose memory a call had to make, e.g. `lazy.WriteBack`; must return at once
+    cache: answers calls that are equal to an earlier one, off by default; observers: watch every call, e.g. `Telemetry()`
     """
 
     def __init__(
@@ -59,12 +63,14 @@ class RetrvR1Reranker:
         options: RerankOptions = BALANCED,
         sidecars: Sidecars | None = None,
         write_back: Callable[[Sequence[Candidate]], None] | None = None,
+        cache: ResultCache | None = None,
+        observers: Observers = (),
         clock: Clock = time.monotonic,
     ) -> None:
         self.images = images or LocalImages()
         self.engine = engine.with_images(self.images) if isinstance(engine, ReadsPictures) else engine
         self.compressor = compressor or (engine if isinstance(engine, Compressor) else None)
-        self.options = options
+        self.options, self.cache, self.observers = options, cache, observers
         self._clock, self._sidecars, self._write_back = clock, sidecars, write_back
 
     async def arerank(
@@ -82,7 +88,9 @@ class RetrvR1Reranker:
         the model are raised with `on_failure="raise"` and otherwise give the first-stage order with status `fallback`.
         """
         options, query, ranked = options or self.options, as_query(query), as_candidates(candidates)
-        results = await self._answer(query, ranked, options, progress)
+        with observed(self.observers, Step("rerank", query, options, ranked)) as tell:
+            results = await self._answer(query, ranked, options, progress)
+            tell(results)
         if progress:
             await progress(Progress("answered", results=results))
         return results
@@ -116,9 +124,14 @@ class RetrvR1Reranker:
             fix = "Pass one list of candidates per query."
             raise InputError(explain("candidates", expected=f"{len(queries)} lists", got=len(candidates), fix=fix))
         jobs = list(zip(map(as_query, queries), map(as_candidates, candidates), strict=True))
-        if options.think == "auto" and options.ranking != "logits" and options.max_think_share < 1:
-            return await self._share_thinking(jobs, options, concurrency)
-        return await bounded(lambda job: self.arerank(*job, options=options), jobs, concurrency)
+        with observed(self.observers, Step("rerank_batch", options=options, queries=len(jobs))) as tell:
+            if options.think == "auto" and options.ranking != "logits" and options.max_think_share < 1:
+                ranked = await self._share_thinking(jobs, options, concurrency)
+            else:
+                ranked = await bounded(lambda job: self.arerank(*job, options=options), jobs, concurrency)
+            for results in ranked:
+                tell(results)
+        return ranked
 
     def rerank_batch(
         self,
@@ -137,12 +150,43 @@ class RetrvR1Reranker:
         if not ranked:
             return fallback(query, ranked, options, "no candidates to rank: the first stage returned none")
         try:
-            return await self._rerank(query, ranked, options, progress)
+            return await self._remembered(query, ranked, options, progress)
         except EngineError as error:
             if options.on_failure == "raise":
                 raise
             log.warning("falling back to first-stage order: %s", error)
             return fallback(query, ranked, options, str(error))
+
+    async def _remembered(
+        self, query: Query, candidates: tuple[Candidate, ...], options: RerankOptions, progress: ProgressFn | None
+    ) -> RankedResults:
+        """The answer of an earlier, equal call where the cache has one."""
+        if self.cache is None:
+            return await self._rerank(query, candidates, options, progress)
+        started = self._clock()
+        key = await self._key(self.cache, query, candidates, options)
+        known = self.cache.get(key, query, candidates) if key else None
+        seconds = self._clock() - started
+        if known is not None and known.trace is not None:
+            return replace(known, trace=replace(known.trace, timings={"cache": seconds, "total": seconds}))
+        results = await self._rerank(query, candidates, less_time(options, seconds), progress)
+        if key:
+            self.cache.put(key, candidates, results)
+        return results
+
+    async def _key(
+        self, cache: ResultCache, query: Query, candidates: tuple[Candidate, ...], options: RerankOptions
+    ) -> str | None:
+        """None for what cannot be read or hashed: it is answered, and explained, as without a cache."""
+        try:
+            async with asyncio.timeout(options.timeout_s):
+                content, _ = await load_content(self.images, query.content)
+            asked = replace(query, content=content)
+            return await asyncio.to_thread(cache.key, asked, candidates, options, self.engine.versions)
+        except TimeoutError as error:
+            raise RerankTimeout(_TOO_SLOW) from error
+        except InputError:
+            return None
 
     async def _rerank(
         self, query: Query, candidates: tuple[Candidate, ...], options: RerankOptions, progress: ProgressFn | None
@@ -153,7 +197,7 @@ class RetrvR1Reranker:
                 content, _ = await load_content(self.images, query.content)
                 readable = await self._readable(candidates, options)
         except TimeoutError as error:
-            raise RerankTimeout("timed out before the model had read the candidates. Raise timeout_s.") from error
+            raise RerankTimeout(_TOO_SLOW) from error
         if self._write_back is not None and readable.fresh:
             self._write_back(readable.fresh)
         if not readable.candidates:
@@ -161,10 +205,11 @@ class RetrvR1Reranker:
         prepared = self._clock() - started
         prompt = build_prompt(replace(query, content=content), readable.candidates)
         reading = await driver.read(
-            self.engine, prompt, options, images=self.images, deadline=deadline, clock=self._clock, progress=progress
-        )
+            self.engine, prompt, options, images=self.images, deadline=deadline, clock=self._clock,
+            progress=progress, observers=self.observers,
+        )  # fmt: skip
         timings = {"memory": prepared, **reading.trace.timings, "total": self._clock() - started}
-        return _decide(query, candidates, readable, reading, options, timings)
+        return _decide(query, candidates, readable, reading, options, self.engine.none_margin, timings)
 
     async def _readable(self, candidates: tuple[Candidate, ...], options: RerankOptions) -> memory.Readable:
         if self._sidecars is None or self.compressor is None:
@@ -250,12 +295,13 @@ def _decide(
     readable: memory.Readable,
     reading: Reading,
     options: RerankOptions,
+    none_margin: float | None,
     timings: dict[str, float],
 ) -> RankedResults:
     """Order what was read; put what was not read last, in first-stage order; say which is which."""
     read = [candidates[i] for i in readable.positions]  # the caller's own objects, not the copies with fresh memory
     skipped = _as_retrieved([c for i, c in enumerate(candidates) if i not in set(readable.positions)])
-    order = rank(read, reading.direct, reading.outcome, options.ranking)
+    order = rank(read, reading.direct, reading.outcome, options.ranking, none_margin)
     half_judged = {*(reading.outcome.unreadable if reading.outcome else ()), *reading.stale}
     passed_over = _passed_over(order, reading.outcome)
     unjudged = [i for i in passed_over if order.signals[i].keep_logprob is None]
@@ -281,6 +327,9 @@ def _decide(
     notes = (*readable.notes, *reading.trace.notes)
     if 2 * len(passed_over) > len(read):
         notes = (*notes, f"the thought passed over {len(passed_over)} of {len(read)} candidates: most got no verdict")
+    if reading.outcome and (reading.outcome.answer == NONE_INDEX) != order.none_chosen:
+        said, is_now = ("none", "a candidate") if reading.outcome.answer == NONE_INDEX else ("a candidate", "none")
+        notes = (*notes, f"the thought answered {said}; by the calibrated lead of none the answer is {is_now}")
     if skipped:
         labels = ", ".join(str(i) for i in readable.positions)
         notes = (*notes, f"labels count only the candidates in the prompt, at these places of the list: {labels}")

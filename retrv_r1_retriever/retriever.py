@@ -10,11 +10,13 @@ from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from retrv_r1_retriever._sync import run
+from retrv_r1_retriever.cache import ResultCache
 from retrv_r1_retriever.embedders import Embedder
 from retrv_r1_retriever.engines.base import Compressor, Engine
 from retrv_r1_retriever.errors import InputError, OptionsError, RerankTimeout, explain
 from retrv_r1_retriever.images import ImageSource, LocalImages, load_content
 from retrv_r1_retriever.lazy import WriteBack
+from retrv_r1_retriever.observe import Observers, Step, observed
 from retrv_r1_retriever.options import BALANCED, RerankOptions
 from retrv_r1_retriever.progress import Progress, ProgressFn
 from retrv_r1_retriever.reranker import Candidates, RetrvR1Reranker, as_candidates, as_query, bounded, less_time
@@ -45,6 +47,10 @@ class Reranker(Protocol):
     ) -> list[RankedResults]: ...
 
 
+class Closable(Protocol):
+    async def aclose(self) -> None: ...
+
+
 class RetrvR1Retriever:
     """A first stage finds candidates, a reranker decides.
 
@@ -53,6 +59,9 @@ class RetrvR1Retriever:
     images: where pictures of queries and candidates come from; the default reads bytes, data URIs and Pillow images only
     memory: "lazy" keeps memory that a call had to make in a sidecar of the store, written in the background (docs/memory.md);
         needs `store` and `engine`. Call `aclose()` at the end, or the last of it is lost
+    closes: what `aclose()` closes beside the store. An engine is not: it may be shared, unless `from_config` opened it
+    cache: answers calls that are equal to an earlier one; needs `engine`
+    observers: watch every call, e.g. `Telemetry()` (docs/observability.md); a ready `reranker` has its own
     """
 
     def __init__(
@@ -67,12 +76,21 @@ class RetrvR1Retriever:
         images: ImageSource | None = None,
         memory: Literal["stored", "lazy"] = "stored",
         options: RerankOptions = BALANCED,
+        closes: Sequence[Closable] = (),
+        cache: ResultCache | None = None,
+        observers: Observers = (),
     ) -> None:
-        self.images = images or LocalImages()
+        self.images, self.observers, self._closes = images or LocalImages(), observers, tuple(closes)
         self._write_back = None if memory == "stored" else _write_back(memory, store, engine)
-        self.reranker = _reranker(engine, compressor, reranker, self.images, options, self._write_back)
+        if engine is not None and reranker is None:
+            self.reranker: Reranker = RetrvR1Reranker(
+                engine, compressor=compressor, images=self.images, options=options,
+                write_back=self._write_back, cache=cache, observers=observers,
+            )  # fmt: skip
+        else:
+            self.reranker = _ready(reranker, engine=engine, compressor=compressor, cache=cache)
         reads_memory = getattr(self.reranker, "compressor", True) is not None
-        self.first_stage = _first_stage(store, embedder, first_stage, reads_memory)
+        self.first_stage = _first_stage(store, embedder, first_stage, reads_memory, observers)
         self.options = options
 
     @classmethod
@@ -97,12 +115,15 @@ class RetrvR1Retriever:
         to fall back to. `progress` is awaited at each step: retrieved, thinking, opened, answered.
         """
         options, query = options or self.options, _query(query, image)
-        found = await self._find(query, filter, options)
-        remaining = less_time(options, found.seconds)
-        if progress:
-            await progress(Progress("retrieved", candidates=len(found.candidates)))
-        results = await self.reranker.arerank(found.query, found.candidates, options=remaining, progress=progress)
-        return _finished(results, query, found.seconds)
+        with observed(self.observers, Step("retrieve", query, options)) as tell:
+            found = await self._find(query, filter, options)
+            remaining = less_time(options, found.seconds)
+            if progress:
+                await progress(Progress("retrieved", candidates=len(found.candidates)))
+            results = await self.reranker.arerank(found.query, found.candidates, options=remaining, progress=progress)
+            results = _finished(results, query, found.seconds)
+            tell(results)
+        return results
 
     def retrieve(
         self,
@@ -126,12 +147,16 @@ class RetrvR1Retriever:
     ) -> list[RankedResults]:
         """One result per query, in order; `options.max_think_share` holds over the batch, `timeout_s` per query."""
         options, asked = options or self.options, [as_query(query) for query in queries]
-        found = await bounded(lambda query: self._find(query, filter, options), asked, concurrency)
-        remaining = less_time(options, max((f.seconds for f in found), default=0.0))
-        ranked = await self.reranker.arerank_batch(
-            [f.query for f in found], [f.candidates for f in found], options=remaining, concurrency=concurrency
-        )
-        return [_finished(r, q, f.seconds) for r, q, f in zip(ranked, asked, found, strict=True)]
+        with observed(self.observers, Step("retrieve_batch", options=options, queries=len(asked))) as tell:
+            found = await bounded(lambda query: self._find(query, filter, options), asked, concurrency)
+            remaining = less_time(options, max((f.seconds for f in found), default=0.0))
+            ranked = await self.reranker.arerank_batch(
+                [f.query for f in found], [f.candidates for f in found], options=remaining, concurrency=concurrency
+            )
+            finished = [_finished(r, q, f.seconds) for r, q, f in zip(ranked, asked, found, strict=True)]
+            for results in finished:
+                tell(results)
+        return finished
 
     def retrieve_batch(
         self,
@@ -144,11 +169,13 @@ class RetrvR1Retriever:
         return run(self.aretrieve_batch(queries, filter=filter, options=options, concurrency=concurrency))
 
     async def aclose(self) -> None:
-        """Finish what is written in the background, and close the store."""
+        """Finish what is written in the background, close the store, and what is in `closes`."""
         if self._write_back is not None:
             await self._write_back.flush()
         if isinstance(self.first_stage, VectorFirstStage):
             await self.first_stage.store.close()
+        for one in self._closes:
+            await one.aclose()
 
     def close(self) -> None:
         run(self.aclose())
@@ -159,12 +186,20 @@ class RetrvR1Retriever:
             async with asyncio.timeout(options.timeout_s) as limit:
                 content, _ = await load_content(self.images, query.content)
                 decoded = replace(query, content=content)
-                found = await self.first_stage(decoded, top_k=options.top_k, filter=filter)
+                found = await self._search(decoded, options.top_k, filter)
         except TimeoutError as error:
             if not limit.expired():
                 raise
             raise RerankTimeout(f"the first stage took longer than timeout_s={options.timeout_s}. Raise it.") from error
         return _Found(decoded, as_candidates(tuple(found)[: options.top_k]), time.monotonic() - started)
+
+    async def _search(self, query: Query, top_k: int, filter: Filter | None) -> Sequence[Candidate]:
+        if isinstance(self.first_stage, VectorFirstStage):  # tells its two steps itself
+            return await self.first_stage(query, top_k=top_k, filter=filter)
+        with observed(self.observers, Step("search", query)) as tell:
+            found = await self.first_stage(query, top_k=top_k, filter=filter)
+            tell(found)
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,12 +223,16 @@ def _query(query: Query | str, image: ImageInput | None) -> Query:
 
 
 def _first_stage(
-    store: Store | None, embedder: Embedder | None, first_stage: FirstStage | None, with_memory: bool
+    store: Store | None,
+    embedder: Embedder | None,
+    first_stage: FirstStage | None,
+    with_memory: bool,
+    observers: Observers,
 ) -> FirstStage:
     if first_stage is not None and store is None and embedder is None:
         return first_stage
     if first_stage is None and store is not None and embedder is not None:
-        return VectorFirstStage(store, embedder, with_memory)
+        return VectorFirstStage(store, embedder, with_memory, observers)
     given = [n for n, v in (("store", store), ("embedder", embedder), ("first_stage", first_stage)) if v is not None]
     fix = "Pass one or the other."
     raise OptionsError(explain("first stage", expected="store and embedder, or first_stage", got=given, fix=fix))
@@ -208,21 +247,16 @@ def _write_back(memory: str, store: Store | None, engine: Engine | None) -> Writ
     return WriteBack(sidecars)
 
 
-def _reranker(
-    engine: Engine | None,
-    compressor: Compressor | None,
-    reranker: Reranker | None,
-    images: ImageSource,
-    options: RerankOptions,
-    write_back: WriteBack | None,
+def _ready(
+    reranker: Reranker | None, *, engine: Engine | None, compressor: Compressor | None, cache: ResultCache | None
 ) -> Reranker:
-    if reranker is not None and engine is None and compressor is None:
-        return reranker
-    if engine is not None and reranker is None:
-        return RetrvR1Reranker(engine, compressor=compressor, images=images, options=options, write_back=write_back)
-    given = [n for n, v in (("engine", engine), ("compressor", compressor), ("reranker", reranker)) if v is not None]
-    fix = "A reranker brings its own engine and compressor."
-    raise OptionsError(explain("model", expected="engine, or reranker alone", got=given, fix=fix))
+    """A reranker that comes with its own parts, so that none of them may be given beside it."""
+    named = (("engine", engine), ("compressor", compressor), ("reranker", reranker), ("cache", cache))
+    given = [name for name, value in named if value is not None]
+    if reranker is None or given != ["reranker"]:
+        fix = "A reranker brings its own engine, compressor and cache."
+        raise OptionsError(explain("model", expected="engine, or reranker alone", got=given, fix=fix))
+    return reranker
 
 
 def _finished(results: RankedResults, query: Query, seconds: float) -> RankedResults:

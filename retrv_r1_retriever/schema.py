@@ -24,13 +24,18 @@ _PATH = re.compile(r"[^\s{}.!:\[\]]+(?:\.[^\s{}.!:\[\]]+)*")
 _CLOSING = re.compile(r"""^[)\]}"'”’»%]+""")
 
 
+def _is_template(value: str) -> bool:
+    return "{" in value or "}" in value
+
+
 @dataclass(frozen=True, slots=True)
 class PayloadSchema:
     """Maps a payload to a `Document`; everything not named here becomes its metadata.
 
     text: a field, or a template over several ("{title} - {attrs.color}"); dots reach into nested objects, lists are joined
         with commas; a missing field is left out together with the text before it
-    image: field with a path or data URI (in memory also bytes or a Pillow image), as the `ImageSource` understands it
+    image: field with a path or data URI (in memory also bytes or a Pillow image), as the `ImageSource` understands it; or a
+        template, as "data:;base64,{attrs.thumbnail}" for base64 alone; without one of its fields there is no picture
     id: field with the caller's id; None = the point id
     vector: name of the dense vector that is searched; "" = the collection's unnamed one
     """
@@ -48,6 +53,8 @@ class PayloadSchema:
             )
         if self.text is not None and self.is_template:
             object.__setattr__(self, "_parts", _parse_template(self.text))
+        if self.image is not None and _is_template(self.image):
+            _parse_template(self.image)
         for name in self.fields:
             if not _PATH.fullmatch(name):
                 raise OptionsError(
@@ -61,7 +68,8 @@ class PayloadSchema:
 
     @property
     def is_template(self) -> bool:
-        return self.text is not None and ("{" in self.text or "}" in self.text)
+        """Whether the text is one."""
+        return self.text is not None and _is_template(self.text)
 
     @property
     def text_fields(self) -> tuple[str, ...]:
@@ -70,9 +78,15 @@ class PayloadSchema:
         return tuple(name for _, name, _ in self._parts) if self.is_template else (self.text,)
 
     @property
+    def image_fields(self) -> tuple[str, ...]:
+        if self.image is None:
+            return ()
+        return tuple(_FIELD.findall(self.image)) if _is_template(self.image) else (self.image,)
+
+    @property
     def fields(self) -> tuple[str, ...]:
         """All payload fields this schema names."""
-        return tuple(dict.fromkeys((*self.text_fields, *(f for f in (self.image, self.id) if f))))
+        return tuple(dict.fromkeys((*self.text_fields, *self.image_fields, *((self.id,) if self.id else ()))))
 
     def to_document(self, point_id: object, payload: Mapping[str, Any]) -> Document:
         """Raises `SchemaError` if the payload holds neither text nor image where this schema looks."""
@@ -83,7 +97,7 @@ class PayloadSchema:
 
     def content(self, point_id: object, payload: Mapping[str, Any]) -> Content:
         """The text and the picture alone; `point_id` is for messages. Raises `SchemaError` as `to_document` does."""
-        image = lookup(payload, self.image) if self.image else None
+        image = self._image(payload)
         if image is not None and not isinstance(image, str | bytes | os.PathLike | Image.Image):
             raise self._unusable(point_id, payload, f"an image field of type {type(image).__name__}")
         text = self._text(payload)
@@ -93,13 +107,14 @@ class PayloadSchema:
 
     def to_payload(self, document: Document) -> dict[str, Any]:
         """The way back. Raises `InputError` where metadata and a field of the schema would overwrite each other."""
-        if self.is_template:
-            raise SchemaError(
-                explain(
-                    "PayloadSchema.to_payload", expected="text= as one field", got=f"the template {self.text!r}",
-                    fix="A text cannot be taken apart again; such a collection can only be read.",
-                )
-            )  # fmt: skip
+        for template in filter(None, (self.text, self.image)):
+            if _is_template(template):
+                raise SchemaError(
+                    explain(
+                        "PayloadSchema.to_payload", expected="text= and image= as one field", got=f"the template {template!r}",
+                        fix="It cannot be taken apart again; such a collection can only be read.",
+                    )
+                )  # fmt: skip
         payload: dict[str, Any] = copy.deepcopy(dict(document.metadata))
         content = document.content
         image = None if content.image is None else image_reference(content.image)
@@ -125,6 +140,12 @@ class PayloadSchema:
                     before = before.lstrip(" \t\n.,;:|/-–—")
                 text += before + value + after
         return text
+
+    def _image(self, payload: Mapping[str, Any]) -> Any:
+        if self.image is None or not _is_template(self.image):
+            return lookup(payload, self.image) if self.image else None
+        found = {name: _shown(lookup(payload, name)) for name in self.image_fields}
+        return _FIELD.sub(lambda field: found[field[1]], self.image) if all(found.values()) else None
 
     def _metadata(self, payload: Mapping[str, Any]) -> dict[str, Any]:
         """The rest. Fields of a template stay: the text is made of them, but does not hold them one by one."""
@@ -186,7 +207,7 @@ def _parse_template(template: str) -> tuple[tuple[str, str, str], ...]:
     if not names or any("{" in text or "}" in text for text in texts):
         raise OptionsError(
             explain(
-                "PayloadSchema text template", expected='fields in single braces, as in "{title} - {attrs.color}"',
+                "PayloadSchema template", expected='fields in single braces, as in "{title} - {attrs.color}"',
                 got=repr(template), fix="Close every brace, or give one field name without braces.",
             )
         )  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 
 from retrv_r1_retriever.embedders import Embedder, embed_query
+from retrv_r1_retriever.observe import Observers, Step, observed
 from retrv_r1_retriever.types import Candidate, Document, Memory, Query
 
 Scalar: TypeAlias = str | int | bool
@@ -103,7 +104,13 @@ class VectorFirstStage:
     store: Store
     embedder: Embedder
     with_memory: bool = True
+    observers: Observers = ()
 
     async def __call__(self, query: Query, *, top_k: int, filter: Filter | None = None) -> Sequence[Candidate]:
-        vector = await embed_query(self.embedder, query)
-        return await self.store.search(vector, top_k, filter=filter, with_memory=self.with_memory)
+        model = getattr(self.embedder, "digest", None) or type(self.embedder).__name__
+        with observed(self.observers, Step("embed", query, model=model)):
+            vector = await embed_query(self.embedder, query)
+        with observed(self.observers, Step("search", query)) as tell:
+            found = await self.store.search(vector, top_k, filter=filter, with_memory=self.with_memory)
+            tell(found)
+        return found

@@ -95,6 +95,7 @@ class ReasoningTrace:
     margin: nats between the two best slots of the direct read; None if there was none
     inspected: indices opened in full, in order; unreadable: those whose content could not be loaded
     timings: stage name -> seconds; versions: component -> version or digest; notes: decisions worth saying aloud
+    cached: this is the trace of an earlier, equal call, whose answer was taken (docs/config.md); only the timings are this call's
     """
 
     segments: tuple[Segment, ...] = ()
@@ -108,6 +109,7 @@ class ReasoningTrace:
     timings: Mapping[str, float] = field(default_factory=dict, hash=False)
     versions: Mapping[str, str] = field(default_factory=dict, hash=False)
     notes: tuple[str, ...] = ()
+    cached: bool = False
 
     @property
     def thought(self) -> str:
@@ -157,6 +159,7 @@ class ReasoningTrace:
             timings=data["timings"],
             versions=data["versions"],
             notes=tuple(data["notes"]),
+            cached=data.get("cached", False),  # traces written before there was a cache have no such key
         )
 
 

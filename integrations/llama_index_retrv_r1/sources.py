@@ -103,7 +103,8 @@ class VectorStoreSource:
             raise StoreError(
                 explain(
                     type(store).__name__, expected="an answer", got=f"{type(error).__name__}: {error}",
-                    fix="Check that it runs, and that embed_model is the one the collection was written with.",
+                    fix="Check that it runs, that embed_model is the one the collection was written with, and, where LlamaIndex "
+                        "did not write it, that text_key names the payload's text.",
                 )
             ) from error  # fmt: skip
         if answer.nodes is None:

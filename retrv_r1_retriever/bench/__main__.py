@@ -1,169 +1,215 @@
-"""Speed of the compressed prompt against the same model reading every candidate in full.
+"""Time and work of reranking with two tokens per candidate, against the same weights reading every candidate in full.
 
-    python -m retrv_r1_retriever.bench
+    python -m retrv_r1_retriever.bench --shape miniature ratio --out bench
 
-One thread, modes interleaved, minimum of several rounds; a ratio holds for this machine and this model only. Modes, all ending in
-the direct read of K + 1 slots:
-
-U   every candidate in full, its picture through the tower at query time
-U'  every candidate in full, tower tokens cached: what is left of the difference is the language model's alone
-P   two tokens per candidate, memory made at index time: how the retriever works
-
-"candidates' part" is their tokens, labels included, compressed against full.
+One thread (on a CPU), modes interleaved, best of several rounds: a ratio holds for this machine and this shape only. `modes.py` says
+what the modes are, `shapes.py` what the shapes are. A shape with random weights says nothing about quality.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
+import platform
 import sys
+import tempfile
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from PIL.Image import Image
+import transformers
 
 from retrv_r1_retriever._sync import run
+from retrv_r1_retriever.bench.floors import Counts, measure_ceiling
+from retrv_r1_retriever.bench.modes import Mode, Task, counted, interleaved, modes, thought, throughput
+from retrv_r1_retriever.bench.shapes import SHAPES, random_checkpoint, random_task
+from retrv_r1_retriever.bench.stages import stages
 from retrv_r1_retriever.config import Config, ModelConfig, checkpoint_path
 from retrv_r1_retriever.demo.catalogue import TASKS, pool_path, read_queries, write_catalogue
+from retrv_r1_retriever.edge import EdgeStore
 from retrv_r1_retriever.engines.local import LocalEngine
-from retrv_r1_retriever.images import LocalImages, content_hash, load_content
-from retrv_r1_retriever.model.checkpoint import load_checkpoint
+from retrv_r1_retriever.images import LocalImages, load_content
+from retrv_r1_retriever.model.checkpoint import Checkpoint, load_checkpoint
 from retrv_r1_retriever.options import RerankOptions
-from retrv_r1_retriever.prompt import ANSWER_START, Prompt, build_full_prompt, build_prompt
+from retrv_r1_retriever.points import CollectionSpec
+from retrv_r1_retriever.prompt import build_full_prompt, build_prompt
 from retrv_r1_retriever.readers import read_mbeir
 from retrv_r1_retriever.reranker import RetrvR1Reranker
-from retrv_r1_retriever.types import Candidate, Content, Document, Memory, Query
+from retrv_r1_retriever.store import Point
+from retrv_r1_retriever.types import Candidate, Content, Document, Query
 
-#: A timed call; returns the prompt tokens it read.
-Mode = Callable[[], Awaitable[int]]
+Row = dict[str, float | str]
 THINK = RerankOptions(think="always", timeout_s=None)
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One query with decoded candidates, memory and cached tower tokens."""
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=("miniature", *SHAPES), nargs="+", default=["miniature", "ratio"])
+    parser.add_argument("--top-k", type=int, nargs="+", default=[50])
+    parser.add_argument("--rounds", type=int, default=7, help="timed passes through all modes (default: 7)")
+    parser.add_argument("--steps", type=int, default=100, help="decoded tokens of a thought (default: 100; 0 = none)")
+    parser.add_argument("--concurrency", type=int, nargs="*", default=[1, 8])
+    parser.add_argument("--out", type=Path, help="folder for bench.json and bench.png")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
+    report: dict[str, Any] = {"machine": machine(), "rounds": args.rounds, "shapes": []}
+    for name in args.shape:
+        report["shapes"].append(bench_shape(name, args))
+    if args.out:
+        from retrv_r1_retriever.bench.plot import draw  # matplotlib: only where a picture is asked for
 
-    task: str
-    query: Query
-    candidates: tuple[Candidate, ...]
-    cached: tuple[Candidate, ...]
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "bench.json").write_text(json.dumps(report, indent=1) + "\n")
+        draw(report, args.out / "bench.png")
+    return 0
 
 
-async def cases(engine: LocalEngine, folder: Path, k: int) -> list[Case]:
-    """The first fine query of each task, with K candidates of the modality it asks for."""
-    images = LocalImages(folder)
-    documents = [d for d in read_mbeir(pool_path(folder, "test")) if isinstance(d, Document)]
-    out = []
-    for task in TASKS:
-        labelled = next(q for q in read_queries(folder, "test", task) if q.stratum == "fine")
-        content, _ = await load_content(images, labelled.query.content)
-        chosen = [d for d in documents if d.metadata["modality"] == labelled.target_modality][:k]
-        decoded = [(await load_content(images, d.content))[0] for d in chosen]
-        memories = [
-            Memory(c.rows, engine.memory_digest, content_hash(d), c.full_tokens)
-            for d, c in zip(decoded, engine.compress(decoded), strict=True)
-        ]
-        candidates = tuple(
-            Candidate(Document(d.id, c), None, i, m)
-            for i, (d, c, m) in enumerate(zip(chosen, decoded, memories, strict=True), 1)
-        )
-        query = Query(content, labelled.query.instruction)
-        out.append(Case(task, query, candidates, tuple(map(_with_cached_tower(engine), candidates))))
+def bench_shape(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Measure one shape and print its tables."""
+    checkpoint = _miniature() if name == "miniature" else random_checkpoint(SHAPES[name])
+    engine = LocalEngine(checkpoint, max_batch_tokens=1 << 17)
+    ceiling = measure_ceiling(checkpoint.model.device, checkpoint.model.dtype)
+    say(f"\n## {name}: {ceiling.flops / 1e9:,.0f} GFLOP/s in a large matmul, {ceiling.bytes / 1e9:,.1f} GB/s read\n")
+    out: dict[str, Any] = {"shape": name, "ceiling": asdict(ceiling), "modes": [], "stages": []}
+    for k in args.top_k:
+        tasks = miniature_tasks(k) if name == "miniature" else {"image + text": random_task(SHAPES[name], k)}
+        for label, (query, candidates) in tasks.items():
+            task = Task.of(engine, query, candidates)
+            head: Row = {"task": label, "K": str(k)}
+            out["modes"] += [head | row for row in run(time_modes(checkpoint, engine, task, args))]
+            found = [asdict(s) for s in stages(checkpoint, task, ceiling, args.rounds)]
+            found.append({"name": "fetch with memory (Edge)", "seconds": _fetch(task, args.rounds), "floor": None})
+            out["stages"] += [head | stage for stage in found]
+            if name == "miniature":
+                whole, outside = outside_the_model(engine, query, task.stored, args.rounds)
+                out.setdefault("outside", []).append(head | {"rerank ms": whole, "outside the model ms": outside})
+    say(table(out["modes"]))
+    say(table([_stage_row(s) for s in out["stages"]]))
+    if "outside" in out:
+        say(table(out["outside"]))
     return out
 
 
-def _with_cached_tower(engine: LocalEngine) -> Callable[[Candidate], Candidate]:
-    def cached(candidate: Candidate) -> Candidate:
-        content = candidate.document.content
-        if content.image is None:
-            return candidate
-        assert isinstance(content.image, Image)
-        encoded = engine.encode_picture(content.image)
-        return replace(candidate, document=replace(candidate.document, content=Content(content.text, encoded)))  # type: ignore[arg-type]
-
-    return cached
-
-
-async def direct_read(engine: LocalEngine, prompt: Prompt) -> int:
-    """Prompt tokens read."""
-    handle = await engine.open(prompt)
-    try:
-        await engine.probe(handle, ANSWER_START)
-        return handle.prompt_tokens
-    finally:
-        await engine.close(handle)
-
-
-async def interleaved(modes: dict[str, Mode], rounds: int) -> tuple[dict[str, float], dict[str, int]]:
-    """Best seconds per mode over `rounds` passes through all modes in turn, after one warm-up pass; and each mode's result."""
-    best = dict.fromkeys(modes, float("inf"))
-    last = {name: await call() for name, call in modes.items()}
-    for _ in range(rounds):
-        for name, call in modes.items():
-            started = time.perf_counter()
-            last[name] = await call()
-            best[name] = min(best[name], time.perf_counter() - started)
-    return best, last
+async def time_modes(checkpoint: Checkpoint, engine: LocalEngine, task: Task, args: argparse.Namespace) -> list[Row]:
+    """One row a mode: what it reads, milliseconds of the direct read alone, with a thought, and queries per second."""
+    device, counts = checkpoint.model.device, Counts(checkpoint.model.config, checkpoint.model.dtype.itemsize)
+    calls = modes(engine, task)
+    reads = await counted(calls, checkpoint.model.model.visual)
+    seconds = await interleaved(calls, args.rounds, device)
+    full, compressed = build_full_prompt(task.query, task.cached), build_prompt(task.query, task.stored)
+    thinking: dict[str, Mode] = {
+        "U'": lambda: thought(engine, full, args.steps), "F": lambda: thought(engine, compressed, args.steps)
+    }  # fmt: skip
+    thoughts = await interleaved(thinking, args.rounds, device) if args.steps else {}
+    rows: list[Row] = []
+    for mode, count in reads.items():
+        row: Row = {"mode": mode, "prompt tokens": str(count.prompt), "tower patches": str(count.patches)}
+        row |= {"ms": 1e3 * seconds[mode], "x faster than U": seconds["U"] / seconds[mode]}
+        row["KV MB"] = counts.kv_bytes(count.prompt if mode != "X" else count.prompt // len(task.plain)) / 1e6
+        row[f"ms with {args.steps} tokens of thought"] = 1e3 * thoughts[mode] if mode in thoughts else "-"
+        prompt = {"U'": full, "F": compressed}.get(mode)
+        for n in args.concurrency:
+            rate = await throughput(engine, prompt, n, max(1, args.rounds // 2), device) if prompt else None
+            row[f"q/s at {n}"] = "-" if rate is None else rate
+        rows.append(row)
+    return rows
 
 
-def measure(engine: LocalEngine, case: Case, rounds: int) -> dict[str, float | str]:
-    modes: dict[str, Mode] = {
-        "U": lambda: direct_read(engine, build_full_prompt(case.query, case.candidates)),
-        "U'": lambda: direct_read(engine, build_full_prompt(case.query, case.cached)),
-        "P": lambda: direct_read(engine, build_prompt(case.query, case.candidates)),
-    }
-    best, tokens = run(interleaved(modes, rounds))
-    row: dict[str, float | str] = {"task": case.task, "K": len(case.candidates)}
-    row |= {f"{name} tokens": tokens[name] for name in ("U", "P")}
-    compressed = 3 * len(case.candidates)  # a label and two tokens each
-    row["candidates' part, %"] = 100 * compressed / (tokens["U"] - tokens["P"] + compressed)
-    row |= {f"{name} ms": 1e3 * seconds for name, seconds in best.items()}
-    return row | {"U/P": best["U"] / best["P"], "U'/P": best["U'"] / best["P"]}
+def miniature_tasks(top_k: int) -> dict[str, tuple[Query, tuple[Candidate, ...]]]:
+    """The first fine query of each task of the catalogue, over K candidates of the modality it asks for."""
+    out = {}
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_catalogue(root, ("test",))
+        images = LocalImages(root)
+        documents = [d for d in read_mbeir(pool_path(root, "test")) if isinstance(d, Document)]
+        for task in TASKS:
+            labelled = next(q for q in read_queries(root, "test", task) if q.stratum == "fine")
+            chosen = [d for d in documents if d.metadata["modality"] == labelled.target_modality][:top_k]
+            contents = [run(load_content(images, d.content))[0] for d in chosen]
+            query = Query(run(load_content(images, labelled.query.content))[0], labelled.query.instruction)
+            candidates = (
+                Candidate(Document(d.id, c), None, i) for i, (d, c) in enumerate(zip(chosen, contents, strict=True), 1)
+            )
+            out[task] = (query, tuple(candidates))
+    return out
 
 
-def outside_the_model(engine: LocalEngine, case: Case, rounds: int) -> tuple[float, float]:
+def outside_the_model(
+    engine: LocalEngine, query: Query, candidates: Sequence[Candidate], rounds: int
+) -> tuple[float, float]:
     """(ms of a whole rerank call with thinking, ms of it outside the engine's forward passes), minimum of `rounds`."""
     reranker = RetrvR1Reranker(engine, options=THINK)
     best = (float("inf"), float("inf"))
     for _ in range(rounds + 1):
         before, started = engine.forward_seconds, time.perf_counter()
-        reranker.rerank(case.query, case.candidates)
+        reranker.rerank(query, candidates)
         whole = time.perf_counter() - started
         best = min(best, (1e3 * whole, 1e3 * (whole - (engine.forward_seconds - before))))
     return best
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default="miniature")
-    parser.add_argument("--dir", type=Path, default=Path("demo-data"))
-    parser.add_argument("--top-k", type=int, nargs="+", default=[20, 50])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    write_catalogue(args.dir, ("test",))
-    checkpoint = load_checkpoint(checkpoint_path(Config(model=ModelConfig(args.checkpoint))))
-    engine = LocalEngine(checkpoint, max_batch_tokens=65536)
-    rows = [measure(engine, c, args.rounds) for k in args.top_k for c in asyncio.run(cases(engine, args.dir, k))]
+def _fetch(task: Task, rounds: int) -> float:
+    """Seconds of one search for K candidates with memory among 2,000 points of an embedded store."""
+    memory = task.stored[0].memory
+    assert memory is not None
+    rng, rows = np.random.default_rng(0), memory.rows
+    with tempfile.TemporaryDirectory() as folder:
+        spec = CollectionSpec(64, rows.shape[1], memory.digest)
+        store = EdgeStore(Path(folder) / "points", spec=spec)
+        vectors = rng.standard_normal((2000, 64)).astype(np.float32)
+        points = [Point(Document(str(i), Content("x")), v, memory) for i, v in enumerate(vectors)]
+        run(store.upsert(points))
+
+        async def search() -> float:
+            started = time.perf_counter()
+            await store.search(vectors[0], len(task.stored))
+            return time.perf_counter() - started
+
+        best = min(run(search()) for _ in range(rounds + 1))
+        run(store.close())
+    return best
+
+
+def machine() -> dict[str, str]:
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return {
+        "processor": gpu or platform.processor() or platform.machine(), "python": platform.python_version(),
+        "torch": torch.__version__, "transformers": transformers.__version__, "threads": str(torch.get_num_threads()),
+    }  # fmt: skip
+
+
+def table(rows: Sequence[Row]) -> str:
     names = list(rows[0])
     lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
-    lines += [
-        "| " + " | ".join(f"{r[n]:.1f}" if isinstance(r[n], float) else str(r[n]) for n in names) + " |" for r in rows
-    ]
-    sys.stdout.write("\n".join(lines) + "\n\n")
-    for case in asyncio.run(cases(engine, args.dir, 20)):
-        whole, outside = outside_the_model(engine, case, args.rounds)
-        sys.stdout.write(
-            f"{case.task}: rerank with thinking {whole:.0f} ms, of it outside the model {outside:.1f} ms\n"
-        )
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1))
-    return 0
+    lines += ["| " + " | ".join(_cell(row[name]) for name in names) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _cell(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.2f}" if value < 10 else f"{value:,.1f}"
+
+
+def _stage_row(stage: dict[str, Any]) -> Row:
+    floor = stage["floor"]
+    return {
+        "task": stage["task"], "K": stage["K"], "stage": stage["name"], "ms": 1e3 * stage["seconds"],
+        "floor ms": "-" if floor is None else 1e3 * floor, "% of floor": "-" if floor is None else 100 * floor / stage["seconds"],
+    }  # fmt: skip
+
+
+def _miniature() -> Checkpoint:
+    return load_checkpoint(checkpoint_path(Config(model=ModelConfig("miniature"))))
 
 
 if __name__ == "__main__":

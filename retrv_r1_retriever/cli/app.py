@@ -13,12 +13,13 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
-from typing import NoReturn
+from types import MappingProxyType
+from typing import Any, NoReturn
 
 from retrv_r1_retriever import __version__
-from retrv_r1_retriever.cli import demo, doctor, evaluate, index, memory, search, serve
+from retrv_r1_retriever.cli import compare, demo, doctor, evaluate, evaluate_mbeir, index, memory, search, serve, view
 from retrv_r1_retriever.cli.terminal import printable
 from retrv_r1_retriever.config import FILE_NAME
 from retrv_r1_retriever.errors import InputError, NotIndexedError, OptionsError, RetrvR1Error, SchemaError
@@ -31,11 +32,20 @@ COMMANDS: dict[str, tuple[str, AddArguments]] = {
     "search": ("find, rerank and explain", search.add_search),
     "rerank": ("order given files or a JSONL of documents", search.add_rerank),
     "memory": ("plan, build, switch and drop candidate memory beside a collection", memory.add),
-    "eval": ("measure first stage and reranking on your own queries", evaluate.add),
+    "eval": ("measure first stage and reranking on your own queries; or `eval mbeir`, `eval compare`", evaluate.add),
+    "view": ("show stored traces as one page", view.add),
     "demo": ("the whole way on generated product cards", demo.add),
     "serve": ("answer over HTTP: rerank, search, metrics", serve.add),
     "doctor": ("check installation, checkpoint and store, and say what to change", doctor.add),
 }
+#: Commands of two words: the second stands where the first alone would take a file.
+TWO_WORDS: dict[tuple[str, str], tuple[str, AddArguments]] = {
+    ("eval", "mbeir"): ("run and score the M-BEIR benchmark", evaluate_mbeir.add),
+    ("eval", "compare"): ("compare two runs over the same queries, with intervals and p-values", compare.add),
+}
+
+#: Entry point -> what it is, of packages of this distribution: to ask them, they would have to be loaded.
+BESIDE = {"retrv_r1_mcp.command:add": "tools for agents over MCP: search, rerank, inspect"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,7 +83,17 @@ class _UsageError(Exception):
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises where argparse would print and exit: with --json the message has another form."""
+    """Raises where argparse would print and exit: with --json the message has another form.
+
+    second: parsers that take over when their word comes first
+    """
+
+    second: Mapping[str, argparse.ArgumentParser] = MappingProxyType({})
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if args and args[0] in self.second:
+            return self.second[args[0]].parse_known_args(args[1:], namespace)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise _UsageError(self, message)
@@ -96,19 +116,36 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, (help_text, add) in COMMANDS.items():
-        add(_command(commands, name, help_text))
+        command = _command(commands, name, help_text)
+        add(command)
+        command.second = {word: _second(command, word) for first, word in TWO_WORDS if first == name}
     asked = next((a for a in arguments if not a.startswith("-")), None)
     for entry in entry_points(group=GROUP):
         if entry.name in COMMANDS:
             continue  # nobody replaces a command of ours
-        command = _command(commands, entry.name, f"added by {entry.dist.name if entry.dist else entry.value}")
+        added_by = f"added by {entry.dist.name if entry.dist else entry.value}"
+        command = _command(commands, entry.name, BESIDE.get(entry.value, added_by))
         if entry.name == asked:  # loading is left until needed: a training package brings torch along
             entry.load()(command)
     return parser
 
 
-def _command(commands: argparse._SubParsersAction[_Parser], name: str, help_text: str) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
+def _second(first: _Parser, word: str) -> _Parser:
+    help_text, add = TWO_WORDS[first.prog.split()[-1], word]
+    parser = _with_shared(_Parser(prog=f"{first.prog} {word}", description=_sentence(help_text)))
+    add(parser)
+    return parser
+
+
+def _command(commands: argparse._SubParsersAction[_Parser], name: str, help_text: str) -> _Parser:
+    return _with_shared(commands.add_parser(name, help=help_text, description=_sentence(help_text)))
+
+
+def _sentence(help_text: str) -> str:
+    return help_text[0].upper() + help_text[1:] + "."
+
+
+def _with_shared(command: _Parser) -> _Parser:
     command.add_argument("--config", default=FILE_NAME, metavar="FILE", help=f"settings (default: {FILE_NAME})")
     command.add_argument("--json", action="store_true", help="print JSON for programs")
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -3,97 +3,143 @@
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from retrv_r1_retriever._sync import run
-from retrv_r1_retriever.cli.search import (
-    add_options,
-    check_output,
-    load_config,
-    opened_retriever,
-    options_of,
-    read_picture,
-)
+from retrv_r1_retriever.cli.queries import Asked, read_queries
+from retrv_r1_retriever.cli.search import add_options, check_output, load_config, opened_retriever, options_of
 from retrv_r1_retriever.cli.terminal import Progress, print_json, print_table, print_wrapped, printable
-from retrv_r1_retriever.config import Config
-from retrv_r1_retriever.errors import InputError, explain
-from retrv_r1_retriever.evaluation.comparison import Comparison, Judged, Scores, compare
-from retrv_r1_retriever.evaluation.runs import run_of, write_run
-from retrv_r1_retriever.images import is_data_uri
-from retrv_r1_retriever.options import RerankOptions
+from retrv_r1_retriever.errors import InputError, OptionsError, explain
+from retrv_r1_retriever.evaluation.first_stage import RunFirstStage
+from retrv_r1_retriever.evaluation.measure import Measured, label, measure, tag
+from retrv_r1_retriever.evaluation.metrics import Qrels
+from retrv_r1_retriever.evaluation.records import Effort, LostBy, Price, Record, Summary, effort, percentiles, summarise
+from retrv_r1_retriever.evaluation.runs import read_scored_run, write_run
+from retrv_r1_retriever.options import Ranking, RerankOptions, Think
+from retrv_r1_retriever.report import ReportTable
 from retrv_r1_retriever.retriever import RetrvR1Retriever
-from retrv_r1_retriever.store import VectorFirstStage
-from retrv_r1_retriever.types import ImageInput, Query, RankedResults
+from retrv_r1_retriever.store import FirstStage, VectorFirstStage
 
 MISSING_SHOWN = 10
+METRICS = ("recall@1", "recall@5", "recall@10", "mrr", "ndcg@10")  # the last one is tested for significance
+LATENCY_NOTE = "p50 and p95 are seconds per query, first stage included"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "file",
         type=Path,
-        help='JSONL of {"text", "image", "instruction", "positives": [ids]} (M-BEIR query files are read too)',
+        help='JSONL of {"id", "text", "image", "instruction", "positives": [ids]}, or CSV with these columns; '
+        "M-BEIR's and BEIR's query files are read too. Without positives: where first stage and reranking disagree",
     )
-    parser.add_argument("--top-k", type=int, metavar="K", help="candidates from the first stage")
+    parser.add_argument("--qrels", type=Path, metavar="FILE", help="TREC or BEIR judgements in place of the positives")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N queries")
     parser.add_argument(
-        "--run", type=Path, metavar="FILE", dest="run_file", help="write the reranked lists as a TREC run"
+        "--from-run", type=Path, metavar="FILE", help="rerank this TREC or BEIR run; its documents must be in the store"
     )
+    parser.add_argument(
+        "--run", type=Path, metavar="FILE", dest="run_file", help="write the reranked lists as a TREC run per mode"
+    )
+    parser.add_argument(
+        "--price", type=float, nargs=2, metavar=("IN", "OUT"), help="of a million tokens read, and written"
+    )
+    parser.add_argument("--shown", type=int, default=20, metavar="N", help="queries of a kind on the page")
+    add_modes(parser)
     add_options(parser)
     parser.set_defaults(run=main)
 
 
+def add_modes(parser: argparse.ArgumentParser) -> None:
+    """`--top-k`, `--mode` and `--concurrency`, for every command that evaluates."""
+    parser.add_argument(
+        "--top-k", metavar="K[,K...]", help="candidates from the first stage; several: one after another"
+    )
+    parser.add_argument("--mode", action="append", metavar="THINK/RANKING", help="e.g. never/logits; repeatable")
+    parser.add_argument("--concurrency", type=int, default=1, metavar="N", help="queries at a time; 1 measures latency")
+
+
 def main(args: argparse.Namespace) -> int:
     config = load_config(args)
-    if args.top_n is not None:
-        raise InputError(explain("--top-n", expected="no cut in eval", got=args.top_n, fix="Use --top-k."))
-    options = options_of(args, config.rerank).with_options(top_n=None)
+    modes = modes_of(args, config.rerank)
     check_output(args.report, args.run_file)
-    judged = read_queries(args.file, config)[: args.limit]
+    asked = read_queries(args.file, config, qrels=args.qrels, limit=args.limit)
+    qrels = {one.query.id or "": one.grades for one in asked} if asked[0].grades else None
     with opened_retriever(config) as retriever:
-        missing = _missing(retriever, judged)
-        results = retrieve_all(retriever, judged, options, Progress())
-    comparison = compare([one.positives for one in judged], results)
-    if args.run_file:
-        write_run(args.run_file, run_of(results), f"retrv-r1-{options.ranking}-{options.think}")
+        stage = _stage(args, retriever, asked)
+        missing = _missing(retriever, asked)
+        queries = [one.query for one in asked]
+        measured = run(
+            measure(
+                stage, retriever.reranker, retriever.images, queries, modes,
+                qrels=qrels, concurrency=args.concurrency, shown=args.shown, progress=Progress(),
+            )
+        )  # fmt: skip
+    outcome = Outcome.of(measured, qrels, Price(*args.price) if args.price else None)
+    settings = _settings(args, modes, retriever, config.store.kind)
+    written = _write_runs(args.run_file, modes, measured)
     if args.report:
-        _write_report(args.report, judged, results, comparison, options, retriever)
+        _write_report(args.report, measured, outcome, settings, retriever)
+        written.append(args.report)
     if args.json:
-        print_json(
-            comparison_json(comparison, options) | {"missing_positives": missing, "notes": shared_notes(results)}
-        )
-    else:
-        print_comparison(comparison, options)
-        if missing:
-            print_wrapped(_missing_words(missing))
-        for note in shared_notes(results):
-            print_wrapped(f"note: {note}")
-        for path in filter(None, (args.run_file, args.report)):
-            print(f"wrote {path}")
+        print_json(_json(measured, outcome, settings) | {"missing_positives": missing})
+        return 0
+    _print(measured, outcome, args)
+    if missing:
+        print_wrapped(_missing_words(missing))
+    for path in written:
+        print(f"wrote {path}")
     return 0
 
 
-def retrieve_all(
-    retriever: RetrvR1Retriever, judged: Sequence[Judged], options: RerankOptions, progress: Progress, batch: int = 16
-) -> list[RankedResults]:
-    results: list[RankedResults] = []
-    for start in range(0, len(judged), batch):
-        queries = [one.query for one in judged[start : start + batch]]
-        results += retriever.retrieve_batch(queries, options=options, concurrency=batch)
-        progress("searching", len(results), len(judged))
-    return results
+def modes_of(args: argparse.Namespace, options: RerankOptions) -> list[RerankOptions]:
+    """Every K in every mode; without `--mode` the config's own. Raises `OptionsError`."""
+    if args.top_n is not None:
+        raise InputError(explain("--top-n", expected="no cut in eval", got=args.top_n, fix="Use --top-k."))
+    if args.concurrency < 1:
+        raise OptionsError(explain("--concurrency", expected="1 or more", got=args.concurrency, fix="Raise it."))
+    sizes = str(args.top_k or options.top_k).split(",")
+    if not all(size.strip().isdecimal() for size in sizes):
+        raise OptionsError(explain("--top-k", expected="numbers, e.g. 10,50", got=repr(args.top_k), fix="Fix it."))
+    args.top_k = None  # one number is all that `options_of` knows
+    options = options_of(args, options).with_options(top_n=None)
+    named = [_mode(mode) for mode in args.mode or ()] or [(options.think, options.ranking)]
+    return [
+        options.with_options(top_k=int(size), think=think, ranking=ranking)
+        for size in sizes
+        for think, ranking in named
+    ]
 
 
-def _missing(retriever: RetrvR1Retriever, judged: Sequence[Judged], batch: int = 500) -> list[str]:
+def _mode(text: str) -> tuple[str, str]:
+    think, _, ranking = text.partition("/")
+    if think not in get_args(Think) or ranking not in get_args(Ranking):
+        expected = f"THINK/RANKING of {get_args(Think)} and {get_args(Ranking)}"
+        raise OptionsError(explain("--mode", expected=expected, got=repr(text), fix="E.g. --mode never/logits."))
+    return think, ranking
+
+
+def _stage(args: argparse.Namespace, retriever: RetrvR1Retriever, asked: Sequence[Asked]) -> FirstStage:
+    if args.from_run is None:
+        return retriever.first_stage
+    found, own = read_scored_run(args.from_run), retriever.first_stage
+    assert isinstance(own, VectorFirstStage)  # what a config makes
+    if not any(one.query.id in found for one in asked):
+        got = f"none of the {len(asked)} (the run's first query: {next(iter(found), 'none')!r})"
+        fix = "Name the run of these queries."
+        raise InputError(explain(str(args.from_run), expected="the ids of the queries", got=got, fix=fix))
+    return RunFirstStage(own.store, found, own.with_memory)
+
+
+def _missing(retriever: RetrvR1Retriever, asked: Sequence[Asked], batch: int = 500) -> list[str]:
     """Positives that are not in the store, sorted: no search can find them."""
     assert isinstance(retriever.first_stage, VectorFirstStage)  # what a config makes
-    asked = sorted(set().union(*(one.positives for one in judged)))
-    parts = (asked[start : start + batch] for start in range(0, len(asked), batch))
+    wanted = sorted({id for one in asked for id in one.grades})
+    parts = (wanted[start : start + batch] for start in range(0, len(wanted), batch))
     found = {c.document.id for ids in parts for c in run(retriever.first_stage.store.get(ids, with_memory=False))}
-    return [id for id in asked if id not in found]
+    return [id for id in wanted if id not in found]
 
 
 def _missing_words(missing: Sequence[str]) -> str:
@@ -102,128 +148,174 @@ def _missing_words(missing: Sequence[str]) -> str:
     return f"right answers that are not in the store, so that no search can find them: {len(missing)} ({names}{more})"
 
 
-def shared_notes(results: Sequence[RankedResults]) -> list[str]:
-    """What the traces of all queries note."""
-    notes = [result.trace.notes if result.trace else () for result in results]
-    return [note for note in notes[0] if all(note in others for others in notes)]
+def _settings(
+    args: argparse.Namespace, modes: Sequence[RerankOptions], retriever: RetrvR1Retriever, store: str
+) -> dict[str, Any]:
+    """What the numbers depend on."""
+    versions = getattr(getattr(retriever.reranker, "engine", None), "versions", {})
+    stage = f"run {args.from_run}" if args.from_run else f"vectors ({store})"
+    return {
+        "queries": str(args.file),
+        "first_stage": stage,
+        "fusion": "none",
+        "concurrency": args.concurrency,
+        "modes": {label(options): asdict(options) for options in modes},
+        "versions": dict(versions),
+    }
 
 
-def verdict(comparison: Comparison) -> str:
-    """What reranking did to the first places, in a sentence or two."""
-    before, after = comparison.first_stage.recall_at_1, comparison.reranked.recall_at_1
-    moved = f"first place: {comparison.rescued} rescued by reranking, {comparison.lost} lost."
+def _write_runs(path: Path | None, modes: Sequence[RerankOptions], measured: Measured) -> list[Path]:
+    """One file per mode; with several, the mode is part of the name."""
+    written = []
+    for options in modes if path else ():
+        assert path is not None
+        own = path if len(modes) == 1 else path.with_name(f"{path.stem}.{tag(options)}{path.suffix}")
+        write_run(own, {r.query: r.reranked for r in measured.records[label(options)]}, tag(options))
+        written.append(own)
+    return written
+
+
+# -- what is shown -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """By mode; no summaries without right answers."""
+
+    summaries: Mapping[str, Summary]
+    efforts: Mapping[str, Effort]
+    words: Mapping[str, str]
+
+    @classmethod
+    def of(cls, measured: Measured, qrels: Qrels | None, price: Price | None) -> Outcome:
+        summaries = {name: summarise(records, qrels, METRICS) for name, records in measured.records.items() if qrels}
+        words = {
+            name: verdict(summaries[name]) if qrels else _disagreement(records)
+            for name, records in measured.records.items()
+        }
+        return cls(summaries, {name: effort(records, price) for name, records in measured.records.items()}, words)
+
+
+def _print(measured: Measured, outcome: Outcome, args: argparse.Namespace) -> None:
+    for table in _tables(measured, outcome):
+        print(f"{table.caption}\n")
+        print_table(table.header, table.rows, indent="  ")
+        print()
+    print_wrapped(f"{LATENCY_NOTE}, {args.concurrency} at a time.")
+    for name, words in outcome.words.items():
+        statuses = ", ".join(f"{count} {status}" for status, count in outcome.efforts[name].statuses.items())
+        print_wrapped(f"{name}: {words} {statuses}.")
+        for note in measured.notes[name]:
+            print_wrapped(f"note: {note}")
+
+
+def _tables(measured: Measured, outcome: Outcome) -> list[ReportTable]:
+    """Quality beside effort; with right answers also who lost the others."""
+    priced = any(one.cost is not None for one in outcome.efforts.values())
+    header = ("", *(map(_short, METRICS) if outcome.summaries else ()), "opened", "p50", "p95", "tokens in", "out")
+    rows = []
+    if outcome.summaries:  # the list of the largest K begins with those of the others
+        longest = max(outcome.summaries.values(), key=lambda summary: summary.ceiling)
+        rows.append(
+            (
+                "first stage",
+                *_numbers(longest.first_stage.values()),
+                "",
+                *_seconds(percentiles(measured.seconds)),
+                "",
+                "",
+            )
+        )
+    for name, one in outcome.efforts.items():
+        quality = outcome.summaries[name].reranked.values() if outcome.summaries else ()
+        tokens = (f"{one.tokens_in:,.0f}", f"{one.tokens_out:,.0f}")
+        rows.append((name, *_numbers(quality), f"{one.opened:.2f}", *_seconds((one.p50, one.p95)), *tokens))
+    if priced:
+        costs = ["", *(f"{one.cost:,.2f}" for one in outcome.efforts.values())][-len(rows) :]
+        header, rows = (*header, "per 1,000"), [(*row, cost) for row, cost in zip(rows, costs, strict=True)]
+    queries = f"{len(measured.seconds)} queries" + ("" if outcome.summaries else " without right answers")
+    tables = [ReportTable(queries, header, tuple(rows))]
+    if outcome.summaries:
+        lost = [
+            (name, f"{s.ceiling:.3f}", f"{s.reranked['recall@1']:.3f}", *map(str, s.lost.values()))
+            for name, s in outcome.summaries.items()
+        ]
+        lost_header = ("", "R@K found", "R@1 final", *(step.value for step in LostBy))
+        tables.append(ReportTable("Who lost the queries whose first place is wrong", lost_header, tuple(lost)))
+    return tables
+
+
+def _numbers(values: Iterable[float]) -> tuple[str, ...]:
+    return tuple(f"{value:.3f}" for value in values)
+
+
+def _seconds(values: Iterable[float | None]) -> tuple[str, ...]:
+    return tuple("–" if value is None else f"{value:.3f}" for value in values)
+
+
+def _short(metric: str) -> str:
+    return metric.replace("recall", "R").replace("ndcg", "nDCG").replace("mrr", "MRR")
+
+
+def verdict(summary: Summary) -> str:
+    """What reranking did to the first places, and whether the gain is more than chance, in a few sentences."""
+    before, after = summary.first_stage["recall@1"], summary.reranked["recall@1"]
+    moved = f"first place: {summary.rescued} rescued by reranking, {summary.spoiled} lost."
+    gain, metric = summary.gain.difference, list(summary.reranked)[-1]
+    moved += f" {_short(metric)} {gain.mean:+.3f} (95 % interval {gain.low:+.3f} to {gain.high:+.3f}, p = {summary.gain.p:.4f})."
     if after >= before:
         return moved
     return f"{moved} Reranking LOWERED R@1, from {before:.3f} to {after:.3f}: here the first stage alone is better."
 
 
-def print_comparison(comparison: Comparison, options: RerankOptions) -> None:
-    print_table(("", "R@1", "R@5", "MRR"), _rows(comparison))
-    statuses = ", ".join(f"{count} {name}" for name, count in sorted(comparison.statuses.items()))
-    print(
-        f"{comparison.queries} queries, K = {options.top_k}, ranking {options.ranking}, think {options.think}; "
-        f"right answer among the K: {comparison.ceiling:.3f}; "
-        f"opened per query: {comparison.opened:.2f}; {statuses}"
-    )
-    print_wrapped(verdict(comparison))
+def _disagreement(records: Sequence[Record]) -> str:
+    moved = sum(r.before[:1] != r.after[:1] for r in records)
+    return f"another first place than the first stage for {moved} of {len(records)} queries."
 
 
-def comparison_json(comparison: Comparison, options: RerankOptions) -> dict[str, Any]:
-    def scores(s: Scores) -> dict[str, float]:
-        return {"recall@1": s.recall_at_1, "recall@5": s.recall_at_5, "mrr": s.mrr}
-
-    return {
-        "queries": comparison.queries,
-        "top_k": options.top_k,
-        "ranking": options.ranking,
-        "think": options.think,
-        "first_stage": scores(comparison.first_stage),
-        "reranked": scores(comparison.reranked),
-        "recall@k": comparison.ceiling,
-        "opened_per_query": comparison.opened,
-        "statuses": comparison.statuses,
-        "rescued": comparison.rescued,
-        "lost": comparison.lost,
+def _json(measured: Measured, outcome: Outcome, settings: Mapping[str, Any]) -> dict[str, Any]:
+    modes = {
+        name: {
+            **(asdict(outcome.summaries[name]) if outcome.summaries else {}),
+            **asdict(one),
+            "first_place_changed": sum(r.before[:1] != r.after[:1] for r in measured.records[name]),
+            "notes": measured.notes[name],
+        }
+        for name, one in outcome.efforts.items()
     }
-
-
-def _rows(comparison: Comparison) -> list[tuple[str, ...]]:
-    named = (("first stage", comparison.first_stage), ("reranked", comparison.reranked))
-    return [(name, f"{s.recall_at_1:.3f}", f"{s.recall_at_5:.3f}", f"{s.mrr:.3f}") for name, s in named]
+    return {"queries": len(measured.seconds), "configuration": settings, "modes": modes}
 
 
 def _write_report(
-    path: Path,
-    judged: Sequence[Judged],
-    results: Sequence[RankedResults],
-    comparison: Comparison,
-    options: RerankOptions,
-    retriever: RetrvR1Retriever,
+    path: Path, measured: Measured, outcome: Outcome, settings: Mapping[str, Any], retriever: RetrvR1Retriever
 ) -> None:
-    from retrv_r1_retriever.report import ReportEntry, ReportTable, write_report
+    from retrv_r1_retriever.report import ReportEntry, write_report
 
-    table = ReportTable(
-        f"{comparison.queries} queries, K = {options.top_k}, ranking {options.ranking}, think {options.think}",
-        ("", "R@1", "R@5", "MRR"),
-        tuple(_rows(comparison)),
-        f"Right answer among the K: {comparison.ceiling:.3f}. Opened per query: {comparison.opened:.2f}. {verdict(comparison)}",
+    shown = sorted((one for kept in measured.shown.values() for one in kept), key=lambda one: (one.mode, one.kind))
+    entries = [ReportEntry(s.results, kind=f"{s.mode}: {s.kind}", positives=s.positives) for s in shown]
+    words = " ".join(f"{name}: {text}" for name, text in outcome.words.items())
+    first, *rest = _tables(measured, outcome)
+    intro = (
+        f"First stage: {settings['first_stage']}; fusion: none; {LATENCY_NOTE}, {settings['concurrency']} at a time. "
+        f"Below: {len(entries)} queries that reranking changed or left wrong, at most {measured.limit} of a kind."
     )
-    entries = [ReportEntry(ranked, positives=one.positives) for one, ranked in zip(judged, results, strict=True)]
-    write_report(path, entries, title="Evaluation", tables=[table], images=retriever.images)
+    tables = [replace(first, note=words), *rest, configuration_table(settings)]
+    write_report(path, entries, title="Evaluation", intro=intro, tables=tables, images=retriever.images)
 
 
-# -- queries -----------------------------------------------------------------------------------------------------------
+def configuration_table(settings: Mapping[str, Any]) -> ReportTable:
+    """What the numbers on a page depend on, a line each."""
+    rows = [(name.replace("_", " "), value) for name, value in settings.items() if not isinstance(value, Mapping)]
+    nested = [(f"{name.replace('_', ' ')}: {key}", v) for name, value in settings.items() if isinstance(value, Mapping)
+              for key, v in value.items()]  # fmt: skip
+    return ReportTable("Configuration", ("", ""), tuple((name, _plain(value)) for name, value in (*rows, *nested)))
 
 
-def read_queries(path: Path, config: Config) -> list[Judged]:
-    """Raises `InputError` naming file and line: a measurement over the readable part would be another measurement."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut at U+2028 inside a string
-    except (OSError, ValueError) as error:
-        raise InputError(explain(str(path), expected="a JSONL of queries", got=error, fix="Fix the path.")) from None
-    judged = list(_judged(path, lines, config))
-    if not judged:
-        raise InputError(explain(str(path), expected="at least one query", got="none", fix="Write one per line."))
-    return judged
-
-
-def _judged(path: Path, lines: Sequence[str], config: Config) -> Iterator[Judged]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path.name}:{number}"
-        try:
-            row = json.loads(line)
-            yield _judged_row(row, where, path.parent, config)
-        except (ValueError, AttributeError, TypeError) as error:  # our InputError is a ValueError
-            raise InputError(f"{where}: {error}") from None
-
-
-def _judged_row(row: Any, where: str, folder: Path, config: Config) -> Judged:
-    """A line of ours, or of an M-BEIR query file."""
-    if not isinstance(row, dict):
-        raise InputError(explain("row", expected="a JSON object", got=type(row).__name__, fix="Write {...}."))
-    positives = row.get("positives", row.get("pos_cand_list"))
-    if not isinstance(positives, list) or not positives:
-        raise InputError(explain("positives", expected="a list of document ids", got=repr(positives), fix="Add it."))
-    image = row.get("image", row.get("query_img_path"))
-    query = Query.of(
-        row.get("text", row.get("query_txt")),
-        None if image is None else _picture(image, folder, config),
-        row.get("instruction"),
-        str(row.get("id", row.get("qid", where))),
+def _plain(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}={_plain(inner)}" for name, inner in value.items())
+    return (
+        {True: "yes", False: "no", None: "none"}.get(value, str(value))
+        if isinstance(value, bool | None)
+        else str(value)
     )
-    return Judged(query, frozenset(map(str, positives)))
-
-
-def _picture(image: str, folder: Path, config: Config) -> ImageInput:
-    """A data URI, a file below the images' root, or one beside the queries."""
-    if is_data_uri(image) or (config.path(config.images.root) / image).is_file():
-        return image
-    beside = (folder / image).resolve()
-    if not beside.is_relative_to(
-        folder.resolve()
-    ):  # the file may be somebody else's: it names no picture just anywhere
-        expected = "a file below [images] root or beside the queries"
-        raise InputError(explain(f"image {image}", expected=expected, got=f"{beside}, outside both", fix="Move it."))
-    return read_picture(beside)

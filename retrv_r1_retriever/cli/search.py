@@ -55,6 +55,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-inspections", type=int, metavar="N", help="candidates opened in full, at most")
     parser.add_argument("--timeout", type=float, metavar="SECONDS", dest="timeout_s")
     parser.add_argument("--report", type=Path, metavar="PAGE.html", help="write a self-contained HTML page")
+    parser.add_argument(
+        "--traces", type=Path, metavar="FILE.jsonl", help="append every call's trace, for retrv-r1 view"
+    )
 
 
 def _add_query(parser: argparse.ArgumentParser) -> None:
@@ -99,7 +102,12 @@ def rerank(args: argparse.Namespace) -> int:
     documents = [document for source in args.sources for document in _documents(source)]
     # All of them are misses: nothing was indexed, and the caller has named every file.
     options = options.with_options(on_stale="recompute", max_recompute=min(len(documents), 127))
-    results = RetrvR1Reranker(settings.open_reader(config), images=images).rerank(query, documents, options=options)
+    engine = settings.open_reader(config)
+    try:
+        reranker = RetrvR1Reranker(engine, images=images, observers=config.observers())
+        results = reranker.rerank(query, documents, options=options)
+    finally:
+        run(engine.aclose())
     return finish(args, results, images)
 
 
@@ -117,6 +125,8 @@ def load_config(args: argparse.Namespace) -> Config:
     """The named file; without one, the defaults."""
     named = Path(args.config).exists() or args.config != settings.FILE_NAME
     config = settings.read_config(args.config) if named else Config()
+    if traces := getattr(args, "traces", None):
+        config = replace(config, observe=replace(config.observe, traces=str(traces.absolute())))
     if config.model.checkpoint == settings.MINIATURE or config.path(config.model.checkpoint).exists():
         os.environ.setdefault("TQDM_DISABLE", "1")  # loading from disk takes seconds; a download keeps its bars
     return config

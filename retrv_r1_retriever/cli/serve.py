@@ -21,7 +21,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     try:
-        import uvicorn
+        import uvicorn  # noqa: F401
     except ImportError as error:
         raise missing_extra("uvicorn", "serve") from error
     from retrv_r1_retriever.serving.app import create_app
@@ -37,22 +37,29 @@ def main(args: argparse.Namespace) -> int:
             serve.host,
         )
     service = open_service(replace(config, serve=serve))
+    return listen(create_app(service, serve, keys), serve.host, serve.port, serve.shutdown_s)
+
+
+def listen(app: object, host: str, port: int, shutdown_s: float) -> int:
+    """Until told to stop; `app` is any ASGI application. Raises `OptionsError` for a port that is taken."""
+    import uvicorn
+
     settings = uvicorn.Config(
-        create_app(service, serve, keys),
-        host=serve.host,
-        port=serve.port,
+        app,  # type: ignore[arg-type]  # uvicorn has its own types for ASGI
+        host=host,
+        port=port,
         log_config=None,
         access_log=False,
         server_header=False,
         lifespan="on",
-        timeout_graceful_shutdown=int(serve.shutdown_s),
+        timeout_graceful_shutdown=int(shutdown_s),
     )
     try:
         uvicorn.Server(settings).run()
     except SystemExit as error:  # how uvicorn says that the port is taken, after it has logged it
         fix = "Take another port, or stop what listens there."
         got = "an error, see above"
-        raise OptionsError(explain(f"{serve.host}:{serve.port}", expected="a free port", got=got, fix=fix)) from error
+        raise OptionsError(explain(f"{host}:{port}", expected="a free port", got=got, fix=fix)) from error
     return 0
 
 

@@ -81,11 +81,17 @@ class Progress:
         self._stream.flush()
 
     def _line(self, what: str, done: int, total: int | None, seconds: float) -> str:
-        rate = f"{done / seconds:,.0f}/s" if seconds > 0.5 else ""
+        speed = done / seconds if seconds > 0.5 else 0.0
+        rate = f"{speed:,.0f}/s" if speed >= 10 else f"{speed:.2g}/s" if speed else ""
         if not total:
             return f"{what:<24} {done:,}  {rate}"
         filled = round(24 * min(1.0, done / total))
         bar = f"{'█' * filled}{'·' * (24 - filled)} " if self._live else ""
         left = (total - done) * seconds / done if done and seconds > 1 else 0.0
-        remaining = f"  {left:.0f} s left" if left >= 1 else ""
+        remaining = f"  {_duration(left)} left" if left >= 1 else ""
         return f"{what:<24} {bar}{done:,}/{total:,}  {rate}{remaining}"
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 120 else f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"

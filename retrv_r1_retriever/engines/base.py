@@ -54,6 +54,10 @@ class Engine(Protocol):
         """The checkpoint's calibrated `think_margin`; None = not calibrated."""
 
     @property
+    def none_margin(self) -> float | None:
+        """The checkpoint's calibrated `none_margin`, see `ranking.rank`; None = not calibrated."""
+
+    @property
     def trained_top_k(self) -> int:
         """K of the lists it was trained on; 0 = unknown, or any."""
 

@@ -7,15 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from retrv_r1_retriever.evaluation.metrics import mean_reciprocal_rank, recall_at
-from retrv_r1_retriever.types import Query, RankedResults
-
-
-@dataclass(frozen=True, slots=True)
-class Judged:
-    """A query with the ids of its right answers."""
-
-    query: Query
-    positives: frozenset[str]
+from retrv_r1_retriever.types import RankedResults
 
 
 @dataclass(frozen=True, slots=True)

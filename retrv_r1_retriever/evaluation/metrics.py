@@ -1,7 +1,12 @@
 """Retrieval metrics over a run and qrels: pure functions, no defaults that hide what is measured.
 
 A query without a ranking, or whose right answers are all missing from it, counts as 0; a query without any relevant document
-is an error, because every metric here is undefined for it.
+is an error, because every metric here is undefined for it. Queries of the run that the qrels do not know are not looked at.
+
+    recall@k   1 if any relevant document is among the first k, else 0: M-BEIR's (trec_eval calls it success_k)
+    mrr, mrr@k 1 / rank of the first relevant document
+    ndcg@k     gain 2^grade - 1, discount log2(rank + 1) (Burges et al. 2005); trec_eval's for grades 0 and 1
+    map@k      mean precision at the relevant documents among the first k, over min(k, R): CIRCO's. trec_eval divides by R
 """
 
 from __future__ import annotations
@@ -16,48 +21,73 @@ from retrv_r1_retriever.errors import InputError, explain
 Run: TypeAlias = Mapping[str, Sequence[str]]
 #: query id -> document id -> grade; grades above 0 are relevant
 Qrels: TypeAlias = Mapping[str, Mapping[str, int]]
+#: (distinct ids, best first; grades of one query) -> value in [0, 1]
+Metric: TypeAlias = Callable[[Sequence[str], Mapping[str, int]], float]
+
+
+def metric(name: str) -> Metric:
+    """A metric by its name: `recall@5`, `mrr`, `mrr@10`, `ndcg@10`, `map@5`. Raises `InputError`."""
+    kind, at, cut = name.partition("@")
+    known = {"recall": _recall, "mrr": _reciprocal, "ndcg": _ndcg, "map": _average_precision}
+    if kind not in known or (at == "" and kind != "mrr") or (at and not (cut.isdecimal() and int(cut) > 0)):
+        fix = "Name one of recall@K, mrr, mrr@K, ndcg@K, map@K."
+        raise InputError(explain("metric", expected="a known name", got=repr(name), fix=fix))
+    k = int(cut) if at else None
+    return lambda ranking, grades: known[kind](ranking[:k], grades, k or len(ranking))
+
+
+def values(run: Run, qrels: Qrels, name: str) -> dict[str, float]:
+    """The metric of every query of the qrels, in their order."""
+    if not qrels:
+        raise InputError(explain("qrels", expected="at least one query", got="none", fix="Check the qrels file."))
+    measure, out = metric(name), {}
+    for query, grades in qrels.items():
+        if not any(grade > 0 for grade in grades.values()):
+            raise InputError(
+                explain(f"qrels of query {query!r}", expected="a relevant document", got="none", fix="Drop the query.")
+            )
+        out[query] = measure(list(dict.fromkeys(run.get(query, ()))), grades)
+    return out
+
+
+def mean(run: Run, qrels: Qrels, name: str) -> float:
+    found = values(run, qrels, name)
+    return math.fsum(found.values()) / len(found)
 
 
 def recall_at(run: Run, qrels: Qrels, k: int) -> float:
-    """Share of queries with any relevant document among the first k: M-BEIR's R@k (a hit rate when there are several)."""
-    return _mean(qrels, lambda query, grades: float(any(grades.get(d, 0) > 0 for d in _top(run, query, k))))
+    return mean(run, qrels, f"recall@{k}")
 
 
 def mean_reciprocal_rank(run: Run, qrels: Qrels, k: int | None = None) -> float:
-    """Mean of 1 / rank of the first relevant document, 0 if none is among the first k (None = the whole ranking)."""
-
-    def reciprocal(query: str, grades: Mapping[str, int]) -> float:
-        places = (place for place, d in enumerate(_top(run, query, k), 1) if grades.get(d, 0) > 0)
-        return 1 / next(places, math.inf)
-
-    return _mean(qrels, reciprocal)
+    return mean(run, qrels, "mrr" if k is None else f"mrr@{k}")
 
 
 def ndcg_at(run: Run, qrels: Qrels, k: int) -> float:
-    """nDCG with gain 2^grade - 1 and discount log2(rank + 1) (Burges et al. 2005); equals trec_eval's for grades 0 and 1."""
+    return mean(run, qrels, f"ndcg@{k}")
 
-    def ndcg(query: str, grades: Mapping[str, int]) -> float:
-        ideal = _dcg(sorted(grades.values(), reverse=True)[:k])
-        return _dcg([grades.get(d, 0) for d in _top(run, query, k)]) / ideal
 
-    return _mean(qrels, ndcg)
+def map_at(run: Run, qrels: Qrels, k: int) -> float:
+    return mean(run, qrels, f"map@{k}")
+
+
+def _recall(ranking: Sequence[str], grades: Mapping[str, int], k: int) -> float:
+    return float(any(grades.get(d, 0) > 0 for d in ranking))
+
+
+def _reciprocal(ranking: Sequence[str], grades: Mapping[str, int], k: int) -> float:
+    return 1 / next((place for place, d in enumerate(ranking, 1) if grades.get(d, 0) > 0), math.inf)
+
+
+def _ndcg(ranking: Sequence[str], grades: Mapping[str, int], k: int) -> float:
+    return _dcg([grades.get(d, 0) for d in ranking]) / _dcg(sorted(grades.values(), reverse=True)[:k])
 
 
 def _dcg(grades: Sequence[int]) -> float:
     return math.fsum((2 ** max(grade, 0) - 1) / math.log2(place + 1) for place, grade in enumerate(grades, 1))
 
 
-def _top(run: Run, query: str, k: int | None) -> Sequence[str]:
-    """The first k, each document counted once at its best place."""
-    return list(dict.fromkeys(run.get(query, ())))[:k]
-
-
-def _mean(qrels: Qrels, metric: Callable[[str, Mapping[str, int]], float]) -> float:
-    if not qrels:
-        raise InputError(explain("qrels", expected="at least one query", got="none", fix="Check the qrels file."))
-    for query, grades in qrels.items():
-        if not any(grade > 0 for grade in grades.values()):
-            raise InputError(
-                explain(f"qrels of query {query!r}", expected="a relevant document", got="none", fix="Drop the query.")
-            )
-    return math.fsum(metric(query, grades) for query, grades in qrels.items()) / len(qrels)
+def _average_precision(ranking: Sequence[str], grades: Mapping[str, int], k: int) -> float:
+    places = [place for place, d in enumerate(ranking, 1) if grades.get(d, 0) > 0]
+    relevant = sum(grade > 0 for grade in grades.values())
+    return math.fsum(found / place for found, place in enumerate(places, 1)) / min(k, relevant)

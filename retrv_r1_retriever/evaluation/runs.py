@@ -2,12 +2,17 @@
 
 run    <query> Q0 <document> <rank> <score> <tag>
 qrels  <query> 0 <document> <grade>           (M-BEIR adds a task id as fifth column; it is ignored)
+
+BEIR's own forms are read too: qrels with a header and three columns, runs as JSON {query: {document: score}}.
 """
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from retrv_r1_retriever.errors import InputError, explain
 from retrv_r1_retriever.types import RankedResults
@@ -15,19 +20,31 @@ from retrv_r1_retriever.types import RankedResults
 
 def write_run(path: Path, run: Mapping[str, Sequence[str]], tag: str) -> None:
     """Best first becomes rank 1; the score is -rank, so that tools which sort by score keep the order."""
-    lines = []
-    for query, documents in run.items():
-        for rank, document in enumerate(documents, 1):
-            lines.append(f"{_field(query)} Q0 {_field(document)} {rank} {-rank} {_field(tag)}\n")
-    path.write_text("".join(lines), encoding="utf-8")
+    with path.open("w", encoding="utf-8") as file:
+        for query, documents in run.items():
+            file.writelines(run_lines(query, ((d, -rank) for rank, d in enumerate(documents, 1)), tag))
+
+
+def run_lines(query: str, scored: Iterable[tuple[str, float]], tag: str) -> Iterator[str]:
+    """The lines of one query; `scored`: best first."""
+    for rank, (document, score) in enumerate(scored, 1):
+        yield f"{_field(query)} Q0 {_field(document)} {rank} {score:.7g} {_field(tag)}\n"
 
 
 def read_run(path: Path) -> dict[str, list[str]]:
     """query -> documents by falling score; equal scores keep the file's order. Ranks in the file are ignored, as trec_eval does."""
-    scored: dict[str, list[tuple[float, str]]] = {}
-    for number, (query, _, document, _, score, *_) in _rows(path, 5, "query Q0 document rank score tag"):
-        scored.setdefault(query, []).append((_number(score, path, number), document))
-    return {query: [d for _, d in sorted(pairs, key=lambda pair: -pair[0])] for query, pairs in scored.items()}
+    return {query: [d for d, _ in pairs] for query, pairs in read_scored_run(path).items()}
+
+
+def read_scored_run(path: Path) -> dict[str, list[tuple[str, float]]]:
+    """query -> (document, score), best first. A document listed twice, or a score that is no number, is an `InputError`."""
+    scored: dict[str, dict[str, float]] = {}
+    for where, query, document, score in _judged_json(path) if _is_json(path) else _judged_lines(path):
+        if document in scored.setdefault(query, {}):
+            got = f"{document!r} a second time for query {query!r}"
+            raise InputError(explain(where, expected="each document once per query", got=got, fix="Fix the run."))
+        scored[query][document] = score
+    return {query: sorted(pairs.items(), key=lambda pair: -pair[1]) for query, pairs in scored.items()}
 
 
 def write_qrels(path: Path, qrels: Mapping[str, Mapping[str, int]]) -> None:
@@ -37,8 +54,14 @@ def write_qrels(path: Path, qrels: Mapping[str, Mapping[str, int]]) -> None:
 
 def read_qrels(path: Path) -> dict[str, dict[str, int]]:
     qrels: dict[str, dict[str, int]] = {}
-    for number, (query, _, document, grade, *_) in _rows(path, 4, "query 0 document grade"):
-        qrels.setdefault(query, {})[document] = int(_number(grade, path, number))
+    with _opened(path) as file:
+        beir = file.readline().split() == ["query-id", "corpus-id", "score"]
+    columns, layout = (3, "query-id corpus-id score") if beir else (4, "query 0 document grade")
+    for number, fields in _rows(path, columns, layout):
+        if beir and number == 1:
+            continue
+        query, document, grade = fields[:3] if beir else (fields[0], fields[2], fields[3])
+        qrels.setdefault(query, {})[document] = int(_number(grade, f"{path}:{number}"))
     return qrels
 
 
@@ -52,20 +75,54 @@ def run_of(results: Iterable[RankedResults]) -> dict[str, list[str]]:
     return run
 
 
+def _is_json(path: Path) -> bool:
+    with _opened(path) as file:
+        return file.read(64).lstrip().startswith("{")
+
+
+def _judged_lines(path: Path) -> Iterator[tuple[str, str, str, float]]:
+    for number, (query, _, document, _, score, *_) in _rows(path, 5, "query Q0 document rank score tag"):
+        yield f"{path}:{number}", query, document, _number(score, f"{path}:{number}")
+
+
+def _judged_json(path: Path) -> Iterator[tuple[str, str, str, float]]:
+    with _opened(path) as file:
+        try:
+            queries = json.load(file)
+            for query, scores in queries.items():
+                for document, score in scores.items():
+                    yield str(path), query, document, _number(score, f"{path}, query {query!r}")
+        except (json.JSONDecodeError, AttributeError) as error:
+            expected = "{query: {document: score}}"
+            raise InputError(explain(str(path), expected=expected, got=error, fix="Fix the file.")) from None
+
+
 def _rows(path: Path, columns: int, layout: str) -> Iterator[tuple[int, list[str]]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        fields = line.split()
-        if fields and len(fields) < columns:
-            raise InputError(explain(f"{path}:{number}", expected=layout, got=repr(line), fix="Fix the line."))
-        if fields:
-            yield number, fields
+    with _opened(path) as file:
+        for number, line in enumerate(file, 1):
+            fields = line.split()
+            if fields and len(fields) < columns:
+                got = repr(line.rstrip())
+                raise InputError(explain(f"{path}:{number}", expected=layout, got=got, fix="Fix the line."))
+            if fields:
+                yield number, fields
 
 
-def _number(text: str, path: Path, line: int) -> float:
+def _opened(path: Path) -> TextIO:
     try:
-        return float(text)
+        return path.open(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(explain(str(path), expected="a readable file", got=error, fix="Fix the path.")) from None
+
+
+def _number(text: object, where: str) -> float:
+    try:
+        number = float(str(text))
     except ValueError:
-        raise InputError(explain(f"{path}:{line}", expected="a number", got=repr(text), fix="Fix the line.")) from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise InputError(explain(where, expected="a number", got=repr(text), fix="Fix the line.")) from None
+    return number
 
 
 def _field(text: str) -> str:

@@ -47,7 +47,9 @@ class Manifest:
     """What a checkpoint is and what it was made for.
 
     base, base_revision, licence: of the backbone; they bind users of the checkpoint
+    teachers: who wrote the thoughts it was trained on -> licence of what they wrote ("" = unknown)
     trained_top_k: K of the training lists; think_margin: calibrated threshold of `think="auto"`, None = not calibrated
+    none_margin: nats by which none must lead the best candidate to be the answer, calibrated; None = any lead will do
     direct_read: whether the direct read was trained; False keeps it from deciding unless asked to (`think="never"`)
     max_text_tokens: longest candidate text kept; embedder_dim: 0 = no embedder inside
     embedder_digest: of the embedder's weights; vectors of two embedders cannot be told apart by looking at them
@@ -56,6 +58,7 @@ class Manifest:
     base: str
     base_revision: str = ""
     licence: str = ""
+    teachers: Mapping[str, str] = field(default_factory=dict)
     icm: Mapping[str, Any] = field(default_factory=lambda: asdict(IcmConfig()))
     prompt_version: int = PROMPT_VERSION
     escaping_version: int = ESCAPING_VERSION
@@ -63,6 +66,7 @@ class Manifest:
     max_text_tokens: int = 512
     trained_top_k: int = 0
     think_margin: float | None = None
+    none_margin: float | None = None
     direct_read: bool = True
     embedder_dim: int = 0
     embedder_digest: str = ""

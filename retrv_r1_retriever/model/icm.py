@@ -56,12 +56,10 @@ class Icm(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """memory (N, m, w), query (B, q, w), masks bool True = valid, row (N,): the query of each candidate -> two (N, H)."""
         memory = self.memory_norm(memory)
-        query, query_mask = self.query_norm(query)[row], query_mask[row]
-        e = self.e.expand(len(memory), 1, -1)
-        content = self.att1(e, memory, memory_mask)[:, 0]
-        attended = self.att2(memory, query, query_mask)
+        content = self.att1.pooled(self.e, memory, memory_mask)
+        attended = self.att2(memory, self.query_norm(query), query_mask, row)
         relation_rows = self.relation_norm(memory + attended if self.config.residual else attended)
-        relation = self.att1(e, relation_rows, memory_mask)[:, 0]
+        relation = self.att1.pooled(self.e, relation_rows, memory_mask)
         return self.content_out(self.content_ff(content)), self.relation_out(self.relation_ff(relation))
 
 
@@ -71,15 +69,28 @@ class _Attention(nn.Module):
         self.heads = heads
         self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
 
-    def forward(self, query: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
-        """query (N, a, w), keys (N, b, w), mask (N, b) True = valid -> (N, a, w)."""
+    def forward(self, query: Tensor, keys: Tensor, mask: Tensor, row: Tensor) -> Tensor:
+        """query (N, a, w), keys (B, b, w), mask (B, b) True = valid, row (N,): whose keys each one asks -> (N, a, w)."""
         q, k, v = (
             layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for layer, x in ((self.q, query), (self.k, keys), (self.v, keys))
         )
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+        attended = F.scaled_dot_product_attention(q, k[row], v[row], attn_mask=mask[row, None, None])
         out: Tensor = self.out(attended.transpose(1, 2).flatten(-2))
         return out
+
+    def pooled(self, query: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
+        """The same for one query (w,) that all N share -> (N, w), without a key or a value per row.
+
+        Both projections are folded over the softmax: scores = keys (W_k' q), values = W_v (weights' keys). The key's bias adds
+        one constant to all scores of a head and drops out. 2mw^2 multiplications become 2mhw + w^2.
+        """
+        heads, d = self.heads, len(query) // self.heads
+        asked = self.q(query).view(heads, 1, d) @ self.k.weight.view(heads, d, -1) / d**0.5  # (h, 1, w)
+        scores = (keys @ asked[:, 0].T).masked_fill(~mask[..., None], float("-inf"))  # (N, m, h)
+        rows = scores.float().softmax(1).to(keys.dtype).transpose(1, 2) @ keys  # (N, h, w)
+        values = torch.einsum("nhw,hdw->nhd", rows, self.v.weight.view(heads, d, -1)).flatten(1) + self.v.bias
+        return self.out(values)  # type: ignore[no-any-return]
 
 
 class _FeedForward(nn.Module):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from retrv_r1_retriever.parser import Check, Thought, parse, readable
 from retrv_r1_retriever.prompt import KEEP, LABELS
 from retrv_r1_retriever.report.markup import EMPTY, Html, html, join
-from retrv_r1_retriever.report.pictures import PictureLoader, thumbnail
+from retrv_r1_retriever.report.pictures import Pictures
 from retrv_r1_retriever.trace import ReasoningTrace
 from retrv_r1_retriever.types import RankedResult, RankedResults, Status, StopReason
 
@@ -73,25 +73,29 @@ def _rise(right: RankedResult) -> str:
     return f"The right answer {'rose' if after < before else 'fell'} from rank {before} to rank {after}"
 
 
-def render_entry(entry: ReportEntry, number: int, load: PictureLoader) -> Html:
+def render_entry(entry: ReportEntry, number: int, pictures: Pictures) -> Html:
+    return html("<section class='card query' id='q{}'>{}</section>", number, render_body(entry, pictures))
+
+
+def render_body(entry: ReportEntry, pictures: Pictures, *, brief: bool = False) -> Html:
+    """brief: candidates far down the list as a line of text"""
     trace = entry.results.trace
-    reasoning = _reasoning(trace, entry, load) if trace else EMPTY
+    reasoning = _reasoning(trace, entry, pictures) if trace else EMPTY
     note = html("<p class='note'>{}</p>", entry.note) if entry.note else EMPTY
     return html(
-        "<section class='card query' id='q{}'>{}<p class='outcome'>{}</p>{}<div class='columns'>{}{}</div>{}</section>",
-        number,
-        _question(entry, load),
+        "{}<p class='outcome'>{}</p>{}<div class='columns'>{}{}</div>{}",
+        _question(entry, pictures),
         headline(entry),
         note,
         reasoning,
-        _ranking(entry, load),
+        _ranking(entry, pictures, brief),
         _cost(trace) if trace else EMPTY,
     )
 
 
-def _question(entry: ReportEntry, load: PictureLoader) -> Html:
+def _question(entry: ReportEntry, pictures: Pictures) -> Html:
     query = entry.results.query
-    picture = thumbnail(query.content.image, load, "the query's picture")
+    picture = pictures.thumbnail(query.content.image, "the query's picture")
     instruction = html("<p class='instruction'>{}</p>", query.instruction) if query.instruction else EMPTY
     words = html("<h2>{}</h2>", query.content.text) if query.content.text else EMPTY
     return html(
@@ -113,13 +117,15 @@ def _badges(results: RankedResults) -> Html:
         badges.append(html("<span class='badge partial'>no candidate fits</span>"))
     if results.unranked:
         badges.append(html("<span class='badge partial'>{} not judged</span>", len(results.unranked)))
+    if results.trace and results.trace.cached:
+        badges.append(html("<span class='badge'>from the cache</span>"))
     return join(badges)
 
 
 # -- reasoning ---------------------------------------------------------------------------------------------------------
 
 
-def _reasoning(trace: ReasoningTrace, entry: ReportEntry, load: PictureLoader) -> Html:
+def _reasoning(trace: ReasoningTrace, entry: ReportEntry, pictures: Pictures) -> Html:
     thought = parse(trace.turn)
     shown = _by_label(trace, entry.results)
     steps = [
@@ -127,8 +133,8 @@ def _reasoning(trace: ReasoningTrace, entry: ReportEntry, load: PictureLoader) -
         if thought.hypothesis
         else EMPTY,
         _elimination(thought, trace, shown),
-        join(_opened(check, shown, load) for check in _checks(thought, trace)),
-        _answer(trace, entry.results.none_chosen, shown, load),
+        join(_opened(check, shown, pictures) for check in _checks(thought, trace)),
+        _answer(trace, entry.results.none_chosen, shown, pictures),
     ]
     raw = html("<details><summary>The model's own words</summary><pre>{}</pre></details>", trace.thought)
     return html(
@@ -184,9 +190,9 @@ def _checks(thought: Thought, trace: ReasoningTrace) -> list[Check]:
     return [checks.get(index, Check(index, "")) for index in trace.inspected]
 
 
-def _opened(check: Check, shown: Mapping[int, RankedResult], load: PictureLoader) -> Html:
+def _opened(check: Check, shown: Mapping[int, RankedResult], pictures: Pictures) -> Html:
     word, css_class = {True: ("match", "match"), False: ("differs", "differs"), None: ("undecided", "")}[check.match]
-    picture = _content(check.index, shown, load)
+    picture = _content(check.index, shown, pictures)
     body = html(
         "<div class='inspection'>{}<div><span class='verdict {}'>{}</span><p class='check'>{}</p></div></div>",
         picture,
@@ -197,38 +203,42 @@ def _opened(check: Check, shown: Mapping[int, RankedResult], load: PictureLoader
     return _step(f"◉ Opens {_name(check.index, shown)} in full", body, f"opened {css_class}")
 
 
-def _answer(trace: ReasoningTrace, none_chosen: bool, shown: Mapping[int, RankedResult], load: PictureLoader) -> Html:
+def _answer(trace: ReasoningTrace, none_chosen: bool, shown: Mapping[int, RankedResult], pictures: Pictures) -> Html:
     if trace.answer is None or trace.answer >= len(LABELS):
         words = "No candidate fits." if none_chosen else "No answer was given."
         return _step("Answers", html("<p>{}</p>", words), "answer")
-    picture = _content(trace.answer, shown, load)
+    picture = _content(trace.answer, shown, pictures)
     body = html("<div class='inspection'>{}<p><b>{}</b> is the one.</p></div>", picture, _name(trace.answer, shown))
     return _step("Answers", body, "answer")
 
 
-def _content(index: int, shown: Mapping[int, RankedResult], load: PictureLoader) -> Html:
+def _content(index: int, shown: Mapping[int, RankedResult], pictures: Pictures) -> Html:
     if index not in shown:
         return EMPTY
     content = shown[index].document.content
-    picture = thumbnail(content.image, load, f"candidate {_name(index, shown)}")
+    picture = pictures.thumbnail(content.image, f"candidate {_name(index, shown)}")
     return picture or html("<p class='quote'>{}</p>", _short(content.text or "no picture to show"))
 
 
 # -- ranking -----------------------------------------------------------------------------------------------------------
 
 
-def _ranking(entry: ReportEntry, load: PictureLoader) -> Html:
-    rows = [_row(result, entry, load) for result in entry.results.results]
-    top, rest = join(rows[:ROWS_SHOWN]), rows[ROWS_SHOWN:]
-    more = "<details><summary>{} more</summary><ol class='rows'>{}</ol></details>"
+def _ranking(entry: ReportEntry, pictures: Pictures, brief: bool) -> Html:
+    top, rest = entry.results.results[:ROWS_SHOWN], entry.results.results[ROWS_SHOWN:]
+    if brief:
+        folded = html(
+            "<p class='rest'>{}</p>", " · ".join(f"{r.rank} {r.document.id} (was {r.candidate.rank})" for r in rest)
+        )
+    else:
+        folded = html("<ol class='rows'>{}</ol>", join(_row(result, entry, pictures) for result in rest))
     return html(
         "<div class='ranking'><h3>Ranked list</h3><ol class='rows'>{}</ol>{}</div>",
-        top,
-        html(more, len(rest), join(rest)) if rest else EMPTY,
+        join(_row(result, entry, pictures) for result in top),
+        html("<details><summary>{} more</summary>{}</details>", len(rest), folded) if rest else EMPTY,
     )
 
 
-def _row(result: RankedResult, entry: ReportEntry, load: PictureLoader) -> Html:
+def _row(result: RankedResult, entry: ReportEntry, pictures: Pictures) -> Html:
     content = result.document.content
     marks = ["selected"] if result.selected else []
     right = result.document.id in entry.positives
@@ -238,7 +248,7 @@ def _row(result: RankedResult, entry: ReportEntry, load: PictureLoader) -> Html:
         "<div class='scores'>{}{}</div></li>",
         " ".join(marks),
         result.rank,
-        thumbnail(content.image, load, f"candidate {result.candidate.rank}"),
+        pictures.thumbnail(content.image, f"candidate {result.candidate.rank}"),
         text,
         result.document.id,
         _chips(result, right),

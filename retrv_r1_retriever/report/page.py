@@ -10,9 +10,10 @@ from pathlib import Path
 
 from retrv_r1_retriever import __version__
 from retrv_r1_retriever.images import ImageSource, LocalImages
+from retrv_r1_retriever.report.browse import MANY, policy, render_many, script
 from retrv_r1_retriever.report.entry import ReportEntry, headline, render_entry
 from retrv_r1_retriever.report.markup import EMPTY, Html, html, join
-from retrv_r1_retriever.report.pictures import loader
+from retrv_r1_retriever.report.pictures import Pictures, loader
 from retrv_r1_retriever.trace import ReasoningTrace
 
 
@@ -35,7 +36,9 @@ def render_report(
     images: ImageSource | None = None,
 ) -> str:
     """The page as text. `images` resolves pictures; the default shows bytes, data URIs and Pillow images, and opens no file."""
-    load = loader(images or LocalImages())
+    many = len(entries) >= MANY
+    pictures = Pictures(loader(images or LocalImages()), shared=many)
+    code = script() if many else None
     css = (resources.files("retrv_r1_retriever.report") / "report.css").read_text(encoding="utf-8")
     traces = [entry.results.trace for entry in entries if entry.results.trace]
     body = join(
@@ -43,16 +46,15 @@ def render_report(
             _header(title, intro),
             _tiles(len(entries), traces) if traces else EMPTY,
             join(_table(table) for table in tables),
-            _contents(entries) if len(entries) > 1 else EMPTY,
-            join(render_entry(entry, number, load) for number, entry in enumerate(entries, 1)),
+            render_many(entries, pictures) if many else _few(entries, pictures),
             _footer(traces),
         ]
     )
     return html(
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>{}</title>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        "<meta name='color-scheme' content='light dark'><style>{}</style></head><body><main>{}</main></body></html>\n",
-        title, Html(css), body,
+        "<meta name='color-scheme' content='light dark'>{}<style>{}</style></head><body><main>{}</main>{}{}</body></html>\n",
+        title, policy(code), Html(css), body, pictures.block(), html("<script>{}</script>", code) if code else EMPTY,
     )  # fmt: skip
 
 
@@ -79,7 +81,7 @@ def _header(title: str, intro: str | None) -> Html:
 
 def _tiles(queries: int, traces: Sequence[ReasoningTrace]) -> Html:
     opened = sum(len(trace.inspected) for trace in traces)
-    tiles = [("queries", f"{queries}"), ("candidates opened per query", f"{opened / len(traces):.1f}")]
+    tiles = [("queries on this page", f"{queries}"), ("candidates opened per query", f"{opened / len(traces):.1f}")]
     prompt = sum(trace.usage.prompt_tokens for trace in traces if trace.usage.uncompressed_tokens)
     full = sum(trace.usage.uncompressed_tokens for trace in traces)
     if prompt and full:
@@ -103,6 +105,11 @@ def _table(table: ReportTable) -> Html:
         "<tbody>{}</tbody></table></div>{}</section>",
         table.caption, head, rows, note,
     )  # fmt: skip
+
+
+def _few(entries: Sequence[ReportEntry], pictures: Pictures) -> Html:
+    contents = _contents(entries) if len(entries) > 1 else EMPTY
+    return join([contents, *(render_entry(entry, number, pictures) for number, entry in enumerate(entries, 1))])
 
 
 def _contents(entries: Sequence[ReportEntry]) -> Html:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Hashable
 from typing import TypeAlias
 
 from PIL import Image
@@ -18,6 +19,7 @@ from retrv_r1_retriever.types import ImageInput
 PictureLoader: TypeAlias = Callable[[ImageInput], Image.Image | None]
 
 THUMBNAIL = 288  # longest side in pixels: twice the largest size shown, for dense screens
+SHARED = 168  # of a page with many queries, whose size counts
 TINY = 96  # up to here a picture is embedded as it is and magnified without smoothing
 
 
@@ -33,19 +35,51 @@ def loader(images: ImageSource) -> PictureLoader:
     return load
 
 
-def thumbnail(image: ImageInput | None, load: PictureLoader, alt: str) -> Html:
-    """An `<img>` with the picture inside it; empty if there is none to show."""
-    picture = load(image) if image is not None else None
-    if picture is None:
-        return EMPTY
-    tiny = max(picture.size) <= TINY
-    css_class = "pic tiny" if tiny else "pic"
-    return html('<img class="{}" alt="{}" src="{}">', css_class, alt, _data_uri(picture, tiny))
+class Pictures:
+    """The thumbnails of one page, each made once.
+
+    shared: a picture is on the page once, however many queries show it, and the page's script puts it where it belongs when
+        a query is opened; otherwise each `<img>` carries its own
+    """
+
+    def __init__(self, load: PictureLoader, *, shared: bool = False) -> None:
+        self._load, self._shared = load, shared
+        self._made: dict[Hashable, tuple[int, str, str] | None] = {}
+
+    def thumbnail(self, image: ImageInput | None, alt: str) -> Html:
+        """An `<img>`; empty if there is nothing to show."""
+        if image is None:
+            return EMPTY
+        key = image if isinstance(image, str | bytes) else id(image)
+        if key not in self._made:
+            self._made[key] = self._make(image)
+        made = self._made[key]
+        if made is None:
+            return EMPTY
+        place, css_class, uri = made
+        if self._shared:
+            return html('<img class="{}" alt="{}" data-picture="{}">', css_class, alt, place)
+        return html('<img class="{}" alt="{}" src="{}">', css_class, alt, uri)
+
+    def block(self) -> Html:
+        """The shared pictures, for the page's script. Nothing foreign is in it: data URIs are made here."""
+        if not self._shared:
+            return EMPTY
+        uris = json.dumps([made[2] for made in self._made.values() if made])
+        return html("<script type='application/json' id='pictures'>{}</script>", Html(uris))
+
+    def _make(self, image: ImageInput) -> tuple[int, str, str] | None:
+        picture = self._load(image)
+        if picture is None:
+            return None
+        tiny = max(picture.size) <= TINY
+        uri = _data_uri(picture, tiny, SHARED if self._shared else THUMBNAIL)
+        return sum(made is not None for made in self._made.values()), "pic tiny" if tiny else "pic", uri
 
 
-def _data_uri(picture: Image.Image, tiny: bool) -> str:
+def _data_uri(picture: Image.Image, tiny: bool, longest: int) -> str:
     picture = picture.convert("RGB")
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    picture.thumbnail((longest, longest))
     buffer = io.BytesIO()
     if tiny:
         picture.save(buffer, "PNG", optimize=True)

@@ -29,12 +29,13 @@ try:
 except ImportError as error:
     raise missing_extra("fastapi", "serve") from error
 
+from retrv_r1_retriever.measures import reason_label
 from retrv_r1_retriever.options import RerankOptions
 from retrv_r1_retriever.reranker import less_time
 from retrv_r1_retriever.serving import schema
 from retrv_r1_retriever.serving.answers import header_text, to_answer
 from retrv_r1_retriever.serving.door import Call, Door, error_json, too_many
-from retrv_r1_retriever.serving.metrics import Metrics, reason_label
+from retrv_r1_retriever.serving.metrics import Metrics
 from retrv_r1_retriever.serving.queue import Queue, QueueFull
 from retrv_r1_retriever.serving.requests import (
     Asked,
@@ -44,7 +45,6 @@ from retrv_r1_retriever.serving.requests import (
     to_options,
     to_query,
     unknown_fields,
-    with_room,
 )
 from retrv_r1_retriever.serving.service import Service
 from retrv_r1_retriever.serving.settings import ServeConfig
@@ -120,11 +120,7 @@ class _Routes:
         options = to_options(body, service.options, self._config)
         query, asked = to_query(body.query, self._config), to_documents(body.documents, self._config)
         async with self._turn(call, options) as remaining:
-            candidates = asked.candidates(await service.stored(call.tenant, asked.stored.values()))
-            # Memory made for documents of the collection may be kept, as after a search; for others there is no place.
-            lazy = bool(asked.stored) and not asked.inline
-            reranker = service.collection(call.tenant).retriever.reranker if lazy else service.reranker
-            results = await reranker.arerank(query, candidates, options=with_room(remaining, len(asked.inline)))
+            results = await service.rerank(call.tenant, query, asked, remaining)
         return self._finish(call, body, results, asked, response)
 
     async def search(self, request: Request, body: schema.SearchRequest, response: Response) -> schema.Answer:
@@ -132,9 +128,9 @@ class _Routes:
         check_model(body.model, self._config)
         options = to_options(body, service.options, self._config)
         query, only = to_query(body.query, self._config), to_filter(body.filter)
-        retriever = service.collection(call.tenant).retriever
+        service.collection(call.tenant)  # a server without one says so before anybody waits
         async with self._turn(call, options) as remaining:
-            results = await retriever.aretrieve(query, filter=only, options=remaining)
+            results = await service.search(call.tenant, query, remaining, filter=only)
         return self._finish(call, body, results, Asked(), response)
 
     async def health(self) -> dict[str, str]:

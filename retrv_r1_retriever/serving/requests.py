@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from retrv_r1_retriever.errors import InputError, OptionsError, explain
@@ -13,10 +13,12 @@ from retrv_r1_retriever.options import RerankOptions
 from retrv_r1_retriever.serving import schema
 from retrv_r1_retriever.serving.settings import ServeConfig
 from retrv_r1_retriever.store import Condition, Equals, Filter, OneOf, Range
-from retrv_r1_retriever.types import MAX_CANDIDATES, Candidate, Content, Document, Query
+from retrv_r1_retriever.types import MAX_CANDIDATES, Candidate, Content, Document, ImageInput, Query
 
 ID_PREFIX = "#"  # of the ids that documents sent along get: `#3` is documents[3]
 RemoteDocument = str | schema.Parts | schema.DocumentIn
+#: Where the caller named a picture, and how -> what an image source reads.
+ToImage = Callable[[str, str], ImageInput]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +44,28 @@ class Asked:
         return [made[i] for i in sorted(made)]
 
 
+def to_image(name: str, image: str) -> str:
+    """A data URI or URL as it is, base64 as a data URI. Never a path: what lies on the server's disk is not the caller's to name."""
+    if is_data_uri(image) or image[:8].lower().startswith(("http://", "https://")):
+        return image
+    try:
+        base64.b64decode(image, validate=True)
+    except (ValueError, binascii.Error):
+        fix = "Send the picture's bytes in base64."
+        raise InputError(
+            explain(f"{name}: image", expected="base64, a data URI or a URL", got=repr(image[:40]), fix=fix)
+        ) from None
+    return f"data:;base64,{image}"
+
+
 def check_model(name: str | None, config: ServeConfig) -> None:
     if name not in (None, config.model_name):
         fix = "Use that name, or leave it out."
         raise OptionsError(explain("model", expected=repr(config.model_name), got=repr(name), fix=fix))
 
 
-def to_query(query: str | schema.Parts | schema.QueryIn, config: ServeConfig) -> Query:
-    content = to_content("query", query, config)
+def to_query(query: str | schema.Parts | schema.QueryIn, config: ServeConfig, to_image: ToImage = to_image) -> Query:
+    content = to_content("query", query, config, to_image)
     if content is None:
         raise InputError(explain("query", expected="a text or a picture", got="neither", fix="Pass one or both."))
     instruction = query.instruction if isinstance(query, schema.QueryIn) else None
@@ -57,14 +73,14 @@ def to_query(query: str | schema.Parts | schema.QueryIn, config: ServeConfig) ->
     return Query(content, instruction)
 
 
-def to_documents(documents: Sequence[RemoteDocument], config: ServeConfig) -> Asked:
+def to_documents(documents: Sequence[RemoteDocument], config: ServeConfig, to_image: ToImage = to_image) -> Asked:
     if len(documents) > config.max_documents:
         fix = "Send the best of a first stage."
         raise InputError(explain("documents", expected=f"at most {config.max_documents}", got=len(documents), fix=fix))
     inline, stored, blank = {}, {}, []
     for i, document in enumerate(documents):
         id = document.id if isinstance(document, schema.DocumentIn) else None
-        content = to_content(f"documents[{i}]", document, config)
+        content = to_content(f"documents[{i}]", document, config, to_image)
         if id is not None and content is not None:
             fix = "An id alone names a document of the collection."
             raise InputError(explain(f"documents[{i}]", expected="id, or text and image", got="both", fix=fix))
@@ -78,7 +94,10 @@ def to_documents(documents: Sequence[RemoteDocument], config: ServeConfig) -> As
 
 
 def to_content(
-    name: str, value: str | schema.Parts | schema.QueryIn | schema.DocumentIn, config: ServeConfig
+    name: str,
+    value: str | schema.Parts | schema.QueryIn | schema.DocumentIn,
+    config: ServeConfig,
+    to_image: ToImage = to_image,
 ) -> Content | None:
     """None where there is neither a text nor a picture."""
     text, image = _text_and_image(name, value)
@@ -86,20 +105,6 @@ def to_content(
     if not (text and text.strip()):
         text = None
     return None if text is None and not image else Content(text, to_image(name, image) if image else None)
-
-
-def to_image(name: str, image: str) -> str:
-    """A data URI or URL as it is, base64 as a data URI. Never a path: what lies on the server's disk is not the caller's to name."""
-    if is_data_uri(image) or image[:8].lower().startswith(("http://", "https://")):
-        return image
-    try:
-        base64.b64decode(image, validate=True)
-    except (ValueError, binascii.Error):
-        fix = "Send the picture's bytes in base64."
-        raise InputError(
-            explain(f"{name}: image", expected="base64, a data URI or a URL", got=repr(image[:40]), fix=fix)
-        ) from None
-    return f"data:;base64,{image}"
 
 
 def to_options(request: schema.Request, defaults: RerankOptions, config: ServeConfig) -> RerankOptions:

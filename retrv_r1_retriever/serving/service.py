@@ -8,12 +8,16 @@ from dataclasses import dataclass, field, replace
 from retrv_r1_retriever import config as settings
 from retrv_r1_retriever.config import Config
 from retrv_r1_retriever.edge import EdgeStore
+from retrv_r1_retriever.engines.base import Engine
 from retrv_r1_retriever.errors import InputError, OptionsError, explain
+from retrv_r1_retriever.observe import Observers
 from retrv_r1_retriever.options import RerankOptions
+from retrv_r1_retriever.progress import ProgressFn
 from retrv_r1_retriever.reranker import RetrvR1Reranker
 from retrv_r1_retriever.retriever import RetrvR1Retriever
-from retrv_r1_retriever.store import Store, VectorFirstStage
-from retrv_r1_retriever.types import Candidate
+from retrv_r1_retriever.serving.requests import Asked, with_room
+from retrv_r1_retriever.store import Filter, Store, VectorFirstStage
+from retrv_r1_retriever.types import Candidate, Query, RankedResults
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,35 @@ class Service:
             raise InputError(explain("collection", expected="one", got="a server without", fix=fix))
         return found
 
+    async def search(
+        self,
+        tenant: str | None,
+        query: Query,
+        options: RerankOptions,
+        *,
+        filter: Filter | None = None,
+        progress: ProgressFn | None = None,
+    ) -> RankedResults:
+        retriever = self.collection(tenant).retriever
+        return await retriever.aretrieve(query, filter=filter, options=options, progress=progress)
+
+    async def rerank(
+        self,
+        tenant: str | None,
+        query: Query,
+        asked: Asked,
+        options: RerankOptions,
+        *,
+        progress: ProgressFn | None = None,
+    ) -> RankedResults:
+        """Raises `InputError` for an id that the tenant's collection does not have."""
+        candidates = asked.candidates(await self.stored(tenant, asked.stored.values()))
+        # Memory made for documents of the collection may be kept, as after a search; for others there is no place.
+        lazy = bool(asked.stored) and not asked.inline
+        reranker = self.collection(tenant).retriever.reranker if lazy else self.reranker
+        room = with_room(options, len(asked.inline))
+        return await reranker.arerank(query, candidates, options=room, progress=progress)
+
     async def stored(self, tenant: str | None, ids: Iterable[str]) -> list[Candidate]:
         wanted = list(dict.fromkeys(ids))
         return await self.collection(tenant).store.get(wanted) if wanted else []
@@ -58,16 +91,21 @@ class Service:
 def open_service(config: Config) -> Service:
     """Loads the model and opens the collection. Raises what these raise."""
     if not config.serve.search:
-        engine = settings.open_reader(config)
-        return Service(RetrvR1Reranker(engine, images=settings.open_images(config)), config.rerank)
+        return Service(_stand_alone(settings.open_reader(config), config, config.observers()), config.rerank)
     if config.serve.tenants and config.store.tenant is not None:
         fix = "Leave it out, or serve that tenant alone."
         raise OptionsError(explain("[store] tenant_value", expected="none beside [serve] tenants", got="one", fix=fix))
     retriever = settings.open_retriever(config)
     assert isinstance(retriever.reranker, RetrvR1Reranker)  # what a config makes
-    reranker = RetrvR1Reranker(retriever.reranker.engine, images=retriever.images)
+    reranker = _stand_alone(retriever.reranker.engine, config, retriever.observers)
     tenants = {tenant: _limited(retriever, config, tenant) for tenant in config.serve.tenants}
     return Service(reranker, config.rerank, _collection(retriever), tenants)
+
+
+def _stand_alone(engine: Engine, config: Config, observers: Observers) -> RetrvR1Reranker:
+    """For documents that come with a call. Which tenant's they are it does not know: then nothing is remembered."""
+    cache = None if config.serve.tenants else config.cache.make()
+    return RetrvR1Reranker(engine, images=settings.open_images(config), cache=cache, observers=observers)
 
 
 def _collection(retriever: RetrvR1Retriever) -> Collection:
@@ -95,5 +133,7 @@ def _limited(whole: RetrvR1Retriever, config: Config, tenant: str) -> Collection
         images=whole.images,
         memory=config.store.memory,
         options=config.rerank,
+        cache=whole.reranker.cache and whole.reranker.cache.for_tenant((field, tenant)),
+        observers=whole.observers,
     )
     return Collection(retriever, store)

@@ -1,10 +1,11 @@
-"""`[serve]` of `retrv.toml`."""
+"""`[serve]` and `[mcp]` of `retrv.toml`."""
 
 from __future__ import annotations
 
 import math
 import os
 from dataclasses import dataclass, field
+from typing import Literal
 
 from retrv_r1_retriever.errors import OptionsError, explain
 from retrv_r1_retriever.types import MAX_CANDIDATES
@@ -47,8 +48,7 @@ class ServeConfig:
         for name in ("max_timeout_s", "body_timeout_s", "shutdown_s"):
             if not 0 < getattr(self, name) < math.inf:
                 raise OptionsError(explain(name, expected="seconds > 0", got=getattr(self, name), fix="Raise it."))
-        if not 0 <= self.port < 2**16:
-            raise OptionsError(explain("port", expected="0 to 65535", got=self.port, fix="0 takes a free one."))
+        _check_port(self.port)
         if bool(self.tenants) != (self.tenant_field is not None):
             raise OptionsError(
                 explain("tenants", expected="tenant_field and tenants", got="one of them", fix="Give both.")
@@ -68,6 +68,35 @@ class ServeConfig:
                 explain("tenants", expected="a key of its own each", got="one key twice", fix="Make another key.")
             )
         return dict(keys)
+
+
+@dataclass(frozen=True, slots=True)
+class McpConfig:
+    """`retrv-r1 mcp`: what agents get, and over HTTP where. Keys, tenants and limits are those of [serve].
+
+    images: pictures of results as content "inline", as a "link" that the client may read, or "none"
+    image_tokens: what the pictures of one answer may cost the model that looks at them, an estimate
+    max_results: in one answer; hosts: further values of the Host header, origins: of Origin, "*" as the port matches all
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8081
+    hosts: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
+    images: Literal["inline", "link", "none"] = "inline"
+    image_tokens: int = 4000
+    max_results: int = 10
+
+    def __post_init__(self) -> None:
+        for name, low in {"image_tokens": 1, "max_results": 1}.items():
+            if getattr(self, name) < low:
+                raise OptionsError(explain(name, expected=f">= {low}", got=getattr(self, name), fix="Raise it."))
+        _check_port(self.port)
+
+
+def _check_port(port: int) -> None:
+    if not 0 <= port < 2**16:
+        raise OptionsError(explain("port", expected="0 to 65535", got=port, fix="0 takes a free one."))
 
 
 def _secret(variable: str) -> str:

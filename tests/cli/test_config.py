@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -9,8 +10,13 @@ import pytest
 
 from retrv_r1_retriever import config as settings
 from retrv_r1_retriever.config import Config, ImagesConfig, ModelConfig, StoreConfig, read_config
-from retrv_r1_retriever.errors import CheckpointError, OptionsError, StoreError
+from retrv_r1_retriever.errors import CheckpointError, EngineError, OptionsError, StoreError
 from retrv_r1_retriever.options import RerankOptions
+from retrv_r1_retriever.reranker import RetrvR1Reranker
+from retrv_r1_retriever.retriever import RetrvR1Retriever
+from retrv_r1_retriever.types import Content, Document
+from tests.cli.conftest import Run
+from tests.serving.openai_stub import MODEL, openai_stub
 
 
 def write(folder: Path, text: str) -> Path:
@@ -63,7 +69,7 @@ def test_all_sections(tmp_path: Path) -> None:
     [
         (
             "[stroe]\n",
-            r"retrv\.toml: stroe: expected one of store, model, engine, images, rerank, serve, got an unknown key",
+            r"retrv\.toml: stroe: expected one of store, model, images, engine, rerank, serve, mcp, cache, observe, got an unknown key",
         ),
         ("[store]\npaht = 'x'\n", r"retrv\.toml: \[store\] paht: expected one of kind, path, url, .*read_only"),
         ("[rerank]\ntop_n_ = 3\n", r"retrv\.toml: \[rerank\] top_n_: expected one of top_k, top_n, think"),
@@ -131,6 +137,32 @@ def test_a_hub_id_is_downloaded_and_its_errors_are_named(tmp_path: Path, monkeyp
         CheckpointError, match=r"'team/gone': expected a folder or a hub id, got .*no network.*\[model\]"
     ):
         settings.checkpoint_path(Config(model=ModelConfig("team/gone")))
+
+
+def test_closing_closes_the_connections_that_a_config_opened(workplace: Path, run: Run) -> None:
+    with openai_stub() as (server, _), (workplace / "retrv.toml").open("a") as file:
+        file.write(f'[engine]\nkind = "chat"\nbase_url = "{server.url}"\nmodel = "{MODEL}"\n')
+        file.flush()
+        assert run("index", "items").code == 0
+        retriever = RetrvR1Retriever.from_config()
+        assert retriever.retrieve("which card").status == "reranked"
+        assert server.connections
+        retriever.close()
+        end = time.monotonic() + 5
+        while server.connections and time.monotonic() < end:
+            time.sleep(0.01)
+        assert not server.connections
+
+
+def test_closing_ends_the_model_that_a_config_opened_but_none_that_was_handed_in(workplace: Path, run: Run) -> None:
+    assert run("index", "items").code == 0
+    retriever = RetrvR1Retriever.from_config()
+    engine = retriever.reranker.engine  # type: ignore[attr-defined]
+    RetrvR1Retriever(first_stage=retriever.first_stage.store.search, engine=engine).close()  # type: ignore[attr-defined]
+    assert retriever.retrieve("which card").status != "fallback"
+    retriever.close()
+    with pytest.raises(EngineError, match="local engine: expected an open one, got a closed one"):
+        RetrvR1Reranker(engine).rerank("q", [Document("a", Content("b"))], options=RerankOptions(on_failure="raise"))
 
 
 def test_documentation_names_every_key() -> None:

@@ -108,3 +108,9 @@ def test_json_holds_no_number_that_json_has_not(capsys: pytest.CaptureFixture[st
         "a": [None, None, 1.5],
         "b": [True, None, "NaN"],
     }
+
+
+def test_the_time_left_is_told_in_a_unit_a_person_waits_in() -> None:
+    lines = [Progress(io.StringIO())._line("x", 10, total, 100.0) for total in (15, 100, 10_010)]
+    assert [line.split("  ")[-1] for line in lines] == ["50 s left", "15 min left", "27.8 h left"]
+    assert "0.1/s" in lines[0]

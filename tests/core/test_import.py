@@ -18,6 +18,7 @@ HEAVY = (
     "langchain_core",
     "llama_index",
     "mcp",
+    "opentelemetry",
 )
 LIMIT_S = 0.5
 

@@ -143,6 +143,39 @@ def test_none_selects_nothing_and_orders_by_the_rest() -> None:
     assert (order.indices, order.answer, order.none_chosen) == ((1, 2, 0), None, True)
 
 
+@pytest.mark.parametrize(
+    ("none_margin", "expected"),
+    [(None, ((1, 2, 0), None, True)), (0.5, ((1, 2, 0), None, True)), (0.6, ((1, 2, 0), 1, False))],
+)
+def test_none_needs_its_calibrated_lead_in_the_direct_read(
+    none_margin: float | None, expected: tuple[object, ...]
+) -> None:
+    order = rank(candidates(3), SlotRead((-3.0, -1.0, -2.0, -0.5)), None, none_margin=none_margin)
+    assert (order.indices, order.answer, order.none_chosen) == expected
+
+
+@pytest.mark.parametrize(
+    ("said", "lead", "none_margin", "expected"),
+    [
+        (NONE_INDEX, 2.0, 3.0, ((2, 1, 0), 2, False)),  # none is not sure enough: the best slot behind the thought
+        (NONE_INDEX, 2.0, 1.0, ((1, 0, 2), None, True)),
+        (2, -1.0, -2.0, ((2, 1, 0), None, True)),  # sure enough of none: the answer stays first, but is not chosen
+        (2, -1.0, -0.5, ((2, 1, 0), 2, False)),
+    ],
+)
+def test_behind_a_thought_its_own_answer_is_what_none_must_lead(
+    said: int, lead: float, none_margin: float, expected: tuple[object, ...]
+) -> None:
+    thought = replace(outcome(said, keep={0: -2.0, 1: -1.0, 2: -9.0}), answer_logprobs=(-9.0, -8.0, -3.0, -3.0 + lead))
+    misleading = SlotRead((0.0, -9.0, -9.0, -9.0))
+    order = rank(candidates(3), misleading, thought, none_margin=none_margin)
+    assert (order.indices, order.answer, order.none_chosen) == expected
+
+
+def test_without_probabilities_behind_the_answer_the_model_is_believed() -> None:
+    assert rank(candidates(3), None, outcome(NONE_INDEX), none_margin=9.0).none_chosen
+
+
 def test_logits_is_the_direct_read_and_ignores_the_thought() -> None:
     direct = SlotRead((-3.0, -1.0, -2.0, -9.0))
     assert rank(candidates(3), direct, outcome(0), "logits").indices == (1, 2, 0)

@@ -17,8 +17,9 @@ from retrv_r1_retriever.engines.scripted import FuzzEngine, ScriptedEngine, Scri
 from retrv_r1_retriever.errors import EngineError, ImageError, InputError, RerankTimeout, StaleMemoryError
 from retrv_r1_retriever.options import BALANCED, FAST, RerankOptions
 from retrv_r1_retriever.parser import Check, Thought, Verdict
-from retrv_r1_retriever.prompt import NONE_INDEX, Prompt
+from retrv_r1_retriever.prompt import NONE, NONE_INDEX, Prompt
 from retrv_r1_retriever.reranker import RetrvR1Reranker
+from retrv_r1_retriever.session import Generation
 from retrv_r1_retriever.trace import ReasoningTrace, Text
 from retrv_r1_retriever.types import Candidate, Content, Document, Query, RankedResults, Status, StopReason
 from tests.helpers import DIGEST, FakeCompressor, candidates, documents, png, with_memory
@@ -70,6 +71,23 @@ async def test_none_is_an_answer() -> None:
     assert results.selected is None
     assert results.status is Status.RERANKED
     assert ids(results) == ["doc-3", "doc-1", "doc-2", "doc-0"]
+
+
+async def test_an_answer_overruled_by_the_calibrated_lead_of_none_is_said_aloud() -> None:
+    def script(prompt: Prompt) -> list[Generation]:
+        return [
+            Generation("x</think>", 2, stop="</think>"),
+            Generation(NONE, 1, None, slot_logprobs=(-9.0, -1.5, -9.0, -9.0, -0.5)),
+        ]
+
+    engine = ScriptedEngine(script, slots=SLOTS, none_margin=2.0)
+    results = await RetrvR1Reranker(engine, options=BALANCED.with_options(think="always")).arerank("q", documents(4))
+    assert not results.none_chosen
+    assert results.selected is not None
+    assert results.selected.candidate.document.id == "doc-1"
+    assert results.trace is not None
+    assert "the thought answered none; by the calibrated lead of none the answer is a candidate" in results.trace.notes
+    assert results.trace.answer == 1
 
 
 async def test_no_candidates_is_a_fallback_that_says_so() -> None:

@@ -57,3 +57,11 @@ def test_hosted_vlm():
     assert "1. red-shoe" in out
     assert "opened" in out
     assert "requests: 2" in out
+
+
+def test_langgraph_agent():
+    lines = dict(line.split(": ", 1) for line in run("langgraph_agent.py").splitlines())
+    assert lines["answer"] == f"That is {lines['asked for card-7']} [card-7]."
+    assert lines["answer to a second question"].endswith("[card-3].")
+    assert lines["status"].endswith("| candidates read: 20")
+    assert lines["pictures shown to the model"] == "10"

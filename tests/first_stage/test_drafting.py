@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import tomllib
 import uuid
 from collections.abc import Mapping, Sequence
@@ -12,9 +13,12 @@ from qdrant_client import QdrantClient, models
 
 from retrv_r1_retriever.drafting import Draft, draft
 from retrv_r1_retriever.errors import SchemaError
+from retrv_r1_retriever.images import content_hash
 from retrv_r1_retriever.qdrant import QdrantStore
 from retrv_r1_retriever.schema import PayloadSchema
 from retrv_r1_retriever.types import Content
+
+from .conftest import png
 
 SIZES = {"": 8}
 
@@ -136,3 +140,19 @@ async def test_written_by_llama_index() -> None:
         nodes[1].node_id: Content("a hat", "hats/1.png"),
         nodes[2].node_id: Content("a bag"),
     }
+
+
+async def test_written_by_llama_index_with_the_pictures_in_it() -> None:
+    llama = pytest.importorskip("llama_index.vector_stores.qdrant")
+    from llama_index.core.schema import ImageNode
+
+    client, encoded = QdrantClient(":memory:"), base64.b64encode(png("red")).decode()
+    nodes = [ImageNode(text="a hat", image=encoded, embedding=[0.5] * 8)]
+    llama.QdrantVectorStore("li", client=client).add(nodes)
+    params = client.get_collection("li").config.params.vectors
+    made, contents = await read(
+        client, "li", {name: p.size for name, p in params.items()} if isinstance(params, dict) else SIZES
+    )
+    assert made.image == "data:;base64,{_node_content.image}"
+    [content] = contents.values()
+    assert content_hash(content) == content_hash(Content("a hat", png("red")))

@@ -137,8 +137,19 @@ def test_the_way_back_refuses_what_would_be_lost() -> None:
     schema = PayloadSchema(text="page", id="id")
     with pytest.raises(InputError, match="metadata of document '1': expected no field 'page', got one"):
         schema.to_payload(Document("1", Content("t"), {"page": 3}))
-    with pytest.raises(SchemaError, match="can only be read"):
-        PayloadSchema(text="{a} {b}").to_payload(Document("1", Content("t")))
+    for template in (PayloadSchema(text="{a} {b}"), PayloadSchema(text="a", image="data:;base64,{b}")):
+        with pytest.raises(SchemaError, match="can only be read"):
+            template.to_payload(Document("1", Content("t")))
+
+
+def test_a_picture_may_be_a_template_over_fields_that_are_all_there() -> None:
+    schema = PayloadSchema(text="title", image="{cdn}/{pic.key}.png")
+    assert schema.fields == ("title", "cdn", "pic.key")
+    payload = {"title": "a", "cdn": "https://a.example", "pic": {"key": 7}}
+    assert schema.to_document(1, payload).content == Content("a", "https://a.example/7.png")
+    assert schema.to_document(1, {**payload, "pic": None}).content == Content("a")
+    with pytest.raises(OptionsError, match="PayloadSchema template: expected fields in single braces"):
+        PayloadSchema(image="data:;base64,{thumb")
 
 
 def test_lookup_prefers_a_key_that_holds_the_dots() -> None:

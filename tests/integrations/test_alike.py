@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -43,6 +45,14 @@ def test_the_same_marks_on_the_same_documents(status: str) -> None:
     again: list[Any] = LlamaIndex(FixedNodes(nodes), reranker=reranker(**engine)).retrieve("q")
     assert [n.metadata for n in again] == [d.metadata for d in LangChain(
         base=Fixed(found=documents), reranker=reranker(**engine)).invoke("q")]  # fmt: skip
+
+
+def test_no_option_of_the_core_is_spelled_again() -> None:
+    """But for the number of results, which both frameworks have a name for: `k`, and `top_n` of LangChain's compressors."""
+    taken = {*LangChain.model_fields, *Compressor.model_fields}
+    for call in (LangChain._get_relevant_documents, LlamaIndex, LlamaIndex.retrieve, RetrvR1Rerank):
+        taken |= set(inspect.signature(call).parameters)
+    assert taken & {field.name for field in fields(RerankOptions)} == {"top_n"}
 
 
 def test_more_results_than_candidates_are_refused() -> None:

@@ -63,6 +63,18 @@ def test_masked_rows_do_not_matter():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize(("width", "rows", "count"), [(48, 16, 20), (128, 64, 127)])
+def test_folded_attention_is_the_plain_one(width, rows, count):
+    torch.manual_seed(0)
+    attention = Icm(IcmConfig(width, 4, rows), 64).att1
+    for layer in (attention.q, attention.k, attention.v, attention.out):
+        torch.nn.init.normal_(layer.bias)
+    shared, keys = torch.randn(width), torch.randn(count, rows, width)
+    mask = torch.arange(rows) < torch.randint(1, rows + 1, (count, 1))
+    plain = attention(shared.expand(count, 1, -1), keys, mask, torch.arange(count))[:, 0]
+    torch.testing.assert_close(attention.pooled(shared, keys, mask), plain, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(("n", "rows"), [(3, 8), (8, 8), (9, 8), (64, 8), (13, 4)])
 def test_pool_is_means_of_equal_chunks(n, rows):
     x = torch.randn(n, 5)

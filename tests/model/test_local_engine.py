@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import subprocess
+import sys
 import threading
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -198,6 +202,51 @@ async def test_closing_a_handle_in_use_ends_the_call(engine):
     await engine.close(handle)
     with pytest.raises(EngineError, match="closed while it was in use"):
         await asyncio.wait_for(task, 10)
+
+
+async def test_closing_the_engine_ends_its_calls_and_frees_it(checkpoint):
+    engine = LocalEngine(checkpoint)
+    handle = await engine.open(make_prompt(engine, QUERIES[0], 3))
+    await engine.append(handle, [Forced("<think>")])
+    task = asyncio.create_task(engine.generate(handle, GenerateParams((), 3000)))
+    await asyncio.sleep(0.05)
+    await engine.aclose()
+    for call in (task, engine.probe(handle, "<answer>")):
+        with pytest.raises(EngineError, match="local engine: expected an open one, got a closed one"):
+            await asyncio.wait_for(call, 10)
+    await engine.aclose()
+    known = weakref.ref(engine._batcher)
+    del engine, handle, task, call
+    gc.collect()
+    assert known() is None
+
+
+AT_EXIT = """
+import threading, time, torch
+from retrv_r1_retriever import Content, Document, RerankOptions, RetrvR1Reranker
+from retrv_r1_retriever.config import Config, open_engine
+
+engine, started = open_engine(Config()), threading.Event()
+read, large = engine._batcher._read, torch.ones(500, 500)
+
+def slow(work):
+    started.set()
+    end = time.monotonic() + 2
+    while time.monotonic() < end:
+        large @ large
+    return read(work)
+
+engine._batcher._read = slow
+reranker = RetrvR1Reranker(engine, options=RerankOptions(timeout_s=None))
+threading.Thread(target=reranker.rerank, args=("a card", [Document("a", Content("red"))]), daemon=True).start()
+started.wait()
+"""
+
+
+def test_a_process_ends_in_the_middle_of_a_pass():
+    """A daemon thread inside torch that finds the interpreter gone would abort the process, with exit code -6."""
+    done = subprocess.run([sys.executable, "-c", AT_EXIT], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 async def test_cancelled_calls_leave_no_rows_behind(engine):

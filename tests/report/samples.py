@@ -118,3 +118,46 @@ def fallback() -> ReportEntry:
     results = tuple(RankedResult(c, c.rank, None) for c in candidates)
     ranked = RankedResults(query, results, Status.FALLBACK, reason="the engine did not answer within 2.0 s")
     return ReportEntry(ranked, "image + text → image", note="Shown as the first stage returned it.")
+
+
+def many(count: int) -> list[ReportEntry]:
+    """Lists of 50 with pictures, of all states: the page that a day of traces makes."""
+    pictures = [card(number) for number in range(len(CODES))]
+    return [_one_of_many(number, pictures) for number in range(count)]
+
+
+def _one_of_many(number: int, pictures: list[Image.Image]) -> ReportEntry:
+    words = f"{COLOURS[number % 12]} shoe for trail running, number {number}"
+    candidates = [
+        Candidate(
+            Document(f"sku-{number}-{n}", Content(f"shoe {n} in {COLOURS[n % 12]}", pictures[n % 12])), 0.9, n + 1
+        )
+        for n in range(50)
+    ]
+    query = Query.of(words, None, "Find the product.", f"q{number}")
+    if number % 10 == 9:
+        unranked = tuple(RankedResult(c, c.rank, None) for c in candidates)
+        return ReportEntry(RankedResults(query, unranked, Status.FALLBACK, reason="the engine did not answer"))
+    verdicts = tuple(Verdict(n, "keep" if n % 5 == 0 else COLOURS[n % 12]) for n in range(20))
+    thought = Thought(words, verdicts, (Check(3, "it is a match", True),), 3)
+    order = [3, *(n for n in range(50) if n != 3)] if number % 2 else list(range(50))
+    results = tuple(
+        RankedResult(
+            candidates[n], rank, 1 - (rank - 1) / 50, n == 3, Signals(-0.1 * rank, -0.2 * n, None, n == 3, None)
+        )
+        for rank, n in enumerate(order, 1)
+    )
+    trace = ReasoningTrace(
+        segments=(*build_prompt(query, candidates).segments, *render_turn(thought)),
+        candidates=tuple(c.document.id for c in candidates),
+        answer=3,
+        inspected=(3,),
+        stop_reason=StopReason.FORCED_BY_BUDGET if number % 7 == 0 else StopReason.ANSWERED,
+        usage=Usage(200, 4000, 90, 80),
+        timings={"direct_read": 0.02, "think": 0.3, "total": 0.33},
+        versions=VERSIONS,
+        cached=number == 1,
+    )
+    status = Status.PARTIAL if number % 4 == 0 else Status.RERANKED
+    reason = "1 of 50 candidates were not judged" if status is Status.PARTIAL else None
+    return ReportEntry(RankedResults(query, results, status, reason=reason, trace=trace))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import random
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -67,6 +70,20 @@ def test_foreign_text_never_becomes_markup() -> None:
     assert "script" not in {tag for tag, _ in page.tags}
     assert not [a for _, attrs in page.tags for a in attrs if a.startswith("on")]
     assert page.text.count("<script>alert(1)</script>") > 15
+
+
+def test_foreign_text_stays_text_on_a_page_of_many() -> None:
+    """There the page has one script, which its policy names by its hash: no other one could run."""
+    source = render_report([attacked()] * 20, title=ATTACK)
+    scripts = re.findall(r"<script[^>]*>(.*?)</script>", source, re.S)
+    code = (resources.files("retrv_r1_retriever.report") / "report.js").read_text(encoding="utf-8")
+    assert scripts == ["[]", code]
+    digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in source
+    assert "script-src 'none'" in render_report([attacked()])
+    page = Elements(source.replace(code, ""))
+    assert not [a for _, attrs in page.tags for a in attrs if a.startswith("on")]
+    assert page.text.count("<script>alert(1)</script>") > 20 * 10
 
 
 def test_page_needs_nothing_from_outside() -> None:

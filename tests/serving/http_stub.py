@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 
@@ -37,10 +38,11 @@ class Request:
 
 @dataclass
 class HttpStub:
-    """url: without a path; requests: in the order they came; kill(): closes the port and every open connection"""
+    """url: without a path; requests: in the order they came; connections: open ones; kill(): closes these and the port"""
 
     url: str
     requests: list[Request]
+    connections: set[socket.socket]
     kill: Callable[[], None]
 
 
@@ -111,6 +113,14 @@ def http_stub(answer: Callable[[Request], Reply] | Sequence[Reply]) -> Iterator[
 
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     try:
-        yield HttpStub(f"http://127.0.0.1:{server.server_port}", requests, kill)
+        yield HttpStub(f"http://127.0.0.1:{server.server_port}", requests, connections, kill)
     finally:
         kill()
+
+
+@contextmanager
+def pictures_stub(folder: Path) -> Iterator[str]:
+    """The URL under which the PNG files of a folder are."""
+    headers = {"Content-Type": "image/png"}
+    with http_stub(lambda request: Reply((folder / request.path[1:]).read_bytes(), headers=headers)) as stub:
+        yield stub.url

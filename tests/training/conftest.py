@@ -1,4 +1,4 @@
-"""A tiny checkpoint with an embedder inside and a small catalogue, on disk, as `retrv-r1-train sft` finds them."""
+"""A tiny checkpoint with an embedder inside and a small M-BEIR folder, on disk, as `retrv-r1-train sft` finds them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 import torch
 import yaml
 
-from retrv_r1_retriever.demo import catalogue
 from retrv_r1_retriever.model.checkpoint import save_checkpoint
 from tests.tiny import checkpoint
+from tests.training.parts import data_block, small_catalogue
 
 __all__ = ["checkpoint", "material"]
 
@@ -21,16 +21,10 @@ def material(checkpoint, tmp_path_factory):
     root = tmp_path_factory.mktemp("sft")
     manifest = replace(checkpoint.manifest, embedder_dim=4, icm=asdict(checkpoint.model.config.icm_config))
     save_checkpoint(root / "start", checkpoint.model, checkpoint.processor, manifest, checkpoint.model, torch.float16)
-    few = catalogue.combos("val")[:12]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            catalogue, "SPLITS", {n: catalogue.Split(n, "val", s.seed, 3) for n, s in catalogue.SPLITS.items()}
-        )
-        patch.setattr(catalogue, "combos", lambda part: few)
-        catalogue.write_catalogue(root / "catalogue", ("train0", "val"))
+    small_catalogue(root / "catalogue")
     recipe = {
-        "checkpoint": str(root / "start"), "data": {"folder": str(root / "catalogue"), "train": ["train0"], "examples": 0},
-        "lists": {"top_k": 3}, "lora": {"rank": 4, "alpha": 8},
+        "checkpoint": str(root / "start"), "data": data_block(root / "catalogue", 3),
+        "lora": {"rank": 4, "alpha": 8},
         "optim": {"steps": 2, "batch_size": 4, "per_device": 4, "lr": 0.003},
         "run": {"dtype": "float32", "every": 1, "save": 100, "checkpointing": False, "report_to": []},
     }  # fmt: skip

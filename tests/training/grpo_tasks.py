@@ -34,5 +34,5 @@ def make_tasks(checkpoint: Checkpoint, count: int = 4, top_k: int = 6) -> list[T
             for i, (c, m) in enumerate(zip(contents, memories, strict=True))
         ]
         query = Query.of(shown[1].text, None, TASKS["t2i"], f"q{number}")
-        tasks.append(Task(f"q{number}", "fine", build_prompt(query, candidates), 1))
+        tasks.append(Task(f"q{number}", "fine", build_prompt(query, candidates), (1,)))
     return tasks

@@ -11,10 +11,10 @@ from PIL import Image
 from retrv_r1_training import cli
 from retrv_r1_training.first_stage import write_run
 from retrv_r1_training.klists import KListConfig, KLists
-from retrv_r1_training.mbeir import Dataset, RunFile
 
 from retrv_r1_retriever import _sync
 from retrv_r1_retriever.embedders import Embedder
+from retrv_r1_retriever.evaluation.mbeir import Dataset, RunFile
 from retrv_r1_retriever.images import LocalImages
 from retrv_r1_retriever.indexing import Indexer
 from retrv_r1_retriever.points import CollectionSpec

@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 from retrv_r1_training import cli
 from retrv_r1_training.convert import Table, Target, convert_candidates, convert_queries
-from retrv_r1_training.mbeir import Dataset
 from retrv_r1_training.pictures import Pictures
 
 from retrv_r1_retriever.errors import InputError, OptionsError
+from retrv_r1_retriever.evaluation.mbeir import Dataset
 
 pytest.importorskip("pyarrow")
 fsspec = pytest.importorskip("fsspec")

@@ -4,48 +4,45 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 pytest.importorskip("trl")
 
 from retrv_r1_training import cli
-from retrv_r1_training.calibrate import Measured, calibrate
-from retrv_r1_training.grpo_commands import load_grpo_recipe
+from retrv_r1_training.calibrate import Measured, NoneThreshold, calibrate
+from retrv_r1_training.grpo_commands import GrpoRecipe
+from retrv_r1_training.overrides import load
 
 from retrv_r1_retriever.config import Config, checkpoint_path
-from retrv_r1_retriever.demo import catalogue
 from retrv_r1_retriever.errors import InputError
 from retrv_r1_retriever.model.checkpoint import load_checkpoint, read_manifest
+from tests.training.parts import data_block, small_catalogue, with_lists
 
 SHIPPED = cli.RECIPES / "miniature-grpo.yaml"
-FEW = catalogue.combos("val")[:24]
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    """The shipped recipe over twelve queries a split."""
-    patch = pytest.MonkeyPatch()
-    small = {n: catalogue.Split(n, "val", s.seed, 2) for n, s in catalogue.SPLITS.items()}
-    patch.setattr(catalogue, "SPLITS", small)
-    patch.setattr(catalogue, "combos", lambda part: FEW)
+    """The shipped recipe, smaller, over lists of six, the positive missing from every fifth."""
     folder = tmp_path_factory.mktemp("grpo")
-    root = catalogue.write_catalogue(folder / "data", ("train0", "val"))
-    patch.undo()
-    text = (
-        SHIPPED.read_text()
-        .replace("runs/miniature/catalogue", str(root))
-        .replace("max_new_tokens: 160", "max_new_tokens: 90")
-    )
+    values = yaml.safe_load(SHIPPED.read_text())
+    root = small_catalogue(folder / "data", queries=4)
+    values["data"] = data_block(root, 6, with_lists) | {"validation_queries": 12}
+    values["grpo"] |= {"max_new_tokens": 90, "batch_size": 2, "micro_batch": 8}
     file = folder / "recipe.yaml"
-    file.write_text(text.replace("batch_size: 8", "batch_size: 2").replace("micro_batch: 16", "micro_batch: 8"))
+    file.write_text(yaml.safe_dump(values))
     return file
 
 
 def test_grpo_leaves_a_checkpoint_with_the_same_memory(recipe, capsys):
     run = recipe.parent / "run"
-    assert cli.main(["grpo", str(recipe), "--run", str(run), "--steps", "2", "--threads", "1"]) == 0
+    argv = ["grpo", str(recipe), "--run", str(run), "--threads", "1", "--set"]
+    assert cli.main([*argv, "grpo.steps=2"]) == 0
     before, after = read_manifest(_miniature()), load_checkpoint(run / "checkpoint", device="cpu").manifest
     assert after.memory_digest == before.memory_digest
     assert after.checkpoint_digest != before.checkpoint_digest
@@ -54,7 +51,8 @@ def test_grpo_leaves_a_checkpoint_with_the_same_memory(recipe, capsys):
     assert [row["lambda"] for row in rows] == [0.0, 0.5]
     assert {"groups_equal", "inspections", "correct", "format"} <= set(rows[0])
     assert {"val_R@1_all", "val_R@1_coarse", "val_opened_fine"} <= set(rows[-1])
-    assert cli.main(["grpo", str(recipe), "--run", str(run), "--steps", "3", "--threads", "1"]) == 1
+    assert load(GrpoRecipe, run / "recipe.yaml").grpo.steps == 2, "the resolved recipe is kept"
+    assert cli.main([*argv, "grpo.steps=3"]) == 1
     assert "the recipe this folder was started with" in capsys.readouterr().err
 
 
@@ -68,26 +66,27 @@ def test_passrate_names_the_solvable_hard_queries(recipe, capsys):
         assert row["pass_rate"] == row["solved"] / 3
         assert row["hard"] == (0 < row["solved"] < 3)
     out.write_text("".join(json.dumps(r | {"hard": False}) + "\n" for r in rows))
-    file = recipe.parent / "hard.yaml"
-    file.write_text(recipe.read_text().replace("top_k: 20", f"top_k: 20, hard: {out}"))
-    assert cli.main(["grpo", str(file), "--run", str(recipe.parent / "no"), "--threads", "1"]) == 1
-    assert "none of 0 hard ids among 12 lists" in capsys.readouterr().err
+    argv = ["grpo", str(recipe), "--run", str(recipe.parent / "no"), "--threads", "1", "--set", f"hard={out}"]
+    assert cli.main(argv) == 1
+    assert "none of 0 hard ids among 16 lists" in capsys.readouterr().err
 
 
-def test_calibrate_writes_the_margin_and_no_digest_changes(recipe):
+def test_calibrate_writes_both_thresholds_and_no_digest_changes(recipe):
     folder = recipe.parent / "calibrated"
     shutil.copytree(_miniature(), folder)
     before = read_manifest(folder)
-    assert cli.main(["calibrate", str(recipe), "--checkpoint", str(folder), "--threads", "1"]) == 0
-    after = read_manifest(folder)
-    assert after.think_margin is not None
+    out = recipe.parent / "calibration.json"
+    assert cli.main(["calibrate", str(recipe), "--checkpoint", str(folder), "--threads", "1", "--out", str(out)]) == 0
+    after, found = read_manifest(folder), json.loads(out.read_text())
+    assert after.think_margin == found["margin"]
+    assert after.none_margin == found["none"]["margin"]
+    assert found["none"]["unanswerable"] > 0
+    assert set(found["skipped"]) == {"all", "coarse", "fine"}
     assert after.checkpoint_digest == before.checkpoint_digest
     assert load_checkpoint(folder, device="cpu").manifest.think_margin == after.think_margin
 
 
 def _miniature():
-    from pathlib import Path
-
     return Path(checkpoint_path(Config()))
 
 
@@ -115,10 +114,24 @@ def test_a_direct_read_as_good_as_the_thought_decides_alone():
     assert calibrate([measured(m, direct=True) for m in range(10)], 0.0).margin == 0.0
 
 
+def test_none_is_called_as_often_as_the_answerable_lists_allow():
+    """Skipped thoughts count by their direct read, the others by their own."""
+    rows = [Measured("x", 9.0, True, True, n >= 4, direct_none=float(-n), thought_none=99.0) for n in range(10)]
+    assert calibrate(rows, 0.0, max_false_none=0.0).none == NoneThreshold(-3.0, 0.0, 1.0, 0.0, 0.0, 4)
+    mixed = [replace(row, direct_none=row.direct_none + 6 * (n == 9)) for n, row in enumerate(rows)]
+    strict, loose = (calibrate(mixed, 0.0, max_false_none=share).none for share in (0.0, 0.2))
+    assert (strict.margin, strict.false, strict.found) == (-2.0, 0.0, 0.75)
+    assert (loose.margin, loose.false, loose.found) == (-3.0, pytest.approx(1 / 6), 1.0)
+    assert calibrate([replace(row, answerable=True) for row in rows], 0.0).none is None
+
+
 def test_nothing_to_calibrate_on_is_an_error():
     with pytest.raises(InputError, match="expected validation queries"):
         calibrate([], 0.0)
 
 
-def test_shipped_recipe_loads():
-    assert load_grpo_recipe(SHIPPED).grpo.group_size == 8
+@pytest.mark.parametrize("name", ["miniature-grpo", "grpo-7b"])
+def test_shipped_recipe_loads(name):
+    recipe = load(GrpoRecipe, cli.RECIPES / f"{name}.yaml")
+    assert recipe.grpo.group_size == 8
+    assert recipe.data.top_k == 20

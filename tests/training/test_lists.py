@@ -6,9 +6,11 @@ import random
 
 import numpy as np
 import pytest
+from retrv_r1_training.align import agreement
 from retrv_r1_training.data import Item, Pool
 from retrv_r1_training.direct import list_size
 from retrv_r1_training.lists import Contrast, Lists, contrast, prompt_of, spread_labels
+from retrv_r1_training.teacher import Caption
 
 from retrv_r1_retriever.demo.catalogue import ATTRIBUTES, LabelledQuery
 from retrv_r1_retriever.prompt import build_prompt, label
@@ -76,3 +78,9 @@ def test_lists_grow_from_one_candidate_to_k():
     rng = random.Random(0)
     sizes = {share: {list_size(share, 20, rng) for _ in range(500)} for share in (0.0, 0.3, 0.5, 0.9)}
     assert sizes == {0.0: {1}, 0.3: {1, 2}, 0.5: set(range(2, 9)), 0.9: set(range(5, 21))}
+
+
+def test_agreement_is_word_by_word_with_the_first_and_unknown_where_a_word_is_missing():
+    candidates = [Caption(("one", "red", "ring"), ("a1",)), Caption(("one", "blue"), ("a1",)), Caption(("two",), ())]
+    same = agreement(candidates, 4)
+    assert same.nan_to_num(9).tolist() == [[1, 1, 1, 9], [1, 0, 9, 9], [0, 9, 9, 9]]

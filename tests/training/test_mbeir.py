@@ -19,10 +19,10 @@ from retrv_r1_training.klists import (
     hard_negatives,
     training_list,
 )
-from retrv_r1_training.mbeir import Dataset, Instructions, JudgedQuery, Limits, Queries, RunFile
 
 from retrv_r1_retriever.demo import catalogue
 from retrv_r1_retriever.errors import InputError, OptionsError
+from retrv_r1_retriever.evaluation.mbeir import Dataset, Instructions, JudgedQuery, Limits, Queries, RunFile
 from retrv_r1_retriever.evaluation.runs import read_run, write_run
 from retrv_r1_retriever.types import Query
 

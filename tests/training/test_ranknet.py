@@ -14,8 +14,9 @@ from retrv_r1_retriever.prompt import KEEP
 
 def test_ranks_are_answer_kept_eliminated():
     verdicts = [Verdict(0, "red"), Verdict(2, KEEP), Verdict(3, KEEP), Verdict(5, "blue")]
-    assert teacher_ranks(7, verdicts, 3) == (3, 0, 2, 1, 0, 3, 0), "slots 1, 4 are not shown; 6 is none"
-    assert teacher_ranks(7, verdicts, 6) == (4, 0, 2, 2, 0, 4, 1), "none is the answer"
+    assert teacher_ranks(7, verdicts, [3]) == (3, 0, 2, 1, 0, 3, 0), "slots 1, 4 are not shown; 6 is none"
+    assert teacher_ranks(7, verdicts, [6]) == (4, 0, 2, 2, 0, 4, 1), "none is the answer"
+    assert teacher_ranks(7, verdicts, [3, 0]) == (1, 0, 3, 1, 0, 4, 0), "two right answers, one of them eliminated"
 
 
 def test_loss_is_the_mean_over_pairs_of_different_rank():

@@ -28,6 +28,7 @@ def outcome(**changes) -> Outcome:
         ({"inspected": (0, 3), "thought": Thought("red", (Verdict(0, "keep"),), (Check(0, "", True), Check(3, "", False)), 0)}, 1.0,
          0.2 + 1 - 2 / 20),
         ({"answer": 1}, 1.0, 0.2),
+        ({"answer": 7}, 0.0, 1.2),
         ({"refused": 1}, 0.0, 1.0),
         ({"stop_reason": StopReason.FORCED_BY_BUDGET}, 0.0, 1.0),
         ({"thought": Thought("red", (), (Check(0, "", True),), 0)}, 0.0, 1.0),
@@ -36,7 +37,7 @@ def outcome(**changes) -> Outcome:
     ],
 )  # fmt: skip
 def test_reward(changes, penalty, expected):
-    assert reward(outcome(**changes), 0, 20, penalty, 0.2).total == pytest.approx(expected)
+    assert reward(outcome(**changes), (0, 7), 20, penalty, 0.2).total == pytest.approx(expected)
 
 
 def test_an_unreadable_candidate_costs_no_format():

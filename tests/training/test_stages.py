@@ -150,6 +150,20 @@ def test_memory_of_lists_is_what_the_engine_compresses(run):
     assert abs(memory.rows.astype(float) - got.astype(float)).max() < 0.1, "bfloat16 weights, same memory"
 
 
+def test_a_stage_stops_as_soon_as_validation_is_content(tmp_path):
+    weight = torch.nn.Parameter(torch.ones(()))
+    steps, scores = [], iter([0.2, 0.6, 0.9])
+
+    def loss(step):
+        steps.append(step)
+        return weight**2, {}
+
+    train("short", Schedule(50, 0.1, 1), [weight], loss, tmp_path / "log.jsonl",
+          evaluate=lambda: {"recall": next(scores)}, every=1, until=lambda found: found["recall"] >= 0.5)  # fmt: skip
+    assert steps == [0, 1, 2, 3]  # looked at after steps 2 and 4
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 4
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     weight = torch.nn.Parameter(torch.ones(1))
     with pytest.raises(FloatingPointError, match="loss is nan at step 0"):

@@ -13,7 +13,7 @@ import pytest
 from retrv_r1_retriever.model.checkpoint import load_checkpoint, read_manifest
 
 ROOT = Path(__file__).parents[2]
-STEPS = ["optim.steps=3", "optim.batch_size=8", "data.examples=4", "run.evaluate=3"]
+STEPS = ["optim.steps=3", "optim.batch_size=8", "data.validation_queries=4", "run.evaluate=3"]
 
 
 def launch(material, run, processes, *sets):

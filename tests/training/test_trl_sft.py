@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import shutil
 
 import pytest
 import torch
 from retrv_r1_training import trl_sft
 from retrv_r1_training.cli import main
-from retrv_r1_training.examples import DrawnExamples, catalogue_examples
+from retrv_r1_training.examples import TraceExamples, trace_examples
 from retrv_r1_training.loss import TokenWeights
+from retrv_r1_training.mbeir_tasks import Folder
 from retrv_r1_training.overrides import load
 from retrv_r1_training.sft import SftLoss, Totals, losses
-from retrv_r1_training.sft_recipe import Optimisation, SftRecipe, accumulation
-from retrv_r1_training.teacher import TeacherStyle
+from retrv_r1_training.sft_recipe import ExampleSettings, Optimisation, SftRecipe, accumulation
 
 from retrv_r1_retriever.errors import InputError, OptionsError
 from retrv_r1_retriever.model.checkpoint import load_checkpoint, read_manifest
@@ -38,16 +37,17 @@ def logged(run, key="loss"):
 
 @pytest.fixture(scope="module")
 def source(material):
-    recipe = load(SftRecipe, material / "recipe.yaml", ["data.examples=4"])
+    recipe = load(SftRecipe, material / "recipe.yaml", ["data.validation_queries=4"])
     start = load_checkpoint(recipe.checkpoint, device="cpu")
-    return start, *catalogue_examples(recipe, start)
+    folder = Folder(recipe.data, material / "start", recipe.seed)
+    return start, *trace_examples(recipe, start, folder)[:2]
 
 
 @pytest.fixture(scope="module")
 def done(material, tmp_path_factory):
     """A finished run of four steps with a state after every second."""
     run = tmp_path_factory.mktemp("done") / "run"
-    sets = ["optim.steps=4", "run.save=2", "data.examples=4", "run.evaluate=2", "run.report_to=[tensorboard]"]
+    sets = ["optim.steps=4", "run.save=2", "data.validation_queries=4", "run.evaluate=2", "run.report_to=[tensorboard]"]
     assert sft(material, run, *sets) == 0
     return run
 
@@ -56,14 +56,8 @@ def done(material, tmp_path_factory):
 def opening(source):
     """An example whose thought opens candidates, so that it has injected tokens."""
     start, train, _ = source
-    style = TeacherStyle(extra=1.0, careful=1.0)
-    lists = train._lists
-    fine = [i for i, q in enumerate(lists[0].pool.queries) if q.stratum == "fine"]
-    from retrv_r1_training.lists import ListConfig
-    from retrv_r1_training.sft import make_example
-
-    example = make_example(start.processor, lists[0], fine[0], ListConfig(3, 0, 1, 0, 0), style, random.Random(0))
-    assert example.turn.pictures or (~example.turn.sampled).sum() > 10
+    example = next(e for e in (train[n] for n in range(len(train))) if e.turn.pictures)
+    assert (~example.turn.sampled).sum() > 10
     return start, example
 
 
@@ -107,7 +101,7 @@ def test_drawn_examples_depend_on_seed_and_number_alone(source):
 
 def test_direct_share_mutes_the_direct_read_of_some(source):
     start, train, _ = source
-    some = DrawnExamples(start.processor, train._lists, *_settings(), 40, 0, direct_share=0.5)
+    some = TraceExamples(train._parts, train._reader, 40, ExampleSettings(direct_share=0.5), 0)
     flags = [some[n].direct for n in range(40)]
     assert 8 < sum(flags) < 32
     examples = [train[0], train[1]]
@@ -120,12 +114,6 @@ def test_direct_share_mutes_the_direct_read_of_some(source):
     assert plain[0] == pytest.approx(plain[1], rel=1e-5)
     assert one == pytest.approx(second, rel=1e-3), "the mean is over those that take part"
     assert both != pytest.approx(one, rel=1e-3)
-
-
-def _settings():
-    from retrv_r1_training.lists import ListConfig
-
-    return ListConfig(3), TeacherStyle()
 
 
 def test_ranknet_joins_the_direct_read(source):
@@ -176,7 +164,7 @@ def test_resumed_run_is_the_uninterrupted_one(material, done, tmp_path):
     shutil.copytree(done, run)
     shutil.rmtree(run / "checkpoint-4")
     shutil.rmtree(run / "checkpoint")
-    sets = ["optim.steps=4", "run.save=2", "data.examples=4", "run.evaluate=2", "run.report_to=[tensorboard]"]
+    sets = ["optim.steps=4", "run.save=2", "data.validation_queries=4", "run.evaluate=2", "run.report_to=[tensorboard]"]
     assert sft(material, run, *sets) == 0
     for key in ("loss", "grad_norm", "eval_loss", "learning_rate"):
         assert logged(run, key) == logged(done, key), key
@@ -251,7 +239,9 @@ def test_pixels_under_zero3_are_refused(source):
 @pytest.mark.parametrize(
     ("sets", "message"),
     [
-        ("data.folder=nowhere", "expected M-BEIR files of the split 'train0', got no"),
+        ("data.root=nowhere", "data.root nowhere: expected a folder of M-BEIR files, got none"),
+        ("data.top_k=2", "3 candidates, data.top_k is 2"),
+        ("data.train=[{queries: q.jsonl, pool: p.jsonl}]", "traces of q.jsonl: expected a file, got none"),
         ("optim.per_device=3", "optim.batch_size: expected a multiple of per_device x processes = 3 x 1, got 4"),
         ("checkpoint=nowhere", "nowhere: expected a Retrv-R1 checkpoint"),
     ],

@@ -6,7 +6,7 @@ import base64
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -97,4 +97,4 @@ def refusal(status: int, message: str, **headers: str) -> Reply:
 def vllm_stub(vllm: Vllm) -> Iterator[HttpStub]:
     """url: the API's base URL, up to the version"""
     with http_stub(vllm) as stub:
-        yield HttpStub(f"{stub.url}/v1", stub.requests, stub.kill)
+        yield replace(stub, url=f"{stub.url}/v1")

@@ -57,6 +57,18 @@ def with_lora(
     return wrapped
 
 
+def language_model_only(
+    model: RetrvR1ForConditionalGeneration, tune: str, settings: LoraSettings, one_dtype: bool = False
+) -> PeftModel | RetrvR1ForConditionalGeneration:
+    """For `embedder`: LoRA, or the whole language model; no slot rows, which no embedded text has. one_dtype: see `with_lora`."""
+    if tune == "lora":
+        config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, lora_dropout=0.0, target_modules=TARGETS)
+        return get_peft_model(model, config, autocast_adapter_dtype=not one_dtype)
+    model.requires_grad_(False)
+    model.model.language_model.requires_grad_(True)
+    return model
+
+
 def train_fully(model: RetrvR1ForConditionalGeneration, processor: Processor) -> RetrvR1ForConditionalGeneration:
     """The whole language model; of the embedding table our rows only, by a hook that works under ZeRO too."""
     model.requires_grad_(False)
@@ -77,6 +89,8 @@ def train_fully(model: RetrvR1ForConditionalGeneration, processor: Processor) ->
 def _train_module(model: RetrvR1ForConditionalGeneration) -> None:
     model.model.icm.requires_grad_(True)
     model.model.icm.in_proj.requires_grad_(False)
+    # Adds one constant to all scores of a softmax, so it never gets a gradient, and DDP waits for one of every parameter.
+    model.model.icm.att1.k.bias.requires_grad_(False)
 
 
 def raise_precision(model: nn.Module) -> None:

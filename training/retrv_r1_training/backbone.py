@@ -37,8 +37,8 @@ class BackboneSize:
     max_positions: int = 4096
 
 
-def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE in which every word of `texts` becomes one token and any other text is spelled in bytes."""
+def build_tokenizer(texts: Iterable[str], vocab: int = 8192) -> PreTrainedTokenizerFast:
+    """Byte-level BPE in which every word of `texts` becomes one token, as long as there is room, and any other text is spelled."""
     tokenizer = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(r" ?[^\s]+|\s"), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -46,10 +46,10 @@ def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=8192, special_tokens=list(QWEN_TOKENS), show_progress=False,
+        vocab_size=vocab, special_tokens=list(QWEN_TOKENS), show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), min_frequency=2,
     )  # fmt: skip
-    tokenizer.train_from_iterator([text for text in texts for _ in range(2)], trainer)
+    tokenizer.train_from_iterator((text for text in texts for _ in range(2)), trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
         additional_special_tokens=list(QWEN_TOKENS[1:]), clean_up_tokenization_spaces=False,

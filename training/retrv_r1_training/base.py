@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from retrv_r1_retriever.model.modeling import RetrvR1ForConditionalGeneration
-from retrv_r1_retriever.model.processing import Chunk, Processor
+from retrv_r1_retriever.model.processing import Batch, Chunk, Processor
 from retrv_r1_retriever.parser import Check, Thought, Verdict, render
 from retrv_r1_retriever.prompt import CHECK_CUE, KEEP, LABELS, NONE_INDEX, SYSTEM, Prompt, query_segments
 from retrv_r1_retriever.trace import Full, Sampled, Segment, Text
@@ -27,6 +27,10 @@ from retrv_r1_training.teacher import Caption, agrees, check_text, wanted
 DESCRIBE = Text("\nDescribe:")
 HEAD = Text(f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n")
 ASSISTANT = Text("<|im_end|>\n<|im_start|>assistant\n")
+#: The words of prompt and thought that are in no caption.
+FRAME = frozenset(
+    (" same diff match differs keep but", f"system\n{SYSTEM}", "user\nCandidates:\n", "assistant\n", "\nQuery:")
+)
 
 
 def vocabulary(pools: Sequence[Pool]) -> list[str]:
@@ -34,19 +38,20 @@ def vocabulary(pools: Sequence[Pool]) -> list[str]:
     texts = {" " + item.caption for pool in pools for item in pool.items}
     texts |= {f" {q.query.content.text}" for pool in pools for q in pool.queries if q.query.content.text}
     texts |= {f"Query: {q.query.instruction}" for pool in pools for q in pool.queries}
-    texts |= {
-        " same diff match differs keep but",
-        f"system\n{SYSTEM}",
-        "user\nCandidates:\n",
-        "assistant\n",
-        "\nQuery:",
-    }
-    return [*sorted(texts), CHECK_CUE, DESCRIBE.text]
+    return [*sorted(texts | FRAME), CHECK_CUE, DESCRIBE.text]
 
 
 def caption_chunk(processor: Processor, content: Content, caption: str) -> Chunk:
     segments: list[Segment] = [Full(0, content), DESCRIBE, Sampled(f" {caption}<|im_end|>")]
     return processor.chunk(segments, Prompt(Query(content), (), ()))
+
+
+def caption_loss(
+    model: RetrvR1ForConditionalGeneration, processor: Processor, chunks: Sequence[Chunk]
+) -> tuple[Tensor, Tensor, Batch]:
+    """Mean cross-entropy of the captions' tokens; hidden states (B, L, H) and batch, to measure with."""
+    hidden, batch = hidden_states(model, processor, chunks)
+    return weighted_ce(model, hidden, batch.input_ids, batch.sampled.float()), hidden, batch
 
 
 def train_captions(
@@ -59,8 +64,7 @@ def train_captions(
     def loss_fn(step: int) -> tuple[Tensor, dict[str, float]]:
         chosen = rng.sample(range(len(pictures)), schedule.batch_size)
         chunks = [caption_chunk(processor, *pictures[i]) for i in chosen]
-        hidden, batch = hidden_states(model, processor, chunks)
-        return weighted_ce(model, hidden, batch.input_ids, batch.sampled.float()), {}
+        return caption_loss(model, processor, chunks)[0], {}
 
     @torch.no_grad()
     def evaluate() -> dict[str, float]:

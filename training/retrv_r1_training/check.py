@@ -11,9 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from retrv_r1_retriever.errors import InputError, explain
-from retrv_r1_retriever.images import FORMATS
-from retrv_r1_retriever.types import Content, Document
-from retrv_r1_training.mbeir import (
+from retrv_r1_retriever.evaluation.mbeir import (
     INSTRUCTIONS,
     Instructions,
     JudgedQuery,
@@ -25,7 +23,9 @@ from retrv_r1_training.mbeir import (
     iterate,
     modality_of,
 )
-from retrv_r1_training.offsets import LineIndex, Skipped
+from retrv_r1_retriever.evaluation.offsets import LineIndex, Skipped
+from retrv_r1_retriever.images import FORMATS
+from retrv_r1_retriever.types import Content, Document
 
 _SEED = 0
 _EXAMPLES = 3

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from retrv_r1_retriever.cli.terminal import one_line, terminal_width
+from retrv_r1_retriever.evaluation.mbeir import Limits
+from retrv_r1_retriever.evaluation.offsets import MAX_BAD_SHARE
 from retrv_r1_training.check import CheckConfig, FileReport, check
-from retrv_r1_training.mbeir import Limits
-from retrv_r1_training.offsets import MAX_BAD_SHARE
 
 
 def add_parser(commands: Any) -> None:

@@ -10,7 +10,17 @@ from pathlib import Path
 import torch
 
 from retrv_r1_retriever.errors import RetrvR1Error
-from retrv_r1_training import check_cli, convert_cli, first_stage, grpo_cli, sft_command, synthesize_cli
+from retrv_r1_training import (
+    check_cli,
+    convert_cli,
+    export,
+    first_stage,
+    grpo_cli,
+    plot_cli,
+    sft_command,
+    stage_command,
+    synthesize_cli,
+)
 from retrv_r1_training.miniature import Miniature, with_fewer_steps
 from retrv_r1_training.recipe import load_recipe
 
@@ -30,10 +40,13 @@ def main(argv: list[str] | None = None) -> int:
     first_stage.add_parser(commands)
     check_cli.add_parser(commands)
     synthesize_cli.add_parser(commands)
+    stage_command.add_parser(commands)
     sft_command.add_parser(commands)
     grpo_cli.add_parser(commands)
     grpo_cli.add_passrate_parser(commands)
     grpo_cli.add_calibrate_parser(commands)
+    plot_cli.add_parser(commands)
+    export.add_parser(commands)
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:

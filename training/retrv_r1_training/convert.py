@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from retrv_r1_retriever.errors import InputError, OptionsError, RetrvR1Error, explain
+from retrv_r1_retriever.evaluation.mbeir import INSTRUCTIONS, MODALITIES, TASKS, Limits, Pool, modality_of
+from retrv_r1_retriever.evaluation.offsets import MAX_BAD_SHARE, Skipped, scratch_table
 from retrv_r1_retriever.types import Content
-from retrv_r1_training.mbeir import INSTRUCTIONS, MODALITIES, TASKS, Limits, Pool, modality_of
-from retrv_r1_training.offsets import MAX_BAD_SHARE, Skipped, scratch_table
 from retrv_r1_training.pictures import Pictures
 from retrv_r1_training.sources import SourceRow, read_rows
 

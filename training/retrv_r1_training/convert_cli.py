@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from retrv_r1_retriever.errors import OptionsError, explain
+from retrv_r1_retriever.evaluation.offsets import MAX_BAD_SHARE
 from retrv_r1_training.convert import (
     Report,
     Table,
@@ -18,7 +19,6 @@ from retrv_r1_training.convert import (
     parse_instructions,
     write_instructions,
 )
-from retrv_r1_training.offsets import MAX_BAD_SHARE
 from retrv_r1_training.pictures import Pictures
 from retrv_r1_training.sources import FORMATS
 

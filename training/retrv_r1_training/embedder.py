@@ -20,9 +20,12 @@ from retrv_r1_training.loop import Schedule, train
 
 def train_embedder(
     model: RetrvR1ForConditionalGeneration, processor: Processor, pools: Sequence[Pool], held_out: Pool, dim: int,
-    schedule: Schedule, seed: int, log_file: Path,
+    schedule: Schedule, enough: float, seed: int, log_file: Path,
 ) -> None:  # fmt: skip
-    """InfoNCE over the batch, negatives of the target's modality only (as the pool is filtered when searching)."""
+    """InfoNCE over the batch, negatives of the target's modality only (as the pool is filtered when searching).
+
+    enough: mean R@20 of the strata on `held_out` at which it stops: a first stage must leave something to do, and not too much
+    """
     rng = random.Random(seed)
     log_scale = nn.Parameter(torch.tensor(2.3))
     for parameter in (*model.model.visual.parameters(), *model.model.icm.parameters()):
@@ -40,14 +43,32 @@ def train_embedder(
         image = torch.tensor([pool.items[t].modality == "image" for t in targets])
         same = (ids[:, None] == ids[None]) & ~torch.eye(len(ids), dtype=torch.bool)
         allowed = (image[:, None] == image[None]) & ~same
-        scores = (log_scale.exp() * q @ t.T).masked_fill(~allowed, -1e9)
-        return F.cross_entropy(scores, torch.arange(len(ids))), {"scale": log_scale.exp().item()}
+        loss, _ = info_nce(q, t, torch.arange(len(ids)), allowed, log_scale.exp())
+        return loss, {"scale": log_scale.exp().item()}
 
     def evaluate() -> dict[str, float]:
         ranks = first_stage_lists(model, processor, held_out, dim, 20)
         return recalls(held_out, ranks)
 
-    train("embedder", schedule, [*model.parameters(), log_scale], loss_fn, log_file, evaluate=evaluate, every=20)
+    def until(found: dict[str, float]) -> bool:
+        return (found["coarse_R@20"] + found["fine_R@20"]) / 2 >= enough
+
+    train(
+        "embedder", schedule, [*model.parameters(), log_scale], loss_fn, log_file,
+        evaluate=evaluate, every=10, until=until,
+    )  # fmt: skip
+
+
+def info_nce(
+    queries: Tensor, candidates: Tensor, right: Tensor, allowed: Tensor, scale: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """Mean -log p(right candidate) of each query, and whether it scored best (n,) bool.
+
+    queries (n, d), candidates (m, d), both of norm 1; right (n,): column of the positive; allowed (n, m) bool: what competes
+    scale: 1 / temperature
+    """
+    scores = (scale * queries @ candidates.T).masked_fill(~allowed, -1e9)
+    return F.cross_entropy(scores, right), scores.argmax(1) == right
 
 
 def first_stage_lists(

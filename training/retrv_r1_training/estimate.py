@@ -105,7 +105,8 @@ def estimate(recipe: SftRecipe) -> Estimate:
     trained = size.module + (
         recipe.lora.rank * size.lora_per_rank + slots if recipe.tune == "lora" else size.matrices + size.tables
     )
-    gb = _states(recipe, size, trained) | _activations(recipe, size) | {"context": CONTEXT_GB}
+    gb = _states(recipe, size, trained) | _activations(recipe, size)
+    gb |= {"frozen copy": _frozen_copy(recipe, size), "context": CONTEXT_GB}
     seconds = recipe.optim.steps * recipe.optim.batch_size * _flops(recipe, size)
     seconds /= recipe.hardware.tflops * 1e12 * recipe.hardware.use
     return Estimate(size, trained, gb, seconds / 3600)
@@ -126,7 +127,7 @@ def _states(recipe: SftRecipe, size: Size, trained: int) -> dict[str, float]:
 
 
 def _activations(recipe: SftRecipe, size: Size) -> dict[str, float]:
-    tokens = recipe.optim.per_device * (recipe.length + recipe.lists.top_k * RELATION_TOKENS)
+    tokens = recipe.optim.per_device * (recipe.length + recipe.data.top_k * RELATION_TOKENS)
     layer = tokens * (10 * size.hidden + 4 * size.intermediate) * 2  # a layer with nothing recomputed
     kept = size.layers * tokens * size.hidden * 2 + layer if recipe.run.checkpointing else size.layers * layer
     logits = recipe.optim.per_device * recipe.thought * size.vocab * 12  # fp32 logits, log-softmax, gradient
@@ -140,11 +141,21 @@ def _activations(recipe: SftRecipe, size: Size) -> dict[str, float]:
     return parts
 
 
+def _frozen_copy(recipe: SftRecipe, size: Size) -> float:
+    """Tower, embedding table and norms once more, not sharded: what reads candidates while the model trains."""
+    table = size.tables if size.tied else size.tables // 2
+    return (
+        (size.total - size.matrices - size.module - size.tables + table)
+        * (2 if recipe.run.dtype == "bfloat16" else 4)
+        / GB
+    )
+
+
 def _flops(recipe: SftRecipe, size: Size) -> float:
     """Of one example: 2 per weight and token forward, 2 for the gradient of the input, 2 for that of a trained weight."""
     passes = (4 if recipe.tune == "lora" else 6) + (2 if recipe.run.checkpointing else 0)
-    read = size.matrices * (recipe.length + recipe.lists.top_k * RELATION_TOKENS)
-    said = size.vocab * size.hidden * (recipe.thought + recipe.lists.top_k)
+    read = size.matrices * (recipe.length + recipe.data.top_k * RELATION_TOKENS)
+    said = size.vocab * size.hidden * (recipe.thought + recipe.data.top_k)
     attention = 2 * recipe.length**2 * size.hidden * size.layers
     return float(passes * (read + said + attention))
 
@@ -160,8 +171,8 @@ GB per rank:
   {"total":<12}{result.total_gb:8.1f}   {verdict} {hardware.gpu_gb:.0f} GB
 GPU-hours: {result.gpu_hours:.1f} ({result.gpu_hours / hardware.gpus:.1f} hours on {hardware.gpus})
 assumed, not measured:
-  {optim.steps} steps x {optim.batch_size} lists of {recipe.lists.top_k}; {recipe.length} tokens each, {recipe.thought} of them sampled
+  {optim.steps} steps x {optim.batch_size} lists of {recipe.data.top_k}; {recipe.length} tokens each, {recipe.thought} of them sampled
   {optim.per_device} list(s) at a time per GPU; activation checkpointing {"on" if recipe.run.checkpointing else "off"}
-  pictures went through the tower before training
+  pictures go through the tower once, while the cache holds them; that time is not counted
   {hardware.tflops:.0f} TFLOP/s per GPU by data sheet, {hardware.use:.0%} of it reached; {CONTEXT_GB:.0f} GB for CUDA and fragmentation
 """

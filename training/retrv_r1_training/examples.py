@@ -1,28 +1,35 @@
-"""Where the examples of `sft` come from: any sequence of `Example`. Today the catalogue with the teacher that needs no model.
+"""Where the examples of `sft` and `distill` come from: any sequence of `Example`; recorded thoughts over an M-BEIR folder.
 
 A source is indexed by number and says the same every time, so that a resumed run sees what an uninterrupted one sees, and processes
-share the work without talking. Under ZeRO-3 its pictures must be encoded ahead (`EncodedImage`).
+share the work without talking.
 """
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
-import torch
+import numpy as np
 
-from retrv_r1_retriever.errors import InputError, explain
-from retrv_r1_retriever.model.checkpoint import Checkpoint, load_embedder_checkpoint
-from retrv_r1_retriever.model.processing import Processor
-from retrv_r1_training.data import Pool, encode_pool, load_pool
-from retrv_r1_training.embedder import first_stage_lists
-from retrv_r1_training.lists import ListConfig, Lists, make_lists
-from retrv_r1_training.sft import Example, make_example
-from retrv_r1_training.sft_recipe import SftRecipe
-from retrv_r1_training.teacher import TeacherStyle
+from retrv_r1_retriever.errors import InputError, OptionsError, explain
+from retrv_r1_retriever.evaluation.mbeir import Dataset, JudgedQuery
+from retrv_r1_retriever.evaluation.offsets import LineFormat, LineIndex, Skipped
+from retrv_r1_retriever.model.checkpoint import Checkpoint
+from retrv_r1_retriever.parser import Thought, render
+from retrv_r1_retriever.prompt import NONE_INDEX, Prompt
+from retrv_r1_retriever.types import Document
+from retrv_r1_training.candidate_reader import CandidateReader
+from retrv_r1_training.data_config import Part
+from retrv_r1_training.lists import prompt_under, spread_labels
+from retrv_r1_training.mbeir_tasks import Folder
+from retrv_r1_training.sft import Example, example_of, filled
+from retrv_r1_training.sft_recipe import ExampleSettings, SftRecipe
+from retrv_r1_training.traces import TeacherTrace
 
 
 class Source(Protocol):
@@ -32,15 +39,51 @@ class Source(Protocol):
     def __getitem__(self, number: int) -> Example: ...
 
 
-class DrawnExamples:
-    """`count` examples drawn from lists: query, list, labels and thought of number n depend on (seed, n) alone."""
+@dataclass(frozen=True)
+class Traces:
+    """Thoughts of one part, read by line. usable: lines that fit the data; teachers: who wrote them -> licence."""
+
+    data: Dataset
+    lines: LineIndex
+    usable: Sequence[int]
+    teachers: dict[str, str]
+
+    @classmethod
+    def open(cls, folder: Folder, part: Part) -> Traces:
+        """Raises `InputError` if more lines than `max_bad_share` are broken, or do not fit queries, pool and judgements."""
+        if part.traces is None:
+            fix = "Run `retrv-r1-train synthesize` and name its traces.jsonl."
+            raise OptionsError(explain(f"traces of {part.queries}", expected="a file", got="none", fix=fix))
+        data = folder.dataset(part)
+        lines = folder.limits.open(Path(part.traces), LineFormat("traces-1", lambda line: _trace(line).query_id, False))
+        usable, bad, teachers = [], [], {}
+        for number, line in enumerate(lines):
+            trace = _trace(line)
+            if problem := _unusable(trace, data, folder.config.top_k):
+                bad.append(f"{part.traces}, query {trace.query_id}: {problem}")
+            else:
+                usable.append(number)
+                teachers[trace.teacher] = trace.licence
+        Skipped(len(bad), len(lines), tuple(bad[:3])).check(part.traces, folder.config.max_bad_share)
+        return cls(data, lines, usable, teachers)
+
+    def __len__(self) -> int:
+        return len(self.usable)
+
+    def __getitem__(self, number: int) -> TeacherTrace:
+        return _trace(self.lines[self.usable[number]])
+
+
+class TraceExamples:
+    """`count` examples, every thought once before any comes again; query wording and labels depend on (seed, number) alone."""
 
     def __init__(
-        self, processor: Processor, lists: Sequence[Lists], config: ListConfig, style: TeacherStyle, count: int, seed: int,
-        direct_share: float = 1.0,
-    ) -> None:  # fmt: skip
-        self._make = lambda part, query, rng: make_example(processor, part, query, config, style, rng)
-        self._lists, self._count, self._seed, self._direct_share = lists, count, seed, direct_share
+        self, parts: Sequence[Traces], reader: CandidateReader, count: int, settings: ExampleSettings, seed: int
+    ) -> None:
+        self._parts, self._reader, self._count = parts, reader, count
+        self._settings, self._seed = settings, seed
+        self._ends = np.cumsum([len(part) for part in parts])
+        self._order = lru_cache(maxsize=2)(self._shuffled)
 
     def __len__(self) -> int:
         return self._count
@@ -48,49 +91,102 @@ class DrawnExamples:
     def __getitem__(self, number: int) -> Example:
         if not 0 <= number < self._count:
             raise IndexError(number)
+        epoch, place = divmod(number, int(self._ends[-1]))
+        at = int(self._order(epoch)[place])
+        part = int(np.searchsorted(self._ends, at, side="right"))
+        traces = self._parts[part]
         rng = random.Random(f"{self._seed}:{number}")
-        part = rng.choice(self._lists)
-        example = self._make(part, rng.randrange(len(part.pool.queries)), rng)
-        return replace(example, direct=rng.random() < self._direct_share)
+        example = self._make(traces[at - int(self._ends[part])], traces.data, rng)
+        return replace(example, direct=rng.random() < self._settings.direct_share)
+
+    def _make(self, trace: TeacherTrace, data: Dataset, rng: random.Random) -> Example:
+        judged = data.find(trace.query_id, rng)
+        assert judged is not None, "checked when the traces were opened"
+        count = len(trace.candidates)
+        labels = spread_labels(count, rng) if rng.random() < self._settings.spread else list(range(count))
+        thought = relabelled(trace.thought, labels)
+        prompt = over(self._reader, judged, _documents(data, trace.candidates), labels)
+        shown = _with_opened(prompt, thought, self._reader)
+        also = tuple(labels[i] for i in _right(trace, judged) if labels[i] != thought.answer)
+        return example_of(self._reader.processor, shown, thought, filled(render(thought), shown), also)
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self._seed, epoch)).permutation(int(self._ends[-1]))
 
 
-def catalogue_examples(recipe: SftRecipe, start: Checkpoint) -> tuple[Source, Source]:
-    """Training and validation examples of the recipe's folder; lists come from the checkpoint's own embedder."""
-    data, top_k = recipe.data, recipe.lists.top_k
-    *train, held_out = _lists(recipe, start, (*data.train, data.held_out))
+def trace_examples(recipe: SftRecipe, start: Checkpoint, folder: Folder) -> tuple[Source, Source, dict[str, str]]:
+    """Training and validation examples of the recipe's folder, and the teachers who wrote the former, with licences."""
+    data = recipe.data
+    reader = CandidateReader(start, folder.images, data.cache_gb)
+    train = [Traces.open(folder, part) for part in data.train]
+    held_out = [Traces.open(folder, part) for part in data.validation] if data.validation_queries else []
+    for name, parts in (("train", train), ("validation", held_out)):
+        if parts and not sum(map(len, parts)):
+            raise InputError(explain(f"data.{name}", expected="thoughts", got="none", fix="Run synthesize first."))
     count = recipe.optim.steps * recipe.optim.batch_size
-    drawn = DrawnExamples(
-        start.processor, train, recipe.lists, recipe.teacher, count, recipe.seed, recipe.data.direct_share
+    drawn = TraceExamples(train, reader, count, recipe.examples, recipe.seed)
+    few = min(data.validation_queries, sum(map(len, held_out)))
+    served = TraceExamples(held_out, reader, few, ExampleSettings(spread=0.0), recipe.seed)
+    return drawn, served, {name: licence for part in train for name, licence in part.teachers.items()}
+
+
+def over(reader: CandidateReader, judged: JudgedQuery, documents: Sequence[Document], labels: Sequence[int]) -> Prompt:
+    return prompt_under(reader.query(judged.query), reader.candidates(documents), labels)
+
+
+def relabelled(thought: Thought, labels: Sequence[int]) -> Thought:
+    """The thought over candidates under other labels (ascending): the i-th is now called `labels[i]`."""
+    answer = thought.answer
+    return replace(
+        thought,
+        verdicts=tuple(replace(v, index=labels[v.index]) for v in thought.verdicts),
+        checks=tuple(replace(c, index=labels[c.index]) for c in thought.checks),
+        answer=answer if answer in (None, NONE_INDEX) else labels[answer],
     )
-    served = ListConfig.as_served(top_k)
-    return drawn, DrawnExamples(start.processor, [held_out], served, recipe.teacher, data.examples, recipe.seed)
 
 
-def _lists(recipe: SftRecipe, start: Checkpoint, splits: Sequence[str]) -> list[Lists]:
-    if not start.manifest.embedder_dim:
-        raise InputError(
-            explain(f"checkpoint {recipe.checkpoint}", expected="an embedder inside, which makes the candidate lists",
-                    got="none", fix="Run the stage `embedder` first.")
-        )  # fmt: skip
-    embedder = load_embedder_checkpoint(recipe.checkpoint)
-    model, out = start.model.eval(), []
-    with torch.no_grad():
-        for split in splits:
-            raw = _pool(Path(recipe.data.folder), split)
-            own = encode_pool(embedder.model.model, start.processor, raw)
-            ranked = first_stage_lists(
-                embedder.model, start.processor, own, start.manifest.embedder_dim, recipe.lists.top_k
-            )
-            pool = encode_pool(model.model, start.processor, raw)
-            out.append(make_lists(model, start.processor, pool, ranked))
-    return out
+def _with_opened(prompt: Prompt, thought: Thought, reader: CandidateReader) -> Prompt:
+    """Candidates that the thought opens with their pictures read; the others stay references."""
+    candidates = list(prompt.candidates)
+    for check in thought.checks:
+        candidate = candidates[check.index]
+        document = replace(candidate.document, content=reader.open(candidate.document.content))
+        candidates[check.index] = replace(candidate, document=document)
+    return replace(prompt, candidates=tuple(candidates))
 
 
-def _pool(folder: Path, split: str) -> Pool:
-    try:
-        return load_pool(folder, split)
-    except FileNotFoundError as error:
-        raise InputError(
-            explain(f"data.folder {folder}", expected=f"M-BEIR files of the split {split!r}", got=f"no {error.filename}",
-                    fix="Fix data.folder or the split's name.")
-        ) from error  # fmt: skip
+def _unusable(trace: TeacherTrace, data: Dataset, top_k: int) -> str | None:
+    judged = data.find(trace.query_id, random.Random(0))
+    if judged is None:
+        return f"not in {data.queries.lines.path.name}"
+    if len(trace.candidates) > top_k:
+        return f"{len(trace.candidates)} candidates, data.top_k is {top_k}"
+    if unknown := next((did for did in trace.candidates if did not in data.pool), None):
+        return f"candidate {unknown} is not in {data.pool.lines.path.name}"
+    if {v.index for v in trace.thought.verdicts} != set(range(len(trace.candidates))):
+        return "candidates without a verdict"
+    right = _right(trace, judged)
+    if trace.thought.answer not in (right or (NONE_INDEX,)):
+        return f"answers {trace.answer or 'none'}, which is judged wrong"
+    return None
+
+
+def _right(trace: TeacherTrace, judged: JudgedQuery) -> tuple[int, ...]:
+    return tuple(place for place, did in enumerate(trace.candidates) if did in judged.grades)
+
+
+def _documents(data: Dataset, ids: Sequence[str]) -> list[Document]:
+    def found() -> Iterator[Document]:
+        for did in ids:
+            document = data.pool.get(did)
+            assert document is not None, "checked when the traces were opened"
+            yield document
+
+    return list(found())
+
+
+def _trace(line: bytes) -> TeacherTrace:
+    data = json.loads(line)
+    if not isinstance(data, dict):
+        raise InputError(explain("line", expected="a JSON object", got=type(data).__name__, fix="Fix the line."))
+    return TeacherTrace.from_dict(data)

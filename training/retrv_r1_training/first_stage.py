@@ -14,10 +14,10 @@ from typing import IO, Any
 from retrv_r1_retriever import _sync
 from retrv_r1_retriever import config as settings
 from retrv_r1_retriever.errors import ImageError, InputError
+from retrv_r1_retriever.evaluation.mbeir import Dataset, Limits
+from retrv_r1_retriever.evaluation.offsets import MAX_BAD_SHARE, Skipped
 from retrv_r1_retriever.images import ImageSource, LocalImages, load_content
 from retrv_r1_retriever.store import FirstStage, VectorFirstStage
-from retrv_r1_training.mbeir import Dataset, Limits
-from retrv_r1_training.offsets import MAX_BAD_SHARE, Skipped
 
 TAG = "first-stage"
 

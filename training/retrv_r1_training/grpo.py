@@ -24,6 +24,7 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig
 
+from retrv_r1_retriever.images import ImageSource
 from retrv_r1_retriever.model.checkpoint import Checkpoint
 from retrv_r1_retriever.model.modeling import RetrvR1ForConditionalGeneration
 from retrv_r1_retriever.model.processing import Processor
@@ -41,10 +42,13 @@ log = logging.getLogger(__name__)
 
 def train_grpo(
     checkpoint: Checkpoint, tasks: Sequence[Task], held_out: Sequence[Task], config: GrpoConfig, seed: int, run: Path,
-    log_file: Path,
+    log_file: Path, images: ImageSource | None = None,
 ) -> RetrvR1ForConditionalGeneration:  # fmt: skip
-    """Train `checkpoint.model`; returns the merged model. `run` keeps the states to resume from: call it again and it goes on."""
-    trainer = make_trainer(checkpoint, tasks, config, seed, run)
+    """Train `checkpoint.model`; returns the merged model. `run` keeps the states to resume from: call it again and it goes on.
+
+    images: see `RolloutRunner`
+    """
+    trainer = make_trainer(checkpoint, tasks, config, seed, run, images)
     trainer.add_callback(_Log(log_file, trainer, held_out, config))
     last = get_last_checkpoint(str(run)) if run.is_dir() else None
     if last:
@@ -62,8 +66,9 @@ def sampling_of(config: GrpoConfig, temperature: float) -> Sampling:
 
 
 def make_trainer(
-    checkpoint: Checkpoint, tasks: Sequence[Task], config: GrpoConfig, seed: int, run: Path
-) -> RolloutTrainer:
+    checkpoint: Checkpoint, tasks: Sequence[Task], config: GrpoConfig, seed: int, run: Path,
+    images: ImageSource | None = None,
+) -> RolloutTrainer:  # fmt: skip
     os.environ.setdefault(
         "TRL_EXPERIMENTAL_SILENCE", "1"
     )  # `rollout_func` is experimental in TRL, which is why we guard it
@@ -82,7 +87,7 @@ def make_trainer(
     if not full:
         freeze_memory(trainer.policy)
     trainer.remove_callback(PrinterCallback)  # every figure twice; `_Log` writes ours
-    trainer.runner = RolloutRunner(replace(checkpoint, model=trainer.policy))
+    trainer.runner = RolloutRunner(replace(checkpoint, model=trainer.policy), images)
     return trainer
 
 
@@ -149,7 +154,8 @@ class _Source:
     def __call__(self, numbers: Sequence[int], trainer: Any) -> list[Rollout]:
         where = f"{self._seed}/{trainer.state.global_step}/{trainer.accelerator.process_index}"
         seeds = [random.Random(f"{where}/{i}").getrandbits(48) for i in range(len(numbers))]
-        return trainer.runner.run([self._tasks[n] for n in numbers], seeds, self._sampling)  # type: ignore[no-any-return]
+        made = {n: self._tasks[n] for n in dict.fromkeys(numbers)}  # one for each group
+        return trainer.runner.run([made[n] for n in numbers], seeds, self._sampling)  # type: ignore[no-any-return]
 
 
 def _reward_function(config: GrpoConfig) -> Callable[..., list[float]]:
@@ -157,7 +163,7 @@ def _reward_function(config: GrpoConfig) -> Callable[..., list[float]]:
         row: list[Rollout], trainer_state: Any, log_metric: Any, **_: Any,  # TRL passes every column
     ) -> list[float]:  # fmt: skip
         penalty = penalty_at(config.penalty, progress(trainer_state.global_step, config.steps))
-        parts = [reward(r.outcome, r.task.target, r.task.top_k, penalty, config.format_weight) for r in row]
+        parts = [reward(r.outcome, r.task.right, r.task.top_k, penalty, config.format_weight) for r in row]
         metrics = {"lambda": penalty, "format": float(np.mean([p.format > 0 for p in parts]))}
         for name, value in (metrics | summary(row) | groups(row, [p.total for p in parts])).items():
             log_metric(name, value)
@@ -195,11 +201,10 @@ def groups(rollouts: Sequence[Rollout], rewards: Sequence[float]) -> dict[str, f
 
 def measure(runner: RolloutRunner, tasks: Sequence[Task], sampling: Sampling) -> dict[str, float]:
     """Greedy, as served with `hybrid`: R@1 and opened candidates per query, by stratum. A positive not in the list is a miss."""
-    readings = runner.read(tasks, [0] * len(tasks), replace(sampling, temperature=0.0))
     rows: dict[str, list[tuple[bool, int]]] = {"all": []}
-    for task, reading in zip(tasks, readings, strict=True):
+    for task, reading in runner.readings(tasks, [0] * len(tasks), replace(sampling, temperature=0.0)):
         first = rank(task.prompt.candidates, reading.direct, reading.outcome).indices[0]
-        row = (first == task.target, len(reading.outcome.inspected) if reading.outcome else 0)
+        row = (first in task.right, len(reading.outcome.inspected) if reading.outcome else 0)
         rows["all"].append(row)
         rows.setdefault(task.stratum, []).append(row)
     out = {}

@@ -17,7 +17,6 @@ def add_parser(commands: Any) -> None:
     parser = _parser(commands, "grpo", "train by curriculum GRPO")
     parser.add_argument("--run", type=Path, default=Path("runs/grpo"), help="folder of the run; resumable")
     parser.add_argument("--out", type=Path, help="checkpoint folder (default: RUN/checkpoint)")
-    parser.add_argument("--steps", type=int, help="cut to this many updates: a smoke test")
 
 
 def add_passrate_parser(commands: Any) -> None:
@@ -29,15 +28,22 @@ def add_passrate_parser(commands: Any) -> None:
 
 def add_calibrate_parser(commands: Any) -> None:
     parser = _parser(
-        commands, "calibrate", "choose the margin of think=auto on validation data, write it into the manifest"
-    )
+        commands, "calibrate", "choose the thresholds of thinking and of none on validation data, write them into the manifest"
+    )  # fmt: skip
     parser.add_argument("--checkpoint", type=Path, help="folder to calibrate (default: the recipe's)")
     parser.add_argument("--max-cost", type=float, default=0.01, help="R@1 that skipping thoughts may cost")
+    parser.add_argument(
+        "--max-false-none", type=float, default=0.02, help="share of answerable lists that may be answered with none"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write what was found as JSON")
 
 
 def _parser(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
     parser.add_argument("recipe", type=Path)
+    parser.add_argument(
+        "--set", dest="overrides", metavar="KEY=VALUE", action="append", default=[], help="e.g. --set grpo.steps=2"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.set_defaults(main=_later(f"run_{name}"))
     return parser

@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Protocol
 
 import numpy as np
 
 from retrv_r1_retriever.errors import OptionsError, explain
+from retrv_r1_retriever.evaluation.mbeir import Dataset, JudgedQuery
 from retrv_r1_retriever.types import MAX_CANDIDATES, Document
-from retrv_r1_training.mbeir import Dataset, JudgedQuery, RunFile
 
 
 class Missing(StrEnum):
@@ -106,13 +107,20 @@ def hard_negatives(query: JudgedQuery, ranked: Sequence[str], count: int, rng: r
     return rng.sample(wrong, min(count, len(wrong)))
 
 
+class Ranked(Protocol):
+    """A first stage's lists: a `RunFile`, or anything else that knows them."""
+
+    def ranked(self, qid: str) -> list[str]:
+        """Candidate ids, best first; empty for an unknown query."""
+
+
 class KLists:
     """A data set's lists, one query at a time.
 
     counts: how many lists had which `Outcome`, and ids that no pool row stands behind ("... outside the pool")
     """
 
-    def __init__(self, data: Dataset, run: RunFile, seed: int) -> None:
+    def __init__(self, data: Dataset, run: Ranked, seed: int) -> None:
         self.data, self.run, self.seed = data, run, seed
         self.counts: Counter[str] = Counter()
 
@@ -120,23 +128,31 @@ class KLists:
         """All queries once in an order drawn from seed and epoch; every rank gets its share. Same arguments, same lists."""
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self.data))
         for number in order[rank::world].tolist():
-            rng = random.Random(f"{self.seed} {epoch} {number}")
-            query, ranked = self._parts(number, config.depth or config.top_k, rng)
-            if not ranked:
-                self.counts[Outcome.NO_LIST.value] += 1
-                continue
-            klist = training_list(query, ranked, config, rng)
-            self.counts[klist.outcome.value] += 1
-            if klist.outcome is not Outcome.DROPPED:
+            klist = self.draw(number, config, epoch)
+            if klist is not None:
                 yield klist
+
+    def draw(self, number: int, config: KListConfig, epoch: int) -> KList | None:
+        """The list of query `number` in that epoch; None if there is no first-stage list or it is dropped."""
+        rng = random.Random(f"{self.seed} {epoch} {number}")
+        query, ranked = self._parts(number, config.depth or config.top_k, rng)
+        if not ranked:
+            self.counts[Outcome.NO_LIST.value] += 1
+            return None
+        klist = training_list(query, ranked, config, rng)
+        self.counts[klist.outcome.value] += 1
+        return None if klist.outcome is Outcome.DROPPED else klist
 
     def evaluation(self, top_k: int) -> Iterator[KList]:
         """All queries in the file's order; one without a first-stage list comes without candidates, as a miss."""
-        for number in range(len(self.data)):
-            query, ranked = self._parts(number, top_k, random.Random(f"{self.seed} {number}"))
-            klist = evaluation_list(query, ranked, top_k)
-            self.counts[klist.outcome.value] += 1
-            yield klist
+        return (self.as_served(number, top_k) for number in range(len(self.data)))
+
+    def as_served(self, number: int, top_k: int) -> KList:
+        """The first stage's list of query `number` as it is."""
+        query, ranked = self._parts(number, top_k, random.Random(f"{self.seed} {number}"))
+        klist = evaluation_list(query, ranked, top_k)
+        self.counts[klist.outcome.value] += 1
+        return klist
 
     def documents(self, klist: KList) -> list[Document]:
         """The candidates' contents, in slot order; pictures as paths relative to the data folder."""

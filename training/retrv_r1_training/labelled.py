@@ -183,10 +183,10 @@ class MbeirLists:
         document = self._documents.get(id)
         if document is None:
             return ""
-        return _source_caption(document.metadata.get("src_content")) or document.content.text or ""
+        return source_caption(document.metadata.get("src_content")) or document.content.text or ""
 
 
-def _source_caption(source: object) -> str:
+def source_caption(source: object) -> str:
     """The caption in M-BEIR's free `src_content`, where a data set has put one there as JSON."""
     try:
         data = json.loads(source) if isinstance(source, str) else source

@@ -13,7 +13,7 @@ from retrv_r1_retriever.model.modeling import RetrvR1ForConditionalGeneration
 from retrv_r1_retriever.model.processing import Processor
 from retrv_r1_retriever.prompt import LABELS, Prompt, build_prompt, label_index
 from retrv_r1_retriever.trace import Compressed, Text
-from retrv_r1_retriever.types import Candidate, Document, Memory
+from retrv_r1_retriever.types import Candidate, Document, Memory, Query
 from retrv_r1_training.data import Pool, content_embeds
 
 
@@ -113,13 +113,18 @@ def prompt_of(lists: Lists, number: int, chosen: Sequence[int], labels: Sequence
     Other labels exist in training only: where the same twenty stand in every list, copying one of them earns nothing, and the
     direct read stays at chance (docs/experiments.md). Slots without an item are not shown, yet may be answered.
     """
-    items = [lists.pool.items[i] for i in chosen]
-    shown = {
-        at: Candidate(Document(item.id, item.content), None, rank, lists.memories[i])
-        for rank, (at, i, item) in enumerate(zip(labels, chosen, items, strict=True), start=1)
-    }
-    first = shown[labels[0]]
-    prompt = build_prompt(lists.pool.queries[number].query, [shown.get(at, first) for at in range(labels[-1] + 1)])
+    documents = [Document(lists.pool.items[i].id, lists.pool.items[i].content) for i in chosen]
+    ranked = [
+        Candidate(document, None, rank, lists.memories[i])
+        for rank, (document, i) in enumerate(zip(documents, chosen, strict=True), start=1)
+    ]
+    return prompt_under(lists.pool.queries[number].query, ranked, labels)
+
+
+def prompt_under(query: Query, candidates: Sequence[Candidate], labels: Sequence[int]) -> Prompt:
+    """The i-th candidate under `labels[i]` (ascending); see `prompt_of`."""
+    shown = dict(zip(labels, candidates, strict=True))
+    prompt = build_prompt(query, [shown.get(at, candidates[0]) for at in range(labels[-1] + 1)])
     return replace(prompt, segments=tuple(s for s in prompt.segments if _label_of(s) in (None, *shown)))
 
 

@@ -47,8 +47,12 @@ def train(
     after_backward: Callable[[], None] | None = None,
     evaluate: Callable[[], dict[str, float]] | None = None,
     every: int = 50,
+    until: Callable[[dict[str, float]], bool] | None = None,
 ) -> None:
-    """Run `steps` updates of `loss_fn(step) -> (loss, metrics)`. A loss that is not finite stops the run."""
+    """Run `steps` updates of `loss_fn(step) -> (loss, metrics)`, fewer if `until` is content with what `evaluate` found.
+
+    A loss that is not finite stops the run.
+    """
     trained = [p for p in parameters if p.requires_grad]
     optimiser = torch.optim.AdamW(_groups(trained, schedule.weight_decay), lr=schedule.lr, betas=(0.9, 0.98))
     started = time.monotonic()
@@ -68,9 +72,13 @@ def train(
             if step % every == every - 1 or step == schedule.steps - 1:
                 row = {"stage": name, "step": step + 1, "s": round(time.monotonic() - started, 1), "loss": loss.item()}
                 row |= metrics
+                found = {}
                 if evaluate and (step % (2 * every) == 2 * every - 1 or step == schedule.steps - 1):
-                    row |= evaluate()
+                    found = evaluate()
+                row |= found
                 row = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
                 out.write(json.dumps(row) + "\n")
                 out.flush()
                 log.info("%s", " ".join(f"{k}={v}" for k, v in row.items()))
+                if found and until and until(found):
+                    return

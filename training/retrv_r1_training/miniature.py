@@ -76,7 +76,7 @@ class Miniature:
         dim = self.recipe.embedder_dim
         embedder.train_embedder(
             model, self.processor, self.pools[:-1], self.pools[-1], dim, self.recipe.stages.embedder,
-            self.recipe.seed + 3, self.log_file,
+            self.recipe.embedder_recall, self.recipe.seed + 3, self.log_file,
         )  # fmt: skip
         lists = [embedder.first_stage_lists(model, self.processor, p, dim, self.recipe.top_k) for p in self.pools]
         np.savez(self.run / "lists.npz", *lists)

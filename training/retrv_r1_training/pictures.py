@@ -15,8 +15,8 @@ from urllib.parse import quote
 from PIL import Image
 
 from retrv_r1_retriever.errors import ImageError, InputError, explain
+from retrv_r1_retriever.evaluation.offsets import scratch_table
 from retrv_r1_retriever.images import FORMATS
-from retrv_r1_training.offsets import scratch_table
 from retrv_r1_training.sources import fsspec
 
 #: The bytes of the picture with this name (relative, no ".."). Raises `ImageError` or `OSError`; called from several threads.

@@ -14,12 +14,12 @@ from retrv_r1_retriever.prompt import KEEP
 FACTOR = 10.0  #: of weighted RankNet beside the language-model loss, as published
 
 
-def teacher_ranks(slots: int, verdicts: Sequence[Verdict], answer: int) -> tuple[int, ...]:
+def teacher_ranks(slots: int, verdicts: Sequence[Verdict], answers: Sequence[int]) -> tuple[int, ...]:
     """Rank of each of `slots` slots, 1 = best, equal ranks for ties, 0 = takes no part.
 
-    The answer, then the candidates that were kept, then those eliminated (grades are ours; FIRST has a teacher's full order).
+    The right answers, then the candidates that were kept, then those eliminated (grades are ours; FIRST has a teacher's full order).
     """
-    grades = {v.index: 1 if v.text == KEEP else 0 for v in verdicts} | {answer: 2}
+    grades = {v.index: 1 if v.text == KEEP else 0 for v in verdicts} | dict.fromkeys(answers, 2)
     better = {g: sum(other > g for other in grades.values()) for g in grades.values()}
     return tuple(1 + better[grades[slot]] if slot in grades else 0 for slot in range(slots))
 

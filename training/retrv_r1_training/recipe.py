@@ -31,7 +31,8 @@ class Stages:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """top_k: K of the training lists; embedder_dim: of the first stage, small on purpose; pairs_per_query: candidates that
+    """top_k: K of the training lists; embedder_dim: of the first stage, small on purpose; embedder_recall: validation R@20 at which its
+    training stops, so that every seed gets a first stage of the same strength; pairs_per_query: candidates that
     `align` describes per query; comparisons, rehearsal: text-only sequences beside `episodes` and beside `eliminate`, `sft`;
     direct_weight: of the direct read's loss
     """
@@ -39,6 +40,7 @@ class Recipe:
     seed: int
     top_k: int
     embedder_dim: int
+    embedder_recall: float
     pairs_per_query: int
     comparisons: int
     rehearsal: int
@@ -61,9 +63,18 @@ def build(kind: type[T], data: dict[str, Any], where: str) -> T:
         raise OptionsError(
             explain(where, expected=f"keys {sorted(known)}", got=unknown[0], fix="Fix or remove the key.")
         )
-    nested = {k: next((t for t in (h, *get_args(h)) if is_dataclass(t)), None) for k, h in hints.items()}
-    values = {k: build(nested[k], v, f"{where}: {k}") if nested[k] else v for k, v in data.items()}  # type: ignore[arg-type]
+    values = {k: _nested(hints[k], v, f"{where}: {k}") for k, v in data.items()}
     try:
         return kind(**values)
     except TypeError as error:
         raise OptionsError(f"{where}: {error}") from None
+
+
+def _nested(hint: Any, value: Any, where: str) -> Any:
+    """A dataclass, or a tuple of them, from plain values; everything else as it is."""
+    kind = next((t for t in (hint, *get_args(hint)) if is_dataclass(t)), None)
+    if kind is None or value is None:
+        return value
+    if isinstance(value, (list, tuple)):
+        return tuple(build(kind, v, f"{where}[{n}]") for n, v in enumerate(value))  # type: ignore[arg-type]
+    return build(kind, value, where)  # type: ignore[arg-type]

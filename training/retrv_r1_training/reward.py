@@ -7,6 +7,7 @@ N_ins counts distinct opened candidates. The paper does not say what r_f is wort
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from retrv_r1_retriever.session import Outcome
@@ -35,9 +36,9 @@ def penalty_at(penalty: str | float, done: float) -> float:
     return done if penalty == "progress" else float(penalty)
 
 
-def reward(outcome: Outcome, target: int, top_k: int, penalty: float, format_weight: float) -> Reward:
-    correct = outcome.answer == target
-    result = 1.0 - penalty * len(outcome.inspected) / top_k if correct else 0.0
+def reward(outcome: Outcome, right: Collection[int], top_k: int, penalty: float, format_weight: float) -> Reward:
+    """right: slots of the right answers; any of them counts as much as another."""
+    result = 1.0 - penalty * len(outcome.inspected) / top_k if outcome.answer in right else 0.0
     return Reward(format_weight if is_well_formed(outcome) else 0.0, result)
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,32 +18,33 @@ from retrv_r1_retriever._sync import run
 from retrv_r1_retriever.driver import Reading, read
 from retrv_r1_retriever.engines.local import LocalEngine
 from retrv_r1_retriever.errors import EngineError
-from retrv_r1_retriever.images import ImageData
+from retrv_r1_retriever.images import ImageData, ImageSource, load_content
 from retrv_r1_retriever.model.checkpoint import Checkpoint
 from retrv_r1_retriever.model.processing import Chunk, Processor
 from retrv_r1_retriever.options import RerankOptions
 from retrv_r1_retriever.prompt import NONE_INDEX, Prompt
 from retrv_r1_retriever.session import Outcome
-from retrv_r1_retriever.trace import Sampled, Segment
-from retrv_r1_retriever.types import ImageInput, StopReason
+from retrv_r1_retriever.trace import Full, Sampled, Segment
+from retrv_r1_retriever.types import Content, ImageInput, StopReason
 from retrv_r1_training.lists import ListConfig, Lists, candidate_list, prompt_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Task:
-    """One query over its candidates, pictures decoded or encoded.
+    """One query over its candidates. The query's picture is decoded or encoded; what a candidate's is, the runner's source can load.
 
-    target: slot of the right answer, `NONE_INDEX` if no candidate is; rank: of the positive in the list, 1-based, None without
+    right: slots of the right answers, best grade first; (`NONE_INDEX`,) if no candidate is
+    rank: of the first positive in the list, 1-based, None without
     """
 
     id: str
     stratum: str
     prompt: Prompt
-    target: int
+    right: tuple[int, ...]
 
     @property
     def rank(self) -> int | None:
-        return None if self.target == NONE_INDEX else self.target + 1
+        return None if self.right == (NONE_INDEX,) else min(self.right) + 1
 
     @property
     def top_k(self) -> int:
@@ -59,9 +60,8 @@ def tasks_of(lists: Sequence[Lists], top_k: int, missing: str = "none") -> list[
             if place is None and missing == "drop":
                 continue
             prompt = prompt_of(part, number, chosen, range(len(chosen)))
-            tasks.append(
-                Task(query.query.id or str(number), query.stratum, prompt, NONE_INDEX if place is None else place)
-            )
+            right = (NONE_INDEX if place is None else place,)
+            tasks.append(Task(query.query.id or str(number), query.stratum, prompt, right))
     return tasks
 
 
@@ -87,7 +87,7 @@ class Rollout:
 
     @property
     def correct(self) -> bool:
-        return self.outcome.answer == self.task.target
+        return self.outcome.answer in self.task.right
 
     @property
     def ids(self) -> list[int]:
@@ -104,14 +104,17 @@ class Sampling:
 
 
 class RolloutRunner:
-    """Runs thoughts on the model as it is at that moment. One engine for a whole training: its KV pool is made once."""
+    """Runs thoughts on the model as it is at that moment. One engine for a whole training: its KV pool is made once.
 
-    def __init__(self, checkpoint: Checkpoint, concurrency: int = 256) -> None:
+    images: of the candidates that are opened; None = tasks carry decoded or encoded pictures
+    """
+
+    def __init__(self, checkpoint: Checkpoint, images: ImageSource | None = None, concurrency: int = 256) -> None:
         self._model, self.processor = checkpoint.model, checkpoint.processor
         training = self._model.training
         self.engine = LocalEngine(checkpoint)
         self._model.train(training)
-        self._concurrency = concurrency
+        self._images, self._concurrency = images or _Decoded(), concurrency
 
     def run(self, tasks: Sequence[Task], seeds: Sequence[int], sampling: Sampling) -> list[Rollout]:
         """One rollout per task, in order. Raises `EngineError`: a rollout must never be replaced by a fallback."""
@@ -119,17 +122,30 @@ class RolloutRunner:
         for task, reading in zip(tasks, self.read(tasks, seeds, sampling), strict=True):
             if reading.outcome is None:
                 raise EngineError(f"rollout of {task.id!r}: expected a thought, got none: {reading.problem}")
-            out.append(make_rollout(self.processor, task, reading.outcome))
+            out.append(make_rollout(self.processor, task, reading.outcome, self.opened(task, reading.outcome)))
         return out
 
+    def opened(self, task: Task, outcome: Outcome) -> dict[int, Content]:
+        """The contents that the model saw in full, by candidate."""
+
+        async def load(index: int) -> Content:
+            return (await load_content(self._images, task.prompt.candidates[index].document.content))[0]
+
+        return {index: run(load(index)) for index in outcome.inspected}
+
     def read(self, tasks: Sequence[Task], seeds: Sequence[int], sampling: Sampling) -> list[Reading]:
-        """The driver's own readings, direct read and thought; `concurrency` of them share forward passes."""
-        out: list[Reading] = []
-        with self._serving():
-            for start in range(0, len(tasks), self._concurrency):
-                part = slice(start, start + self._concurrency)
-                out += run(self._all(tasks[part], seeds[part], sampling))
-        return out
+        """The driver's own readings, direct read and thought."""
+        return [reading for _, reading in self.readings(tasks, seeds, sampling)]
+
+    def readings(
+        self, tasks: Sequence[Task], seeds: Sequence[int], sampling: Sampling
+    ) -> Iterator[tuple[Task, Reading]]:
+        """The same one after another; `concurrency` of them share forward passes, and only so many tasks are held."""
+        for start in range(0, len(tasks), self._concurrency):
+            part = list(tasks[start : start + self._concurrency])  # made here, not inside the loop that reads
+            with self._serving():
+                done = run(self._all(part, seeds[start : start + self._concurrency], sampling))
+            yield from zip(part, done, strict=True)
 
     async def _all(self, tasks: Sequence[Task], seeds: Sequence[int], sampling: Sampling) -> list[Reading]:
         return await asyncio.gather(*(self._one(t, s, sampling) for t, s in zip(tasks, seeds, strict=True)))
@@ -139,7 +155,7 @@ class RolloutRunner:
             top_k=task.top_k, think="always", temperature=sampling.temperature, seed=seed, timeout_s=None,
             max_inspections=sampling.max_inspections, max_new_tokens=sampling.max_new_tokens,
         )  # fmt: skip
-        return await read(self.engine, task.prompt, options, images=_Decoded())
+        return await read(self.engine, task.prompt, options, images=self._images)
 
     @contextmanager
     def _serving(self) -> Iterator[None]:
@@ -152,19 +168,27 @@ class RolloutRunner:
             self._model.train(training)
 
 
-def make_rollout(processor: Processor, task: Task, outcome: Outcome) -> Rollout:
-    """The arrays of a finished session, from its segments alone."""
+def turn_of(task: Task, outcome: Outcome, opened: Mapping[int, Content]) -> tuple[Segment, ...]:
+    """What follows the prompt, opened candidates with their contents."""
     turn = outcome.segments[len(task.prompt.segments) :]
+    return tuple(replace(s, content=opened[s.index]) if isinstance(s, Full) else s for s in turn)
+
+
+def make_rollout(processor: Processor, task: Task, outcome: Outcome, opened: Mapping[int, Content]) -> Rollout:
+    """The arrays of a finished session, from its segments alone."""
+    turn = turn_of(task, outcome, opened)
     answered = outcome.stop_reason is StopReason.ANSWERED
     head = processor.chunk(task.prompt.segments, task.prompt)
     last = max(i for i, s in enumerate(turn) if isinstance(s, Sampled))
-    chunks, scored, logprobs, answer_at, at = [head], [], [], None, head.next_position
+    chunks, answer_at, at = [head], None, head.next_position
+    scored: list[np.ndarray] = []
+    logprobs: list[np.ndarray] = []
     for number, segment in enumerate(turn):
         chunk = processor.chunk([segment], task.prompt, at)
         at = chunk.next_position
         is_answer = number == last
         if is_answer and answered:
-            answer_at = sum(map(len, scored))
+            answer_at = sum(len(part) for part in scored)
         graded = isinstance(segment, Sampled) and (answered or not is_answer)
         chunks.append(chunk)
         scored.append(np.full(len(chunk), graded))

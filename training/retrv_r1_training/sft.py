@@ -22,7 +22,7 @@ from retrv_r1_retriever.model.embedding import encode_pictures
 from retrv_r1_retriever.model.modeling import RetrvR1ForConditionalGeneration
 from retrv_r1_retriever.model.processing import Batch, Chunk, Processor, collate
 from retrv_r1_retriever.parser import Thought, render
-from retrv_r1_retriever.prompt import ADDED_TOKENS, ANSWER_START, CHECK_CUE, Prompt
+from retrv_r1_retriever.prompt import ADDED_TOKENS, ANSWER_START, CHECK_CUE, NONE_INDEX, Prompt
 from retrv_r1_retriever.trace import Full, Sampled, Segment
 from retrv_r1_training.base import comparison_loss
 from retrv_r1_training.lists import ListConfig, Lists, candidate_list, prompt_of, spread_labels
@@ -36,6 +36,7 @@ from retrv_r1_training.teacher import TeacherStyle, wanted, write_thought
 class Example:
     """prompt and turn as chunks; target: slot index of the direct read (K = none); verdicts: by candidate.
 
+    also: other slots that are right too, which the direct read may answer as well
     ranks: of each slot, 1 = best, 0 = takes no part (`ranknet.teacher_ranks`); direct: whether the direct read learns from it
     """
 
@@ -46,6 +47,7 @@ class Example:
     verdicts: tuple[str, ...]
     ranks: tuple[int, ...] = ()
     direct: bool = True
+    also: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +104,21 @@ def make_example(
     captions = {at: lists.pool.captions[i] for at, i in zip(labels, chosen, strict=True)}
     answer = None if target is None else labels[target]
     thought = write_thought(captions, wanted(query), answer, rng, style or TeacherStyle())
-    turn = _elimination(thought) if style is None else _filled(render(thought), prompt)
+    turn = _elimination(thought) if style is None else filled(render(thought), prompt)
+    return example_of(processor, prompt, thought, turn)
+
+
+def example_of(
+    processor: Processor, prompt: Prompt, thought: Thought, turn: Sequence[Segment], also: tuple[int, ...] = ()
+) -> Example:
+    """`turn` over `prompt`; the direct read is to answer as `thought` does."""
     head = processor.chunk(prompt.segments, prompt)
     tail = processor.chunk(turn, prompt, head.next_position)
     verdicts = tuple(v.text for v in thought.verdicts)
-    slot = len(prompt.candidates) if answer is None else answer
-    ranks = teacher_ranks(len(prompt.slots), thought.verdicts, slot)
-    return Example(head, tail, slot, prompt.slots, verdicts, ranks)
+    slot = len(prompt.candidates) if thought.answer in (None, NONE_INDEX) else thought.answer
+    assert slot is not None
+    ranks = teacher_ranks(len(prompt.slots), thought.verdicts, (slot, *also))
+    return Example(head, tail, slot, prompt.slots, verdicts, ranks, also=also)
 
 
 def _elimination(thought: Thought) -> tuple[Segment, ...]:
@@ -117,7 +127,8 @@ def _elimination(thought: Thought) -> tuple[Segment, ...]:
     return forced, Sampled(sampled.text.removesuffix("</think>"))
 
 
-def _filled(turn: Sequence[Segment], prompt: Prompt) -> tuple[Segment, ...]:
+def filled(turn: Sequence[Segment], prompt: Prompt) -> tuple[Segment, ...]:
+    """Opened candidates with their contents."""
     contents = [c.document.content for c in prompt.candidates]
     return tuple(Full(s.index, contents[s.index]) if isinstance(s, Full) else s for s in turn)
 
@@ -180,16 +191,17 @@ def direct_read_loss(
     model: RetrvR1ForConditionalGeneration, processor: Processor, branch: Tensor, examples: Sequence[Example],
     ranknet_weight: float = 0.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Sum of -log p(target slot) over exactly the slots of each prompt, and whether the arg-max is right (B,)."""
+    """Sum of -log p(a right slot) over exactly the slots of each prompt, and whether the arg-max is right (B,)."""
     logits = model.lm_head(branch).float()
     losses, hits = [], []
     for row, example in zip(logits, examples, strict=True):
         slots = torch.tensor([processor.token_id(s) for s in example.slots], device=row.device)
-        loss = -F.log_softmax(row[slots], dim=0)[example.target]
+        right = [example.target, *example.also]
+        loss = -torch.logsumexp(F.log_softmax(row[slots], dim=0)[right], dim=0)
         if ranknet_weight:
             loss = loss + ranknet_weight * ranknet(row[slots], example.ranks)
         losses.append(loss * example.direct)
-        hits.append(row[slots].argmax() == example.target)
+        hits.append(torch.isin(row[slots].argmax(), torch.tensor(right, device=row.device)))
     return torch.stack(losses).sum(), torch.stack(hits)
 
 

@@ -1,4 +1,4 @@
-"""`retrv-r1-train sft RECIPE` and `estimate RECIPE`: arguments only; TRL is imported when a run starts."""
+"""`retrv-r1-train sft RECIPE`, `distill RECIPE` and `estimate RECIPE`: arguments only; TRL is imported when a run starts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from retrv_r1_retriever.errors import missing_extra
 from retrv_r1_training.estimate import estimate, table
 from retrv_r1_training.overrides import load
-from retrv_r1_training.sft_recipe import SftRecipe
+from retrv_r1_training.sft_recipe import DistillRecipe, SftRecipe
 
 Commands = argparse._SubParsersAction  # what `add_subparsers` returns; argparse has no public name for it
 
@@ -24,6 +24,15 @@ def add_parser(commands: Commands) -> None:
         "--run", "--folder", type=Path, required=True, help="folder of the run; the same command resumes it"
     )
     sft.set_defaults(main=_sft)
+    distill = commands.add_parser("distill", help="teach the direct read the order that the model's own thoughts give")
+    _recipe_arguments(distill)
+    distill.add_argument(
+        "--run", "--folder", type=Path, required=True, help="folder of the run; the same command resumes it"
+    )
+    distill.add_argument(
+        "--think-only", action="store_true", help="write the thoughts and stop, before a launch of many"
+    )
+    distill.set_defaults(main=_distill)
     size = commands.add_parser("estimate", help="GB per GPU and GPU-hours of a recipe, with the assumptions")
     _recipe_arguments(size)
     size.set_defaults(main=_estimate)
@@ -44,6 +53,16 @@ def _sft(args: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         raise missing_extra(error.name or "trl", "train") from error
     train_sft(recipe, args.run)
+    return 0
+
+
+def _distill(args: argparse.Namespace) -> int:
+    recipe = load(DistillRecipe, args.recipe, args.overrides)
+    try:
+        from retrv_r1_training.distill import train_distill
+    except ModuleNotFoundError as error:
+        raise missing_extra(error.name or "trl", "train") from error
+    train_distill(recipe, args.run, args.think_only)
     return 0
 
 

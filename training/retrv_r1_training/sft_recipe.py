@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from retrv_r1_retriever.errors import OptionsError, explain
-from retrv_r1_training.lists import ListConfig
+from retrv_r1_training.data_config import DataConfig
+from retrv_r1_training.ranknet import FACTOR
 from retrv_r1_training.sft import SftLoss
-from retrv_r1_training.teacher import TeacherStyle
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,16 +20,15 @@ class LoraSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class SftData:
-    """folder: M-BEIR files; train, held_out: splits; examples: drawn for validation; direct_share: of the training examples, also
-    teach the direct read (all validation examples do)
+class ExampleSettings:
+    """direct_share: of the training examples, also teach the direct read (all validation examples do)
+
+    spread: share of the training examples under labels drawn from all 127: where the same K stand in every list, copying one
+        earns nothing, and the direct read of the miniature stayed at chance (docs/experiments.md)
     """
 
-    folder: str
-    train: tuple[str, ...] = ("train",)
-    held_out: str = "val"
-    examples: int = 200
     direct_share: float = 1.0
+    spread: float = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,26 +75,57 @@ class Hardware:
 
 @dataclass(frozen=True, slots=True)
 class SftRecipe:
-    """checkpoint: where to start, a Retrv-R1 checkpoint after `align`; lora None: the whole language model learns
+    """checkpoint: where to start, a Retrv-R1 checkpoint after `align`, or "miniature"
 
     backbone: sizes for the estimate while `checkpoint` does not exist yet; length, thought: tokens, for the estimate
     """
 
     checkpoint: str
-    data: SftData
+    data: DataConfig
     optim: Optimisation
-    stage: Literal["sft"] = "sft"
+    stage: Literal["sft", "distill"] = "sft"
     seed: int = 0
     tune: Literal["lora", "full"] = "lora"
     lora: LoraSettings = field(default_factory=LoraSettings)
-    lists: ListConfig = field(default_factory=ListConfig)
-    teacher: TeacherStyle = field(default_factory=TeacherStyle)
+    examples: ExampleSettings = field(default_factory=ExampleSettings)
     loss: SftLoss = field(default_factory=SftLoss)
     run: Running = field(default_factory=Running)
     hardware: Hardware = field(default_factory=Hardware)
     backbone: str = ""
     length: int = 2048
     thought: int = 600
+
+
+@dataclass(frozen=True, slots=True)
+class Thinking:
+    """How the model thinks while it teaches itself, greedily; queries: at most, evenly over the training parts, 0 = all
+
+    right_only: leave out thoughts that ended in a wrong answer
+    """
+
+    max_inspections: int = 4
+    max_new_tokens: int = 512
+    queries: int = 0
+    right_only: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class DistillRecipe(SftRecipe):
+    """checkpoint: one after `grpo` (or `sft`). The loss is that of `sft` on the model's own thoughts, with weighted RankNet on the
+    direct read; FIRST's factor.
+    """
+
+    stage: Literal["sft", "distill"] = "distill"
+    thinking: Thinking = field(default_factory=Thinking)
+    loss: SftLoss = field(default_factory=lambda: SftLoss(answer=0.0, direct=1.0, relation=0.0, ranknet=FACTOR))
+
+    def __post_init__(self) -> None:
+        if self.loss.relation:
+            fix = "Set loss.relation to 0."
+            raise OptionsError(
+                explain("loss.relation", expected="0 in distill: a thought need not name every candidate",
+                        got=self.loss.relation, fix=fix)
+            )  # fmt: skip
 
 
 def accumulation(optim: Optimisation, world: int) -> int:

@@ -8,23 +8,22 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, astuple, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from datasets import Dataset
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
-from retrv_r1_retriever.errors import CheckpointError, InputError, RetrvR1Error, explain
-from retrv_r1_retriever.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from retrv_r1_retriever.errors import InputError, RetrvR1Error, explain
+from retrv_r1_retriever.model.checkpoint import Checkpoint, load_checkpoint
 from retrv_r1_retriever.model.modeling import RetrvR1ForConditionalGeneration
 from retrv_r1_retriever.model.processing import EncodedImage, Processor
 from retrv_r1_training.adapters import (
@@ -37,10 +36,12 @@ from retrv_r1_training.adapters import (
     trainable,
     trained_state,
 )
-from retrv_r1_training.examples import Source, catalogue_examples
+from retrv_r1_training.examples import Source, trace_examples
+from retrv_r1_training.mbeir_tasks import Folder, checkpoint_folder
 from retrv_r1_training.overrides import dump, keep
 from retrv_r1_training.sft import Example, SftLoss, Totals, losses
 from retrv_r1_training.sft_recipe import Running, SftRecipe, accumulation
+from retrv_r1_training.stage_checkpoint import save_stage
 
 log = logging.getLogger(__name__)
 TRAINED = "trained.safetensors"
@@ -70,6 +71,8 @@ class SftModel(RetrvR1ForConditionalGeneration):
 
 
 class SftOnTrl(SFTTrainer):
+    stage = "sft"
+
     def __init__(
         self,
         processor: Processor,
@@ -95,23 +98,27 @@ class SftOnTrl(SFTTrainer):
         totals = None if num_items_in_batch is None else Totals(*num_items_in_batch.tolist())
         examples: Sequence[Example] = inputs["examples"]
         loss, metrics, _ = model(objective=lambda net: losses(net, self.processor, examples, self.parts, totals))
+        self.observe(loss, metrics, inputs["numbers"])
+        # gradients are averaged over processes, and `totals` already are of all of them
+        return loss if totals is None else loss * self.accelerator.num_processes
+
+    def observe(self, loss: Tensor, metrics: dict[str, float], numbers: Sequence[int]) -> None:
+        """Note the metrics for the next log line; stop if the loss of any process is not finite."""
         row = torch.tensor([[loss.item(), *metrics.values()]], device=loss.device)
         rows = self.accelerator.gather(row)  # all processes see, and stop, together
         training = self.model.training
         if training and not torch.isfinite(rows[:, 0]).all():
-            self._stop(rows[:, 0].tolist(), inputs["numbers"])
+            self._stop(rows[:, 0].tolist(), numbers)
         for name, value in zip(metrics, rows[:, 1:].nanmean(0).tolist(), strict=True):
             if value == value:  # no such token in any of these examples is NaN
                 self._metrics["train" if training else "eval"][name].append(value)
-        # gradients are averaged over processes, and `totals` already are of all of them
-        return loss if totals is None else loss * self.accelerator.num_processes
 
-    def _stop(self, values: list[float], numbers: list[int]) -> None:
+    def _stop(self, values: list[float], numbers: Sequence[int]) -> None:
         folder = Path(self.args.output_dir) / "stopped"
         self.args.output_dir = str(folder)  # apart from the good checkpoints, which a new start resumes from
         self._save_checkpoint(self.model, None)
         raise NotFiniteError(
-            explain(f"sft: loss at step {self.state.global_step}, examples {numbers}", expected="a finite number",
+            explain(f"{self.stage}: loss at step {self.state.global_step}, examples {numbers}", expected="a finite number",
                     got=values, fix=f"State saved below {folder}. Lower optim.lr or look at these examples, "
                     "and start again in a new --run folder.")
         )  # fmt: skip
@@ -137,8 +144,8 @@ class SftOnTrl(SFTTrainer):
 class JsonLog(TrainerCallback):
     """RUN/log.jsonl: a row per log line and evaluation. A resumed run drops the rows after the state it starts from."""
 
-    def __init__(self, file: Path) -> None:
-        self._file = file
+    def __init__(self, file: Path, stage: str) -> None:
+        self._file, self._stage = file, stage
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # transformers' signature
         if state.is_world_process_zero:
@@ -149,7 +156,7 @@ class JsonLog(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # as above
         if state.is_world_process_zero:
             with self._file.open("a", encoding="utf-8") as out:
-                out.write(json.dumps({"stage": "sft", "step": state.global_step, **logs}) + "\n")
+                out.write(json.dumps({"stage": self._stage, "step": state.global_step, **logs}) + "\n")
 
 
 class Collator:
@@ -167,8 +174,8 @@ class Collator:
         if self._encoded_only and not all(isinstance(p, EncodedImage) for p in pictures):
             raise InputError(
                 explain("pictures under ZeRO-3", expected="tower tokens (EncodedImage)", got="pixels",
-                        fix="Encode them ahead (data.encode_pool), or use zero2: a process without pictures in its "
-                        "batch would never meet the others in the tower.")
+                        fix="Pass them through a `CandidateReader`, or use zero2: a process without pictures in its batch would "
+                        "never meet the others in the tower.")
             )  # fmt: skip
         totals = astuple(Totals.of(examples, self._processor, self._loss))
         return {"examples": examples, "totals": totals, "numbers": [row["number"] for row in rows]}
@@ -191,7 +198,7 @@ def deepspeed_config(running: Running) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
-def training_arguments(recipe: SftRecipe, run: Path) -> SFTConfig:
+def training_arguments(recipe: SftRecipe, run: Path, evaluate: bool) -> SFTConfig:
     optim, running = recipe.optim, recipe.run
     micro_batches = accumulation(optim, int(os.environ.get("WORLD_SIZE", 1)))
     return SFTConfig(
@@ -203,7 +210,8 @@ def training_arguments(recipe: SftRecipe, run: Path) -> SFTConfig:
         gradient_checkpointing=running.checkpointing, deepspeed=deepspeed_config(running),
         use_cpu=not torch.cuda.is_available(), report_to=list(running.report_to) or "none",
         logging_steps=running.every, logging_first_step=True, save_strategy="steps", save_steps=running.save,
-        save_total_limit=running.keep, eval_strategy="steps" if recipe.data.examples else "no",
+        save_total_limit=running.keep, eval_strategy="steps" if evaluate else "no",
+        eval_on_start=evaluate and recipe.stage == "distill",  # what was the direct read worth before?
         eval_steps=running.evaluate, remove_unused_columns=False, max_length=None, packing=False,
         dataset_kwargs={"skip_prepare_dataset": True}, ddp_find_unused_parameters=False, disable_tqdm=None,
         logging_nan_inf_filter=False,
@@ -218,39 +226,58 @@ def build(recipe: SftRecipe, run: Path, start: Checkpoint, train: Source, held_o
         raise_precision(model)
     else:
         prepare_deepspeed(model)
-    args = training_arguments(recipe, run)
+    args = training_arguments(recipe, run, evaluate=len(held_out) > 0)
     if recipe.run.deepspeed == "zero3":
         prepare_zero3(model)
     collator = Collator(start.processor, recipe.loss, train, held_out, recipe.run.deepspeed == "zero3")
     return SftOnTrl(
         start.processor, recipe.loss, model=model, args=args, data_collator=collator,
         train_dataset=numbers(len(train), False),
-        eval_dataset=numbers(len(held_out), True) if recipe.data.examples else None,
-        callbacks=[JsonLog(run / "log.jsonl")],
+        eval_dataset=numbers(len(held_out), True) if len(held_out) else None,
+        callbacks=[JsonLog(run / "log.jsonl", recipe.stage)],
     )  # fmt: skip
 
 
 def train_sft(recipe: SftRecipe, run: Path) -> Path:
     """Train or resume in folder `run` and export; returns the checkpoint's folder. Every process of a launch calls this."""
+    keep_recipe(recipe, run)
+    start = load_start(recipe)
+    train, held_out, teachers = trace_examples(
+        recipe, start, Folder(recipe.data, checkpoint_folder(recipe.checkpoint), recipe.seed)
+    )
+    return train_on(recipe, run, start, train, held_out, teachers)
+
+
+def keep_recipe(recipe: SftRecipe, run: Path) -> None:
     if int(os.environ.get("RANK", 0)) == 0:
         keep(recipe, run)
         log.info("%s", dump(recipe))
+
+
+def load_start(recipe: SftRecipe) -> Checkpoint:
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    start = load_checkpoint(recipe.checkpoint, device=device, dtype=recipe.run.dtype)
-    trainer = build(recipe, run, start, *catalogue_examples(recipe, start))
+    return load_checkpoint(checkpoint_folder(recipe.checkpoint), device=device, dtype=recipe.run.dtype)
+
+
+def train_on(
+    recipe: SftRecipe, run: Path, start: Checkpoint, train: Source, held_out: Source, teachers: Mapping[str, str]
+) -> Path:
+    """The loop of `sft` and `distill`, whatever the examples are."""
+    trainer = build(recipe, run, start, train, held_out)
     world = trainer.accelerator.num_processes
     log.info("%d process(es), %d lists each per step", world, recipe.optim.batch_size // world)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(run))
     state, out = trained_state(trainer.model), run / "checkpoint"
+    unset_hf_deepspeed_config()  # or transformers would load the starting checkpoint partitioned
     if trainer.is_world_process_zero():
-        export(recipe, state, out)
+        export(recipe, state, out, teachers)
     trainer.accelerator.wait_for_everyone()
     return out
 
 
-def export(recipe: SftRecipe, state: dict[str, Tensor], out: Path) -> None:
+def export(recipe: SftRecipe, state: dict[str, Tensor], out: Path, teachers: Mapping[str, str]) -> None:
     """What was trained, merged into the starting checkpoint. Frozen weights are taken from there, bit by bit."""
-    folder = Path(recipe.checkpoint)
+    folder = checkpoint_folder(recipe.checkpoint)
     start = load_checkpoint(folder, device="cpu", dtype="float32")
     table = start.model.get_input_embeddings().weight.detach().clone()
     model = trainable(start.model, start.processor, recipe)
@@ -260,19 +287,6 @@ def export(recipe: SftRecipe, state: dict[str, Tensor], out: Path) -> None:
         rows = slot_rows(start.processor)
         table[rows] = plain.get_input_embeddings().weight[rows]
         plain.get_input_embeddings().weight.copy_(table)
-    manifest = replace(
-        start.manifest, trained_top_k=recipe.lists.top_k, think_margin=None
-    )  # calibrated on other weights
-    with safe_open(folder / "retrv" / "icm.safetensors", "pt") as file:
-        dtype = file.get_tensor(next(iter(file.keys()))).dtype
-    saved = save_checkpoint(out, plain, start.processor, manifest, dtype=dtype)
-    if saved.memory_digest != start.manifest.memory_digest:
-        raise CheckpointError(
-            explain("memory digest after sft", expected=start.manifest.memory_digest, got=saved.memory_digest,
-                    fix="Frozen weights moved; this is a bug, please report it.")
-        )  # fmt: skip
-    if manifest.embedder_dim:  # as it is: vectors on users' disks were made by it
-        shutil.copytree(folder / "retrv" / "embedder", out / "retrv" / "embedder", dirs_exist_ok=True)
-        saved = replace(saved, embedder_digest=start.manifest.embedder_digest)
-        (out / "retrv" / "manifest.json").write_text(json.dumps(asdict(saved), indent=2) + "\n", encoding="utf-8")
+    trained = replace(start, model=plain)
+    saved = save_stage(folder, out, trained, top_k=recipe.data.top_k, teachers=teachers)
     log.info("checkpoint %s in %s, memory %s", saved.checkpoint_digest, out, saved.memory_digest)

@@ -7,6 +7,7 @@ costs nothing and nothing is computed twice. Handles of different queries, at di
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import logging
 import queue
@@ -30,6 +31,9 @@ from retrv_r1_retriever.prompt import INSPECT_START, KEEP, Prompt
 from retrv_r1_retriever.session import GenerateParams, Generation
 
 log = logging.getLogger(__name__)
+
+#: Longest that closing, or the interpreter's exit, waits for a pass to end. Ours, not the paper's.
+_LAST_PASS_S = 30.0
 
 
 @dataclass(eq=False, slots=True)
@@ -80,8 +84,9 @@ class Batcher:
         self._model, self._processor = checkpoint.model, checkpoint.processor
         self._max_batch_tokens = max_batch_tokens
         self._pool = KvPool(self._model.config.text_config, self._model.device, self._model.dtype)
-        self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()  # None: there are no more
         self._thread: threading.Thread | None = None
+        self._stopped = False
         self._lock = threading.Lock()
         self._closed: list[Handle] = []
         self._slot_of = {token: slot for slot, token in enumerate(self._processor.slot_ids)}
@@ -95,11 +100,7 @@ class Batcher:
     async def run(self, job: Job) -> Any:
         if job.handle.closed:
             raise EngineError("handle: expected an open one, got a closed one. Open the prompt again.")
-        with self._lock:
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._work, name="retrv-r1-local-engine", daemon=True)
-                self._thread.start()
-        self._jobs.put(job)
+        self._submit(job)
         try:
             return await asyncio.wrap_future(job.future)
         except asyncio.CancelledError:
@@ -111,9 +112,29 @@ class Batcher:
             handle.closed = True
             self._closed.append(handle)
 
+    def stop(self) -> None:
+        """End the worker after its present pass; calls in flight fail. Also at exit: a thread that is in the middle of a pass
+        when the interpreter is gone aborts the whole process."""
+        with self._lock:
+            self._stopped = True
+            self._jobs.put(None)
+        atexit.unregister(self.stop)  # which would keep the model in memory
+        if self._thread is not None:
+            self._thread.join(_LAST_PASS_S)
+
+    def _submit(self, job: Job) -> None:
+        with self._lock:
+            if self._stopped:
+                raise _closed()
+            if self._thread is None or not self._thread.is_alive():  # none yet, or left behind by a fork
+                self._thread = threading.Thread(target=self._work, name="retrv-r1-local-engine", daemon=True)
+                self._thread.start()
+                atexit.register(self.stop)
+            self._jobs.put(job)
+
     def _work(self) -> None:
         active: list[Job] = []
-        while True:
+        while not self._stopped:
             try:
                 active += self._collect(block=not active)
                 self._free_rows()  # before looking who is closed: whoever closes later gets no new row that nobody frees
@@ -123,6 +144,8 @@ class Batcher:
                 for job in active:
                     _fail(job, error)
                 active = []
+        for job in active + self._collect(block=False):
+            _refuse(job, _closed())
 
     def _collect(self, *, block: bool) -> list[Job]:
         jobs = [self._jobs.get()] if block else []
@@ -130,7 +153,7 @@ class Batcher:
             try:
                 jobs.append(self._jobs.get_nowait())
             except queue.Empty:
-                return jobs
+                return [job for job in jobs if job is not None]
 
     def _free_rows(self) -> None:
         """Rows of closed handles go back between passes, never while one may still write to them."""
@@ -251,7 +274,7 @@ def _sample(job: Job, logits: Tensor, temperature: float) -> tuple[int, float]:
 def _is_over(job: Job) -> bool:
     """Cancelled, or its handle was closed under it: then its caller is told, or would wait for ever."""
     if job.handle.closed:
-        _settle(job, lambda: job.future.set_exception(EngineError("handle: closed while it was in use.")))
+        _refuse(job, EngineError("handle: closed while it was in use."))
     return job.future.done()
 
 
@@ -262,7 +285,15 @@ def _finish(job: Job, result: object) -> None:
 def _fail(job: Job, error: Exception) -> None:
     log.error("local engine pass failed", exc_info=error)
     wrapped = error if isinstance(error, EngineError) else EngineError(f"local engine: {type(error).__name__}: {error}")
-    _settle(job, lambda: job.future.set_exception(wrapped))
+    _refuse(job, wrapped)
+
+
+def _refuse(job: Job, error: EngineError) -> None:
+    _settle(job, lambda: job.future.set_exception(error))
+
+
+def _closed() -> EngineError:
+    return EngineError("local engine: expected an open one, got a closed one. Open another.")
 
 
 def _settle(job: Job, settle: Callable[[], None]) -> None:

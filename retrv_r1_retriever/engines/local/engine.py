@@ -52,6 +52,10 @@ class LocalEngine:
         return self._checkpoint.manifest.think_margin
 
     @property
+    def none_margin(self) -> float | None:
+        return self._checkpoint.manifest.none_margin
+
+    @property
     def trained_top_k(self) -> int:
         return self._checkpoint.manifest.trained_top_k
 
@@ -131,6 +135,10 @@ class LocalEngine:
 
     async def close(self, handle: Handle) -> None:
         self._batcher.close(handle)
+
+    async def aclose(self) -> None:
+        """End the worker; calls in flight fail, later ones are refused. An engine that is let go at exit ends by itself."""
+        await asyncio.to_thread(self._batcher.stop)
 
     def _token_ids(self, tokens: Sequence[str]) -> Tensor:
         return torch.tensor([self._processor.token_id(t) for t in tokens], device=self._model.device)

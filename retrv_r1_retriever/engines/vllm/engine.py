@@ -71,7 +71,7 @@ class VllmEngine:
         manifest = self.wire.manifest
         self.max_context: int | None = self.wire.max_context
         self.think_margin, self.trained_top_k = manifest.think_margin, manifest.trained_top_k
-        self.direct_read = manifest.direct_read
+        self.none_margin, self.direct_read = manifest.none_margin, manifest.direct_read
         self.memory_digest, self.memory_shape = manifest.memory_digest, self.wire.memory_shape
         self.versions = {
             "engine": "vllm", "checkpoint": manifest.checkpoint_digest, "memory": manifest.memory_digest, "base": manifest.base,

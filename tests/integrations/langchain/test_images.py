@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +18,39 @@ from retrv_r1_retriever import Document as CoreDocument
 from retrv_r1_retriever import RetrvR1Retriever as CoreRetriever
 from retrv_r1_retriever.engines.scripted import ScriptedEngine
 from retrv_r1_retriever.errors import InputError
+from retrv_r1_retriever.images import ImageSource
 from retrv_r1_retriever.parser import Thought
 from retrv_r1_retriever.points import CollectionSpec
+from retrv_r1_retriever.remote_images import HttpImages
 from retrv_r1_retriever.trace import Full
 from tests.first_stage.fakes import HashCompressor, HashEmbedder
 from tests.integrations.langchain.parts import OPTIONS, THINKING, Fixed, png, reranker, written
+from tests.serving.http_stub import pictures_stub
 
 COLOURS = [(250, 1, 2), (3, 240, 4), (5, 6, 230)]
 MAPPING = PayloadSchema(text="page_content", image="metadata.picture")
-FORMS = ("bytes", "path", "data URI", "Pillow")
+FORMS = ("bytes", "path", "data URI", "Pillow", "URL")
 
 
-def form(kind: str, data: bytes, folder: Path, name: str) -> Any:
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[str]:
+    with pictures_stub(tmp_path) as url:
+        yield url
+
+
+def form(kind: str, data: bytes, folder: Path, name: str, web: str) -> Any:
     if kind == "bytes":
         return data
     if kind == "Pillow":
         return Image.open(io.BytesIO(data))
-    if kind == "data URI":
-        return "data:image/png;base64," + base64.b64encode(data).decode()
+    if kind in ("data URI", "base64"):
+        return ("" if kind == "base64" else "data:image/png;base64,") + base64.b64encode(data).decode()
     (folder / name).write_bytes(data)
-    return name
+    return f"{web}/{name}" if kind == "URL" else name
+
+
+def sources(folder: Path) -> ImageSource:
+    return HttpImages(["127.0.0.1"], then=LocalImages(folder))
 
 
 def opening() -> ScriptedEngine:
@@ -56,17 +70,17 @@ def shown(engine: ScriptedEngine) -> dict[int, tuple[int, ...]]:
     return {s.index: s.content.image.getpixel((1, 1)) for s in full}  # type: ignore[union-attr]
 
 
-async def pixel(document: Document, images: LocalImages, key: str = "picture") -> Any:
+async def pixel(document: Document, images: ImageSource, key: str = "picture") -> Any:
     return (await images.load(document.metadata[key])).image.getpixel((1, 1))
 
 
 @pytest.mark.parametrize("kind", FORMS)
-async def test_in_documents_of_any_retriever(kind: str, tmp_path: Path) -> None:
+async def test_in_documents_of_any_retriever(kind: str, web: str, tmp_path: Path) -> None:
     given = [
-        Document(f"no {i}", metadata={"picture": form(kind, png(c), tmp_path, f"{i}.png")})
+        Document(f"no {i}", metadata={"picture": form(kind, png(c), tmp_path, f"{i}.png", web)})
         for i, c in enumerate(COLOURS)
     ]
-    images, engine = LocalImages(tmp_path), opening()
+    images, engine = sources(tmp_path), opening()
     core = reranker(images=images, options=THINKING)
     core.engine = engine
     retriever = RetrvR1Retriever(base=Fixed(found=given), reranker=core, mapping=MAPPING)
@@ -78,27 +92,30 @@ async def test_in_documents_of_any_retriever(kind: str, tmp_path: Path) -> None:
             assert await pixel(document, images) == COLOURS[int(document.page_content[-1])]
 
 
-@pytest.mark.parametrize("kind", ["path", "data URI"])  # what a payload can hold
-async def test_through_their_qdrant_store(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["path", "data URI", "URL", "base64"])  # what a payload can hold
+async def test_through_their_qdrant_store(kind: str, web: str, tmp_path: Path) -> None:
     given = [
-        Document(f"no {i}", metadata={"picture": form(kind, png(c), tmp_path, f"{i}.png")})
+        Document(f"no {i}", metadata={"picture": form(kind, png(c), tmp_path, f"{i}.png", web)})
         for i, c in enumerate(COLOURS)
     ]
-    images, engine = LocalImages(tmp_path), opening()
+    images, engine = sources(tmp_path), opening()
     core = reranker(images=images, options=THINKING)
     core.engine = engine
-    found = await RetrvR1Retriever(base=written(found=given), reranker=core, mapping=MAPPING).ainvoke("no")
+    field = "data:;base64,{metadata.picture}" if kind == "base64" else "metadata.picture"
+    mapping = PayloadSchema(text="page_content", image=field)
+    found = await RetrvR1Retriever(base=written(found=given), reranker=core, mapping=mapping).ainvoke("no")
     by_rank = {d.metadata["retrv_r1"]["retrieval_rank"] - 1: d for d in found}
     for index, colour in shown(engine).items():
-        assert colour == COLOURS[int(by_rank[index].page_content[-1])] == await pixel(by_rank[index], images)
+        assert colour == COLOURS[int(by_rank[index].page_content[-1])]
+        assert kind == "base64" or colour == await pixel(by_rank[index], images)
     assert len(by_rank) == 3
 
 
 @pytest.mark.parametrize("kind", FORMS)
-async def test_through_our_own_store(kind: str, tmp_path: Path) -> None:
-    images, engine, embedder, compressor = LocalImages(tmp_path), opening(), HashEmbedder(), HashCompressor()
+async def test_through_our_own_store(kind: str, web: str, tmp_path: Path) -> None:
+    images, engine, embedder, compressor = sources(tmp_path), opening(), HashEmbedder(), HashCompressor()
     found = [
-        CoreDocument(str(i), Content(None, form(kind, png(c), tmp_path, f"{i}.png")), {"n": i})
+        CoreDocument(str(i), Content(None, form(kind, png(c), tmp_path, f"{i}.png", web)), {"n": i})
         for i, c in enumerate(COLOURS)
     ]
     store = EdgeStore(tmp_path / "index", spec=CollectionSpec(32, 8))

@@ -130,10 +130,10 @@ async def test_a_failing_model_gives_the_first_order_with_the_reason_or_raises(i
 def test_a_timeout_is_a_failure_like_any_other() -> None:
     slow = reranker(delay_s=30)
     retriever = RetrvR1Retriever(base=Fixed(found=documents()), reranker=slow)
-    found = retriever.invoke("q", options=OPTIONS.with_options(timeout_s=0.05))
+    found = retriever.invoke("q", options=OPTIONS.with_options(timeout_s=0.5))
     assert "timed out" in found[0].metadata["reason"]
     with pytest.raises(RerankTimeout, match="timed out"):
-        retriever.invoke("q", options=OPTIONS.with_options(timeout_s=0.05, on_failure="raise"))
+        retriever.invoke("q", options=OPTIONS.with_options(timeout_s=0.5, on_failure="raise"))
 
 
 def test_how_many_documents_come_back() -> None:
@@ -317,6 +317,14 @@ def test_a_fallback_leaves_unreadable_documents_where_they_were() -> None:
     )
     assert texts(found) == ["", "one red circle"]
     assert {(d.metadata["status"], d.metadata["relevance_score"]) for d in found} == {("fallback", None)}
+
+
+def test_a_text_key_that_no_document_has_is_an_error_that_names_those_there_are() -> None:
+    retriever = over(Fixed(found=documents()), mapping=PayloadSchema(text="metadata.title"))
+    with pytest.raises(
+        SchemaError, match=r"text and/or image in metadata\.title, got neither .* metadata\.color, metadata\.n"
+    ):
+        retriever.invoke("q")
 
 
 def test_a_picture_key_that_no_document_has_is_said(caplog: pytest.LogCaptureFixture) -> None:

@@ -15,9 +15,19 @@ from llama_index.core import StorageContext, VectorStoreIndex
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.embeddings import MultiModalEmbedding
-from llama_index.core.schema import BaseNode, ImageNode, NodeWithScore, QueryBundle, TextNode
+from llama_index.core.schema import (
+    BaseNode,
+    ImageNode,
+    MediaResource,
+    MetadataMode,
+    Node,
+    NodeWithScore,
+    QueryBundle,
+    TextNode,
+)
 from llama_index.vector_stores.qdrant import QdrantVectorStore
 from llama_index_retrv_r1 import RetrvR1Retriever
+from llama_index_retrv_r1.nodes import to_content
 from PIL import Image
 from qdrant_client import AsyncQdrantClient, QdrantClient
 
@@ -100,13 +110,41 @@ def reranker(root: Path | None = None, **engine: Any) -> RetrvR1Reranker:
 
 
 def texts(count: int) -> list[BaseNode]:
-    """Ids as Qdrant takes them; metadata the model does not read."""
-    ids = [f"00000000-0000-0000-0000-{i:012}" for i in range(count)]
+    return nodes_of("text", count)
+
+
+def nodes_of(kind: str, count: int) -> list[BaseNode]:
+    """Ids as Qdrant takes them; metadata the model does not read. kind: "text", "image" or "mixed"."""
+    kinds = {"text": [_text_node], "image": [_image_node], "mixed": [_text_node, _image_node, _resource_node]}[kind]
     hidden = {"excluded_embed_metadata_keys": ["even", "part"]}
     return [
-        TextNode(id_=id, text=f"text {i}", metadata={"even": i % 2, "part": "abc"[i % 3]}, **hidden)
-        for i, id in enumerate(ids)
+        kinds[i % len(kinds)](
+            f"text {i}",
+            id_=f"00000000-0000-0000-0000-{i:012}",
+            metadata={"even": i % 2, "part": "abc"[i % 3]},
+            **hidden,
+        )
+        for i in range(count)
     ]
+
+
+def _text_node(text: str, **common: Any) -> BaseNode:
+    return TextNode(text=text, **common)
+
+
+def _image_node(text: str, **common: Any) -> BaseNode:
+    return ImageNode(text=text, image=b64("blue"), **common)
+
+
+def _resource_node(text: str, **common: Any) -> BaseNode:
+    resource = MediaResource(path=Path(f"{text}.png"))
+    return Node(text_resource=MediaResource(text=text), image_resource=resource, **common)
+
+
+def content_of(node: BaseNode) -> Content:
+    content = to_content(node, MetadataMode.NONE)
+    assert content is not None
+    return content
 
 
 def embedded(nodes: Sequence[BaseNode]) -> list[BaseNode]:
@@ -156,7 +194,7 @@ async def own(nodes: Sequence[BaseNode], folder: Path) -> tuple[Any, dict[str, A
     store = EdgeStore(folder / "index", spec=CollectionSpec(DIM))
     points = [
         Point(
-            Document(n.node_id, Content(n.get_content()), n.metadata),
+            Document(n.node_id, content_of(n), n.metadata),
             np.array(vector(n.get_content().encode()), np.float32),
         )
         for n in nodes

@@ -14,7 +14,7 @@ from llama_index.core.vector_stores.types import FilterCondition, FilterOperator
 from llama_index.vector_stores.qdrant import QdrantVectorStore
 from llama_index_retrv_r1 import RerankQuery, RetrvR1Rerank, RetrvR1Retriever
 from llama_index_retrv_r1.filters import to_filter
-from qdrant_client import QdrantClient
+from qdrant_client import QdrantClient, models
 
 from retrv_r1_retriever import (
     FAST,
@@ -29,7 +29,17 @@ from retrv_r1_retriever import (
     StoreError,
 )
 from retrv_r1_retriever import RetrvR1Retriever as Pipeline
-from tests.integrations.llama_index.parts import Fixed, Words, embedded, make, reranker, scored, texts
+from tests.integrations.llama_index.parts import (
+    DIM,
+    Fixed,
+    Words,
+    embedded,
+    make,
+    reranker,
+    scored,
+    texts,
+    vector,
+)
 
 EMPTY = [TextNode(id_="blank", text=" \n"), Node(id_="nothing"), ImageNode(id_="no picture", text="")]
 
@@ -115,6 +125,17 @@ async def test_an_embedder_of_another_size(form: str) -> None:
     retriever = RetrvR1Retriever(store, reranker=reranker(), embed_model=Short())
     with pytest.raises(StoreError, match="embed_model is the one the collection was written with"):
         retriever.retrieve("q") if form == "sync" else await retriever.aretrieve("q")
+
+
+def test_payload_keys_that_llama_index_does_not_know() -> None:
+    client = QdrantClient(":memory:")
+    client.create_collection("things", vectors_config=models.VectorParams(size=DIM, distance=models.Distance.COSINE))
+    client.upsert("things", [models.PointStruct(id=1, vector=vector(b"x"), payload={"body": "text 1", "sku": 7})])
+    options: dict[str, Any] = {"reranker": reranker(), "embed_model": Words()}
+    with pytest.raises(StoreError, match="that text_key names the payload's text"):
+        RetrvR1Retriever(QdrantVectorStore("things", client=client), **options).retrieve("q")
+    [found] = RetrvR1Retriever(QdrantVectorStore("things", client=client, text_key="body"), **options).retrieve("q")
+    assert (found.get_content(), found.metadata["sku"], found.metadata["status"]) == ("text 1", 7, "reranked")
 
 
 async def test_a_missing_collection_is_an_error_and_is_not_made() -> None:

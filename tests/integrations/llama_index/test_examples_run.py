@@ -20,7 +20,7 @@ EXAMPLES = Path(__file__).parents[3] / "examples"
 )
 def test_it_runs(name: str, expected: list[str]) -> None:
     argv = [sys.executable, str(EXAMPLES / name)]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=180, check=False)
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     for words in expected:
         assert words in done.stdout

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from llama_index.core.schema import BaseNode, ImageNode, MediaResource, Node, QueryBundle, TextNode
@@ -28,7 +30,9 @@ from retrv_r1_retriever import (
 )
 from retrv_r1_retriever import RetrvR1Retriever as Pipeline
 from retrv_r1_retriever.engines.scripted import ScriptedEngine
+from retrv_r1_retriever.images import ImageSource
 from retrv_r1_retriever.parser import Check, Thought, Verdict
+from retrv_r1_retriever.remote_images import HttpImages
 from retrv_r1_retriever.store import Point
 from retrv_r1_retriever.trace import Full
 from tests.integrations.llama_index.parts import (
@@ -45,11 +49,22 @@ from tests.integrations.llama_index.parts import (
     scored,
     vector,
 )
+from tests.serving.http_stub import pictures_stub
 
 OPENS_ONE = Thought("x", (Verdict(0, "keep"),), (Check(0, "it is a match", True),), 0)
 THINK = RerankOptions(think="always")
-KINDS = ("base64", "data URI", "path", "resource path", "resource data")
+KINDS = ("base64", "data URI", "path", "url", "resource path", "resource url", "resource data")
 STORED = KINDS[:-1]  # LlamaIndex does not store the bytes of a MediaResource
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[str]:
+    with pictures_stub(tmp_path) as url:
+        yield url
+
+
+def sources(folder: Path) -> ImageSource:
+    return HttpImages(["127.0.0.1"], then=LocalImages(folder))
 
 
 def opening_engine() -> ScriptedEngine:
@@ -57,7 +72,7 @@ def opening_engine() -> ScriptedEngine:
     return ScriptedEngine(OPENS_ONE, slots=by_number)
 
 
-def node_of(kind: str, root: Path) -> BaseNode:
+def node_of(kind: str, root: Path, web: str) -> BaseNode:
     (root / "blue.png").write_bytes(png("blue"))
     common: dict[str, Any] = {"id_": "00000000-0000-0000-0000-000000000001"}
     match kind:
@@ -67,17 +82,15 @@ def node_of(kind: str, root: Path) -> BaseNode:
             return ImageNode(**common, text="text 1", image=f"data:image/png;base64,{b64('blue')}")
         case "path":
             return ImageNode(**common, text="text 1", image_path=str(root / "blue.png"))
-        case "resource path":
-            return Node(
-                **common,
-                text_resource=MediaResource(text="text 1"),
-                image_resource=MediaResource(path=root / "blue.png"),
-            )
-        case "resource data":
-            return Node(
-                **common, text_resource=MediaResource(text="text 1"), image_resource=MediaResource(data=png("blue"))
-            )
-    raise AssertionError(kind)
+        case "url":
+            return ImageNode(**common, text="text 1", image_url=f"{web}/blue.png")
+    resources: dict[str, Any] = {
+        "resource path": {"path": root / "blue.png"},
+        "resource url": {"url": f"{web}/blue.png"},
+        "resource data": {"data": png("blue")},
+    }
+    picture = MediaResource(**resources[kind])
+    return Node(**common, text_resource=MediaResource(text="text 1"), image_resource=picture)
 
 
 def pixels_of(node: BaseNode) -> np.ndarray:
@@ -87,7 +100,8 @@ def pixels_of(node: BaseNode) -> np.ndarray:
         found = node.resolve_image() if encoded is None else io.BytesIO(base64.b64decode(encoded))
     else:
         resource = node.image_resource  # type: ignore[attr-defined]
-        found = io.BytesIO(base64.b64decode(resource.data)) if resource.data else resource.path
+        data = httpx.get(str(resource.url)).content if resource.url else base64.b64decode(resource.data or b"")
+        found = io.BytesIO(data) if data else resource.path
     return np.asarray(Image.open(found).convert("RGB"))
 
 
@@ -104,9 +118,9 @@ def assert_blue(*pixels: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_picture_reaches_the_model_and_comes_back(kind: str, tmp_path: Path) -> None:
-    node, engine = node_of(kind, tmp_path), opening_engine()
-    rerank = RetrvR1Rerank(RetrvR1Reranker(engine, images=LocalImages(tmp_path), options=THINK))
+def test_a_picture_reaches_the_model_and_comes_back(kind: str, web: str, tmp_path: Path) -> None:
+    node, engine = node_of(kind, tmp_path, web), opening_engine()
+    rerank = RetrvR1Rerank(RetrvR1Reranker(engine, images=sources(tmp_path), options=THINK))
     [found] = rerank.postprocess_nodes(scored([node]), query_str="q")
     assert found.metadata["status"] == "reranked"
     assert found.node is node
@@ -115,8 +129,8 @@ def test_a_picture_reaches_the_model_and_comes_back(kind: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("form", ["sync", "async"])
 @pytest.mark.parametrize("kind", STORED)
-async def test_through_qdrant_and_back(kind: str, form: str, tmp_path: Path) -> None:
-    node, engine = node_of(kind, tmp_path), opening_engine()
+async def test_through_qdrant_and_back(kind: str, form: str, web: str, tmp_path: Path) -> None:
+    node, engine = node_of(kind, tmp_path, web), opening_engine()
     node.embedding = vector(b"anything")
     if form == "sync":
         store = QdrantVectorStore("things", client=QdrantClient(":memory:"))
@@ -124,22 +138,23 @@ async def test_through_qdrant_and_back(kind: str, form: str, tmp_path: Path) -> 
     else:
         store = QdrantVectorStore("things", aclient=AsyncQdrantClient(":memory:"))
         await store.async_add([node])
-    decides = RetrvR1Reranker(engine, images=LocalImages(tmp_path), options=THINK)
+    decides = RetrvR1Reranker(engine, images=sources(tmp_path), options=THINK)
     retriever = RetrvR1Retriever(store, reranker=decides, embed_model=Pictures())
     [found] = retriever.retrieve("q") if form == "sync" else await retriever.aretrieve("q")
     assert type(found.node) is type(node)
     assert_blue(opened(engine), pixels_of(found.node))
 
 
-@pytest.mark.parametrize("kind", ["bytes", "data URI", "path", "Pillow"])
-async def test_from_our_own_store_to_a_node(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["bytes", "data URI", "path", "Pillow", "URL"])
+async def test_from_our_own_store_to_a_node(kind: str, web: str, tmp_path: Path) -> None:
     (tmp_path / "blue.png").write_bytes(png("blue"))
     image: Any = {
         "bytes": png("blue"), "data URI": f"data:image/png;base64,{b64('blue')}", "path": "blue.png", "Pillow": picture("blue"),
+        "URL": f"{web}/blue.png",
     }[kind]  # fmt: skip
     store, engine = EdgeStore(tmp_path / "index", spec=CollectionSpec(DIM)), opening_engine()
     await store.upsert([Point(Document("a", Content("text 1", image), {"x": 1}), np.array(vector(b"a"), np.float32))])
-    pipeline = Pipeline(store=store, embedder=OwnEmbedder(), engine=engine, images=LocalImages(tmp_path), options=THINK)
+    pipeline = Pipeline(store=store, embedder=OwnEmbedder(), engine=engine, images=sources(tmp_path), options=THINK)
     [found] = await RetrvR1Retriever(pipeline).aretrieve("q")
     assert (found.node_id, found.get_content(), found.metadata["x"]) == ("a", "text 1", 1)
     assert_blue(opened(engine), pixels_of(found.node))
@@ -158,7 +173,7 @@ async def test_mixed_nodes_are_one_list() -> None:
 
 async def test_an_empty_picture_is_said(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     store = QdrantVectorStore("things", client=QdrantClient(":memory:"))
-    node = node_of("resource data", tmp_path)
+    node = node_of("resource data", tmp_path, "")
     node.embedding = vector(b"a")
     store.add([node])
     retriever = RetrvR1Retriever(store, reranker=RetrvR1Reranker(opening_engine(), options=THINK), embed_model=Words())

@@ -17,7 +17,7 @@ from retrv_r1_retriever.qdrant import QdrantStore
 from retrv_r1_retriever.sidecar import Sidecars
 from retrv_r1_retriever.sidecar_build import MemoryBuilder
 from tests.first_stage.fakes import HashCompressor
-from tests.integrations.llama_index.parts import Words, by_number, embedded, png, texts
+from tests.integrations.llama_index.parts import Words, by_number, embedded, nodes_of, png
 
 
 def collection(nodes: list[BaseNode]) -> QdrantVectorStore:
@@ -26,7 +26,7 @@ def collection(nodes: list[BaseNode]) -> QdrantVectorStore:
     return QdrantVectorStore("things", client=client)
 
 
-async def built(store: QdrantVectorStore, images: LocalImages, **fields: str) -> Sidecars:
+async def built(store: QdrantVectorStore, images: LocalImages, **fields: str | None) -> Sidecars:
     """As `retrv-r1 memory build` and `switch` do, with the fields that `doctor --write-config` drafts."""
     sidecars = QdrantStore("things", client=store.client, schema=PayloadSchema(**fields, vector="")).sidecars
     compressor = HashCompressor()
@@ -49,11 +49,15 @@ def pictures(count: int, root: Path) -> list[BaseNode]:
     return nodes
 
 
-@pytest.mark.parametrize("kind", ["text", "pictures"])
+#: Kinds of nodes, with the field that `doctor --write-config` drafts for their pictures.
+IMAGES = {"text": None, "image": "data:;base64,{_node_content.image}", "paths": "_node_content.image_path"}
+
+
+@pytest.mark.parametrize("kind", IMAGES)
 async def test_with_memory_beside_it_all_candidates_are_judged(kind: str, tmp_path: Path) -> None:
     """Metadata that is embedded is text for the model, but not for a payload field: `MetadataMode.NONE` reads the same."""
-    nodes = texts(12) if kind == "text" else pictures(12, tmp_path)
-    fields = {"text": "_node_content.text"} | ({} if kind == "text" else {"image": "_node_content.image_path"})
+    nodes = pictures(12, tmp_path) if kind == "paths" else nodes_of(kind, 12)
+    fields = {"text": "_node_content.text", "image": IMAGES[kind]}
     store, images = collection(nodes), LocalImages(tmp_path)
     options: dict[str, Any] = {"embed_model": Words(), "metadata_mode": MetadataMode.NONE}
 

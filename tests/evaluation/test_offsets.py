@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from retrv_r1_training.mbeir import Pool
-from retrv_r1_training.offsets import LineFormat, LineIndex
 
 from retrv_r1_retriever.errors import InputError
+from retrv_r1_retriever.evaluation.mbeir import Pool
+from retrv_r1_retriever.evaluation.offsets import LineFormat, LineIndex
 
 
 def key(line: bytes) -> str:
@@ -113,7 +113,7 @@ def test_threads_pickles_and_forks_read_the_same_lines(tmp_path):
 MEASURE = """
 import resource, sys
 from pathlib import Path
-from retrv_r1_training.mbeir import Pool
+from retrv_r1_retriever.evaluation.mbeir import Pool
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 Pool(Path(sys.argv[1]))  # imports, caches
 before = peak()

@@ -44,7 +44,7 @@ class Skipped:
                     what,
                     expected=f"at most {max_share:.1%} bad rows",
                     got=f"{self.count:,} of {self.total:,}; " + "; ".join(self.examples[:3]),
-                    fix="Fix the rows, or raise --max-bad-share.",
+                    fix="Fix the rows, or raise --max-bad-share (in a recipe: data.max_bad_share).",
                 )
             )
 
@@ -135,7 +135,7 @@ class LineIndex:
         if handle is None or handle[0] != os.getpid():
             connection = sqlite3.connect(f"{self._index.as_uri()}?mode=ro&immutable=1", uri=True)
             handle = self._local.handle = (os.getpid(), connection, self.path.open("rb"))
-        return handle  # type: ignore[no-any-return]
+        return handle
 
     def _make(self, format: LineFormat, stamp: str) -> None:
         """Written aside and moved into place: several ranks may do this at once, and a kill leaves nothing half-made."""

@@ -12,6 +12,7 @@ the table of instructions. Texts are taken as they stand (the reference code of 
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from retrv_r1_retriever.errors import InputError, explain
+from retrv_r1_retriever.evaluation.offsets import MAX_BAD_SHARE, LineFormat, LineIndex, Skipped
 from retrv_r1_retriever.readers import mbeir_document
 from retrv_r1_retriever.types import Content, Document, Query
-from retrv_r1_training.offsets import MAX_BAD_SHARE, LineFormat, LineIndex, Skipped
 
 INSTRUCTIONS = Path("instructions", "query_instructions.tsv")
 #: M-BEIR's numbers of the task shapes: (query modality, candidate modality). 5 is unused there.
@@ -40,12 +41,14 @@ class JudgedQuery:
     query: picture as a path relative to the data folder
     grades: candidate id -> grade above 0, best first; empty = nothing answers the query
     negatives: ids judged wrong
+    stratum: group to report by, from `query_src_content`; "" = none is named
     """
 
     query: Query
     modality: str
     grades: Mapping[str, int]
     negatives: tuple[str, ...] = ()
+    stratum: str = ""
 
     @property
     def id(self) -> str:
@@ -183,7 +186,15 @@ class Dataset:
 
     def query(self, number: int, rng: random.Random) -> JudgedQuery:
         """With grades from the qrels and a paraphrase drawn by `rng`."""
-        judged = self.graded(self.queries[number])
+        return self._asked(self.queries[number], rng)
+
+    def find(self, qid: str, rng: random.Random) -> JudgedQuery | None:
+        """The same by id; None for an unknown one."""
+        judged = self.queries.get(qid)
+        return None if judged is None else self._asked(judged, rng)
+
+    def _asked(self, judged: JudgedQuery, rng: random.Random) -> JudgedQuery:
+        judged = self.graded(judged)
         if judged.query.instruction is not None:
             return judged
         modality = self.target_modality(judged)
@@ -246,7 +257,16 @@ def _query(line: bytes) -> JudgedQuery:
     _check_modality("query_modality", row.get("query_modality"))
     positives = dict.fromkeys(_ids(row, "pos_cand_list"), 1)
     return JudgedQuery(query, row.get("query_modality") or modality_of(query.content), positives,
-                       tuple(_ids(row, "neg_cand_list")))  # fmt: skip
+                       tuple(_ids(row, "neg_cand_list")), _stratum(row.get("query_src_content")))  # fmt: skip
+
+
+def _stratum(source: object) -> str:
+    """M-BEIR's free field, where a data set has put a JSON object with a stratum there."""
+    try:
+        data = json.loads(source) if isinstance(source, str) else source
+    except ValueError:
+        return ""
+    return str(data.get("stratum") or "") if isinstance(data, dict) else ""
 
 
 def _judgement(line: bytes) -> tuple[str, str, int]:
@@ -260,7 +280,9 @@ def _retrieved(line: bytes) -> tuple[str, str, float]:
     fields = line.decode("utf-8").split()
     if len(fields) < 5:
         raise InputError(explain("line", expected="qid Q0 did rank score tag", got=repr(line), fix="Fix it."))
-    return fields[0], fields[2], float(fields[4])
+    if not math.isfinite(score := float(fields[4])):
+        raise InputError(explain("score", expected="a finite number", got=fields[4], fix="Fix it."))
+    return fields[0], fields[2], score
 
 
 def _json(line: bytes) -> dict[str, Any]:

@@ -1,0 +1,71 @@
+"""The retriever as an agent's tool: text and pictures for the model, decisions and trace as its raw output."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+
+from llama_index.core.base.llms.types import ContentBlock, ImageBlock, TextBlock
+from llama_index.core.schema import NodeWithScore
+from llama_index.core.tools import FunctionTool, ToolOutput
+from pydantic import BaseModel, Field
+
+from llama_index_retrv_r1.nodes import RankedNode
+from llama_index_retrv_r1.retriever import RetrvR1Retriever
+from retrv_r1_retriever._sync import run
+from retrv_r1_retriever.plain import artifact
+from retrv_r1_retriever.shown import Pictures, in_words, pictures_of
+from retrv_r1_retriever.types import RankedResults
+
+
+class ToolInput(BaseModel):
+    query: str = Field(description="what to look for")
+
+
+def create_retriever_tool(
+    retriever: RetrvR1Retriever, name: str, description: str, *, image_tokens: int = 0
+) -> FunctionTool:
+    """A tool whose `ToolOutput.raw_output` is plain JSON: status, decisions, trace. LlamaIndex's own flattens nodes to text.
+
+    image_tokens: what the pictures of one answer may cost the model that looks at them, an estimate; 0 = text only
+    The text says when nothing was reranked or nothing fits: an agent must be able to tell.
+    """
+
+    def search(query: str) -> ToolOutput:
+        results = _results(retriever.retrieve(query))
+        return _output(name, query, results, run(_pictures(retriever, results, image_tokens)))
+
+    async def asearch(query: str) -> ToolOutput:
+        results = _results(await retriever.aretrieve(query))
+        return _output(name, query, results, await _pictures(retriever, results, image_tokens))
+
+    return FunctionTool.from_defaults(
+        fn=search,
+        async_fn=asearch,
+        name=name,
+        description=description,
+        fn_schema=ToolInput,
+        callback=lambda output: output,  # or LlamaIndex wraps it into an output of its own, as a string
+    )
+
+
+def _results(found: Sequence[NodeWithScore]) -> RankedResults | None:
+    """None where nothing was found."""
+    first = found[0] if found else None
+    return first.results if isinstance(first, RankedNode) else None
+
+
+async def _pictures(retriever: RetrvR1Retriever, results: RankedResults | None, tokens: int) -> Pictures:
+    if results is None or not tokens:
+        return Pictures()
+    return await pictures_of([result.document for result in results], retriever.images, tokens=tokens)
+
+
+def _output(name: str, query: str, results: RankedResults | None, pictures: Pictures) -> ToolOutput:
+    words = "Nothing found." if results is None else in_words(results)
+    blocks: list[ContentBlock] = [TextBlock(text="\n".join([words, *pictures.remarks]))]
+    for picture in pictures.shown:
+        blocks.append(TextBlock(text=f"Picture of [{picture.id}]:"))
+        blocks.append(ImageBlock(image=base64.b64encode(picture.data), image_mimetype=picture.mime_type))
+    raw = None if results is None else artifact(results)
+    return ToolOutput(tool_name=name, blocks=blocks, raw_input={"query": query}, raw_output=raw)

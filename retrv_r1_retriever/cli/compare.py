@@ -1,0 +1,91 @@
+"""`retrv-r1 eval compare`: two runs over the same queries, and whether their difference is more than chance."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from retrv_r1_retriever.cli.terminal import one_line, print_json, print_table, print_wrapped, printable
+from retrv_r1_retriever.errors import InputError, explain
+from retrv_r1_retriever.evaluation.metrics import Qrels, Run, values
+from retrv_r1_retriever.evaluation.runs import read_qrels, read_run
+from retrv_r1_retriever.evaluation.significance import SAMPLES, PairedTest, paired_test
+
+METRICS = ("recall@1", "recall@5", "mrr", "ndcg@10")
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "runs", nargs=2, type=Path, metavar="RUN", help="TREC runs, or BEIR's JSON; the second is tested"
+    )
+    parser.add_argument("--qrels", type=Path, required=True, metavar="FILE", help="TREC qrels, or BEIR's TSV")
+    parser.add_argument(
+        "--metric", action="append", metavar="NAME", help=f"recall@K, mrr, ndcg@K, map@K; default: {' '.join(METRICS)}"
+    )
+    parser.add_argument("--samples", type=int, default=SAMPLES, metavar="N", help="of bootstrap and randomisation")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(run=main)
+
+
+def main(args: argparse.Namespace) -> int:
+    if args.samples < 1:
+        raise InputError(explain("--samples", expected="at least 1", got=args.samples, fix="Raise it."))
+    first, second = map(read_run, args.runs)
+    qrels, unanswerable = _answerable(read_qrels(args.qrels))
+    missing = {str(path): _missing(run, qrels, path) for path, run in zip(args.runs, (first, second), strict=True)}
+    rows: dict[str, dict[str, Any]] = {}
+    for name in args.metric or METRICS:
+        a, b = (list(values(run, qrels, name).values()) for run in (first, second))
+        test = paired_test(a, b, samples=args.samples, seed=args.seed)
+        rows[name] = {"first": sum(a) / len(a), "second": sum(b) / len(b), "test": test}
+    if args.json:
+        print_json(
+            {"runs": args.runs, "qrels": args.qrels, "queries": len(qrels), "samples": args.samples, "seed": args.seed,
+             "missing_queries": missing, "without_right_answer": unanswerable,
+             "metrics": {name: row | {"test": asdict(row["test"])} for name, row in rows.items()}}
+        )  # fmt: skip
+        return 0
+    header = (
+        "",
+        *(one_line(path.name, 24) for path in args.runs),
+        "difference",
+        "95 % interval",
+        "p",
+        "better",
+        "worse",
+    )
+    print_table(
+        header, [(name, f"{r['first']:.4f}", f"{r['second']:.4f}", *_cells(r["test"])) for name, r in rows.items()]
+    )
+    print_wrapped(
+        f"{len(qrels)} queries; interval: paired bootstrap; p: two-sided randomisation test; {args.samples:,} samples each, "
+        f"seed {args.seed}. A query that a run lacks counts as 0."
+    )
+    for path, count in missing.items():
+        if count:
+            print_wrapped(printable(f"{path} lacks {count} of the {len(qrels)} queries"))
+    if unanswerable:
+        print_wrapped(f"{unanswerable} queries of the qrels have no right answer and are left out")
+    return 0
+
+
+def _cells(test: PairedTest) -> tuple[str, ...]:
+    d = test.difference
+    return f"{d.mean:+.4f}", f"{d.low:+.4f} to {d.high:+.4f}", f"{test.p:.4f}", str(test.better), str(test.worse)
+
+
+def _answerable(qrels: Mapping[str, Mapping[str, int]]) -> tuple[Qrels, int]:
+    """Without the queries that no document answers, and how many these were."""
+    kept = {query: grades for query, grades in qrels.items() if any(grade > 0 for grade in grades.values())}
+    return kept, len(qrels) - len(kept)
+
+
+def _missing(run: Run, qrels: Qrels, path: Path) -> int:
+    missing = sum(query not in run for query in qrels)
+    if missing == len(qrels):
+        fix = "Name the run and the qrels of one data set."
+        raise InputError(explain(str(path), expected="a run of the qrels' queries", got="none of them", fix=fix))
+    return missing

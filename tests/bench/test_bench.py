@@ -1,0 +1,104 @@
+"""The bench: what it says was read was read, its formulas agree with a counter that watches the model, its output is whole."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from retrv_r1_retriever._sync import run
+from retrv_r1_retriever.bench import __main__ as bench
+from retrv_r1_retriever.bench.floors import Ceiling, Counts, Work
+from retrv_r1_retriever.bench.modes import OPENED, Task, counted, modes, thought
+from retrv_r1_retriever.bench.shapes import SHAPES, Shape, random_checkpoint, random_task
+from retrv_r1_retriever.engines.local import LocalEngine
+from retrv_r1_retriever.model.configuration import IcmConfig
+from retrv_r1_retriever.prompt import build_prompt
+
+ROPE = {"rope_type": "default", "mrope_section": [6, 5, 5], "rope_theta": 1e4}
+SMALL = Shape(
+    {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 128,
+     "vocab_size": 1024, "max_position_embeddings": 8192, "rope_parameters": ROPE},
+    {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 8, "window_size": 32,
+     "fullatt_block_indexes": [0, 1]},
+    picture=64, words=4, query_words=3, icm=IcmConfig(32, 4, 8),
+)  # fmt: skip
+PATCHES, TOKENS = 64, 16  # of a picture of 64 x 64: 8 x 8 patches, merged 2 x 2
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    return random_checkpoint(SMALL, "cpu")
+
+
+@pytest.fixture(autouse=True)
+def small_shape(monkeypatch):
+    monkeypatch.setitem(SHAPES, "ratio", SMALL)
+
+
+@pytest.mark.parametrize("k", [50, 127])
+def test_every_mode_reads_exactly_what_it_must(checkpoint, k):
+    engine = LocalEngine(checkpoint, max_batch_tokens=1 << 17)
+    task = Task.of(engine, *random_task(SMALL, k))
+    got = run(counted(modes(engine, task), checkpoint.model.model.visual))
+    frame = got["F"].prompt - 3 * k  # the template, the query and its picture
+    full = TOKENS + 2 + SMALL.words  # a candidate in full: picture, its two marks, words
+    cue = len(checkpoint.processor.tokenise("\nCheck:"))
+    assert got["U"].prompt == got["U'"].prompt == frame + k * (1 + full)
+    assert got["C"].prompt == got["F"].prompt
+    assert got["X"].prompt == k * (frame + 1 + full)
+    assert got[f"F+{OPENED}"].prompt == got["F"].prompt + OPENED * (full + cue)
+    pictures = {mode: count.patches / PATCHES for mode, count in got.items()}
+    assert pictures == {"U": k + 1, "U'": 1, "X": 2 * k, "C": k + 1, "F": 1, f"F+{OPENED}": 1 + OPENED}
+    stored = sum(c.memory.rows.nbytes for c in task.stored)
+    assert stored == k * SMALL.icm.memory_rows * SMALL.icm.width * 2
+    read = engine.forward_tokens
+    assert run(thought(engine, build_prompt(task.query, task.stored), 7)) == 7
+    assert (
+        engine.forward_tokens - read == got["F"].prompt + 1 + 6
+    )  # the probe's token, and all but the last sampled one
+
+
+def test_formulas_agree_with_a_counter_on_the_model(checkpoint):
+    """Attention is left out by reading few tokens: the counter knows nothing of causality."""
+    model, counts = checkpoint.model, Counts(checkpoint.model.config, 4)
+    ids, grid = torch.ones(1, 4, dtype=torch.long), torch.tensor([[1, 2, 2]])
+    patches = torch.zeros(4, 3 * 2 * 8 * 8)
+    memory, query = torch.randn(5, 8, 32), torch.randn(1, 6, 32)
+    icm_inputs = (
+        memory,
+        torch.ones(5, 8, dtype=torch.bool),
+        query,
+        torch.ones(1, 6, dtype=torch.bool),
+        torch.zeros(5).long(),
+    )
+    for call, work in (
+        (lambda: model.lm_head(model.model.language_model(ids).last_hidden_state[:, -1]), counts.prefill(4)),
+        (lambda: model.model.encode_images(patches, grid), counts.tower(4, 1)),
+        (lambda: model.model.icm(*icm_inputs), counts.compression(5, 8, 6)),
+        (lambda: model.model.icm.memories([torch.randn(9, 64)]), counts.memory(9, 1)),
+    ):
+        counter = FlopCounterMode(display=False)
+        with counter, torch.inference_mode():
+            call()
+        assert work.flops == pytest.approx(counter.get_total_flops(), rel=0.03)
+
+
+def test_a_floor_is_the_slower_of_computing_and_moving():
+    ceiling = Ceiling(flops=100.0, bytes=10.0)
+    assert ceiling.floor(Work(50, 1)) == 0.5
+    assert ceiling.floor(Work(50, 20)) == 2.0
+
+
+def test_the_command_prints_tables_and_writes_json_and_a_picture(tmp_path, capsys):
+    argv = ["--shape", "ratio", "--top-k", "6", "--rounds", "1", "--steps", "3", "--concurrency", "2"]
+    assert bench.main([*argv, "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "| x faster than U |" in printed
+    assert "tower, K pictures" in printed
+    report = json.loads((tmp_path / "bench.json").read_text())
+    assert [row["mode"] for row in report["shapes"][0]["modes"]] == ["U", "U'", "X", "C", "F", f"F+{OPENED}"]
+    assert all(stage["seconds"] > 0 for stage in report["shapes"][0]["stages"])
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")

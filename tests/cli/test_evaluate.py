@@ -1,0 +1,151 @@
+"""`retrv-r1 eval` over a real store and a real (untrained) model; `eval compare` over files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from retrv_r1_retriever.evaluation.runs import read_run
+from tests.cli.conftest import Run
+from tests.evaluation.mbeir_root import write_root
+
+MODE = "K=20 auto/hybrid"  # of the workplace's config
+QUERIES = [
+    {"id": "a", "text": "two red circle", "positives": ["card1"]},
+    {"query_txt": None, "query_img_path": "card0.png", "qid": "90:1", "pos_cand_list": ["card0"]},
+    {"text": "nothing of the kind", "positives": ["elsewhere"]},
+]
+
+
+@pytest.fixture
+def indexed(workplace: Path, run: Run) -> Path:
+    run("index", "items")
+    Path("queries.jsonl").write_text("\n".join(map(json.dumps, QUERIES)))
+    return workplace
+
+
+def test_modes_over_the_same_candidates(indexed: Path, run: Run) -> None:
+    modes = ["--mode", "never/logits", "--mode", "always/hybrid", "--top-k", "2,20", "--price", 1, 4]
+    ran = run("eval", "queries.jsonl", *modes, "--run", "run.txt", "--report", "eval.html", "--json")
+    names = ["K=2 never/logits", "K=2 always/hybrid", "K=20 never/logits", "K=20 always/hybrid"]
+    assert list(ran.json["modes"]) == names
+    assert ran.json["missing_positives"] == ["elsewhere"]
+    direct, thought = (ran.json["modes"][name] for name in names[2:])
+    assert direct["ceiling"] == thought["ceiling"] == pytest.approx(2 / 3)
+    assert direct["first_stage"] == thought["first_stage"]
+    assert direct["lost"]["first stage"] == 1
+    assert (direct["lost"]["thought"], direct["lost"]["inspection"]) == (0, 0), "it did not think"
+    assert thought["lost"]["direct read"] == 0
+    assert all(sum(m["lost"].values()) == round(3 * (1 - m["reranked"]["recall@1"])) for m in (direct, thought))
+    assert thought["tokens_out"] > direct["tokens_out"] == 0
+    assert direct["cost"] == pytest.approx(direct["tokens_in"] / 1_000)
+    assert direct["p50"] > 0
+    written = read_run(Path("run.retrv-r1.K2.never.logits.txt"))
+    assert {query: len(documents) for query, documents in written.items()} == {"a": 4, "90:1": 4, "queries.jsonl:3": 4}
+    assert ran.json["configuration"]["modes"][names[0]]["top_k"] == 2
+    page = Path("eval.html").read_text()
+    assert "Who lost the queries" in page
+    assert "fusion: none" in page
+    assert page.count("<img") >= 1
+
+
+def test_what_a_person_reads(indexed: Path, run: Run) -> None:
+    out = run("eval", "queries.jsonl", "--limit", 2).out
+    flat = " ".join(out.split())
+    assert "2 queries" in flat
+    assert "first stage" in flat
+    assert f"{MODE}: first place:" in flat
+    assert "95 % interval" in flat
+    assert "this list is 4 long and the model was trained on lists of 20" in flat
+    assert "not in the store" not in flat
+    assert max(map(len, out.splitlines())) <= 120
+    flat = " ".join(run("eval", "queries.jsonl").out.split())
+    assert "right answers that are not in the store, so that no search can find them: 1 (elsewhere)" in flat
+
+
+def test_without_labels_disagreements_are_shown(indexed: Path, run: Run) -> None:
+    Path("bare.csv").write_text('id,text,image\nx,"two, red",\ny,,card0.png\n')
+    ran = run("eval", "bare.csv", "--report", "page.html", "--json").json
+    assert "recall@1" not in json.dumps(ran["modes"])
+    changed = ran["modes"][MODE]["first_place_changed"]
+    assert Path("page.html").read_text().count("first places differ") == 2 * changed, "in the contents and above it"
+    assert "2 queries without right answers" in run("eval", "bare.csv").out
+
+
+def test_an_existing_run_is_reranked(indexed: Path, run: Run) -> None:
+    Path("run.json").write_text(json.dumps({"a": {"note": 0.5, "card1": 0.25}, "other": {"z": 1}}))
+    Path("qrels.tsv").write_text("query-id\tcorpus-id\tscore\na\tcard1\t2\na\tnote\t0\n")
+    ran = run("eval", "queries.jsonl", "--from-run", "run.json", "--qrels", "qrels.tsv", "--json").json
+    mode = ran["modes"][MODE]
+    assert (ran["queries"], mode["first_stage"]["mrr"], mode["ceiling"]) == (1, 0.5, 1.0)
+    assert ran["configuration"]["first_stage"] == "run run.json"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "arguments", "message"),
+    [
+        ("run.txt", "a Q0 nobody 1 0.5 t\n", ["--from-run", "run.txt"], "expected documents of this store, got 1 of 1"),
+        ("run.txt", "b Q0 note 1 0.5 t\n", ["--from-run", "run.txt"], "run.txt: expected the ids of the queries, got none"),
+        ("run.txt", "a Q0 note 1 nan t\n", ["--from-run", "run.txt"], "run.txt:1: expected a number, got 'nan'"),
+        ("run.txt", "a Q0 d 1 1 t\na Q0 d 2 0 t\n", ["--from-run", "run.txt"], "expected each document once per query"),
+        ("run.json", '{"a": {"note":', ["--from-run", "run.json"], "expected {query: {document: score}}, got Expecting"),
+        ("queries.jsonl", '{"text": "x"}\n{"text"', [], "queries.jsonl:2: Expecting"),
+        ("queries.jsonl", '{"id": 1, "text": "x"}\n{"id": 1, "text": "y"}', [], "expected distinct ids, got '1' a second time"),
+        ("queries.csv", "id,text\n1,a,b\n", [], "queries.csv:2: expected 2 cells, got another number"),
+        ("queries.jsonl", '{"text": "x"}', ["--mode", "maybe"], "--mode: expected THINK/RANKING of"),
+        ("queries.jsonl", '{"text": "x"}', ["--top-k", "ten"], "--top-k: expected numbers, e.g. 10,50, got 'ten'"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named(indexed: Path, run: Run, name: str, text: str, arguments: list[str], message: str) -> None:
+    Path(name).write_text(text)
+    ran = run("eval", name if name.startswith("queries") else "queries.jsonl", *arguments)
+    assert (ran.code, message in ran.err) == (2, True), ran.err
+
+
+def test_compare_two_runs(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("qrels.txt").write_text("".join(f"q{i} 0 d{i} 1\n" for i in range(40)) + "none 0 d 0\n")
+    Path("a.txt").write_text("".join(f"q{i} Q0 x 1 2 a\nq{i} Q0 d{i} 2 1 a\n" for i in range(40)))
+    Path("b.txt").write_text("".join(f"q{i} Q0 d{i} 1 2 b\n" for i in range(36)))
+    found = run("eval", "compare", "a.txt", "b.txt", "--qrels", "qrels.txt", "--json").json
+    mrr = found["metrics"]["mrr"]
+    assert (mrr["first"], mrr["second"]) == (0.5, 0.9)
+    assert (mrr["test"]["better"], mrr["test"]["worse"]) == (36, 4)
+    assert mrr["test"]["p"] < 0.001
+    assert found["metrics"]["recall@5"]["test"]["difference"]["mean"] == pytest.approx(-0.1)
+    out = run("eval", "compare", "a.txt", "b.txt", "--qrels", "qrels.txt", "--metric", "map@5").out
+    assert "map@5  0.5000  0.9000     +0.4000" in out
+    assert "b.txt lacks 4 of the 40 queries" in out
+    assert "1 queries of the qrels have no right answer" in out
+    Path("c.txt").write_text("zz Q0 d 1 1 c\n")
+    assert "c.txt: expected a run of the qrels' queries, got none" in run(
+        "eval", "compare", "a.txt", "c.txt", "--qrels", "qrels.txt"
+    ).err  # fmt: skip
+    assert run("eval", "compare", "a.txt", "--qrels", "qrels.txt").code == 2
+    assert "eval compare" in run("eval", "compare", "--help").out
+
+
+def test_mbeir_with_a_model(workplace: Path, run: Run) -> None:
+    write_root(workplace / "data", 14, 2)
+    arguments = ["eval", "mbeir", "--root", "data", "--top-k", "4", "--mode", "always/hybrid", "--report", "page.html"]
+    ran = run(*arguments, "--tasks", "cirr_task7,webqa_task1")
+    assert ran.code == 1, "no average, no success"
+    flat = " ".join(ran.out.split())
+    assert "WebQA t→t 2 R@5" in flat
+    assert flat.index("WebQA t→t") < flat.index("CIRR it→i"), "the papers' order"
+    assert "average refused refused" in flat
+    assert "2 of the 16 tasks were asked for" in flat
+    assert "reranking 4/4" in " ".join(ran.err.split())
+    assert "What the first stage found" in Path("page.html").read_text()
+    rows = [json.loads(line) for line in next(Path("mbeir-eval/lists").glob("cirr*K4*")).read_text().splitlines()[1:]]
+    assert [row["record"]["status"] for row in rows] == ["reranked", "reranked"]
+    assert all(row["record"]["thought"] and row["record"]["tokens_out"] > 0 for row in rows)
+    again = run(*arguments, "--tasks", "cirr_task7,webqa_task1", "--json")
+    assert again.json["average"] == {"first stage": None, "K=4 always/hybrid": None}
+    assert again.json["configuration"]["pool"] == "local"
+    assert "reranking" not in again.err, "it was done already"
+    wrong = run("eval", "mbeir", "--root", "items")
+    assert "items: expected M-BEIR's files, got no query/test/mbeir_visualnews_task0_test.jsonl" in wrong.err
+    assert "expected some of visualnews_task0" in run("eval", "mbeir", "--root", "data", "--tasks", "mnist").err

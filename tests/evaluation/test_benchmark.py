@@ -1,0 +1,268 @@
+"""The sixteen tasks of a generated root through index, first stage and reranking; killed, resumed, spoiled."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from retrv_r1_retriever._sync import run
+from retrv_r1_retriever.cli.evaluate_mbeir import describe, write_results
+from retrv_r1_retriever.errors import InputError
+from retrv_r1_retriever.evaluation.benchmark import DEPTH, TASKS, Parts, Setup, run_benchmark
+from retrv_r1_retriever.evaluation.runs import read_qrels, read_run
+from retrv_r1_retriever.evaluation.scores import FIRST_STAGE, BenchmarkScore, SystemScore, TaskScore, score
+from retrv_r1_retriever.options import FAST
+from tests.evaluation.mbeir_root import parts, write_root
+
+MODE = "K=20 never/logits"
+OPTIONS = FAST.with_options(top_k=20, timeout_s=None)
+CIRR = next(task for task in TASKS if task.name == "cirr_task7")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root, evaluated once: `root` and `out`."""
+    folder = tmp_path_factory.mktemp("mbeir")
+    write_root(folder / "root", 24, 4)
+    evaluate(setup(folder))
+    return folder
+
+
+def setup(folder: Path, root: str = "root", out: str = "out") -> Setup:
+    return Setup(folder / root, folder / out, (OPTIONS,))
+
+
+def evaluate(setup: Setup, system: Parts | None = None) -> BenchmarkScore:
+    system = system or parts(setup.root)
+    runs = run(run_benchmark(setup, system, lambda *_: None))
+    scores = BenchmarkScore(tuple(map(score, runs)), setup.absent())
+    write_results(setup, runs, scores, describe(setup, system))
+    return scores
+
+
+def files(out: Path) -> dict[str, bytes]:
+    results = [out / "results.json", out / "results.tsv", *sorted((out / "runs").iterdir())]
+    return {path.name: path.read_bytes() for path in results}
+
+
+def test_tasks_are_in_the_papers_order() -> None:
+    names = (
+        "visualnews0 mscoco0 fashion200k0 webqa1 edis2 webqa2 visualnews3 mscoco3 fashion200k3 nights4 oven6 infoseek6 "
+    )
+    names += "fashioniq7 cirr7 oven8 infoseek8"
+    assert [f"{task.dataset}{task.number}" for task in TASKS] == names.split()
+    assert [task.dataset for task in TASKS if task.headline == 10] == ["fashion200k", "fashion200k", "fashioniq"]
+    assert TASKS[1].pool("local") == "cand_pool/local/mbeir_mscoco_task0_test_cand_pool.jsonl"
+    assert TASKS[0].pool("local") == "cand_pool/local/mbeir_visualnews_task0_cand_pool.jsonl"
+
+
+def test_the_average_is_what_the_run_files_say(whole: Path) -> None:
+    """Worked out from the TREC files and qrels alone."""
+    results = json.loads((whole / "out/results.json").read_text())
+    for system, file in ((FIRST_STAGE, "first-stage"), (MODE, "retrv-r1.K20.never.logits")):
+        headline = []
+        for task in TASKS:
+            ranked = read_run(whole / f"out/runs/{task.name}.local.{file}.txt")
+            qrels = read_qrels(whole / "root" / task.qrels)
+            hits = [any(did in grades for did in ranked[qid][: task.headline]) for qid, grades in qrels.items()]
+            headline.append(sum(hits) / len(hits))
+        assert results["average"][system] == pytest.approx(sum(headline) / 16)
+    cirr = results["tasks"]["cirr_task7"]["systems"]
+    assert cirr[MODE]["recall"]["1"] > cirr[FIRST_STAGE]["recall"]["1"], "or nothing was reranked"
+    assert 0.2 < results["average"][FIRST_STAGE] < results["average"][MODE] < 1, "or the data decide nothing"
+    lost = sum(cirr[MODE]["lost"].values())
+    assert lost == round(4 * (1 - cirr[MODE]["recall"]["5"]))
+    configuration = results["configuration"]
+    assert (configuration["pool"], configuration["fusion"], configuration["modes"][MODE]["top_k"]) == (
+        "local",
+        "none",
+        20,
+    )
+    table = (whole / "out/results.tsv").read_text().splitlines()
+    assert json.loads(table[0][2:]) == configuration
+    assert table[1].split("\t") == ["system", *(task.title for task in TASKS), "average"]
+    line = (whole / "out/runs/cirr_task7.local.first-stage.txt").read_text().splitlines()[0]
+    assert line.split()[-1] == f"mbeir.local.{configuration['id']}.first-stage"
+
+
+def test_a_second_run_asks_neither_embedder_nor_engine(whole: Path) -> None:
+    before = files(whole / "out")
+    evaluate(setup(whole), replace(parts(whole / "root"), embedder=None, images=None))  # type: ignore[arg-type]
+    assert files(whole / "out") == before
+
+
+class Killed(BaseException):
+    """Nothing catches it on its way out, as nothing catches a kill."""
+
+
+def dying(after: int, function: Callable) -> Callable:
+    calls = iter(range(after))
+
+    def call(*args):
+        if next(calls, None) is None:
+            raise Killed
+        return function(*args)
+
+    return call
+
+
+@pytest.mark.parametrize(("where", "after"), [("embed", 3), ("embed", 40), ("slots", 30)])
+def test_killed_and_resumed_to_identical_files(whole: Path, tmp_path: Path, where: str, after: int) -> None:
+    """In the index, in the first stage, and in the reranking; with half a line at the end of every list."""
+    mine = replace(setup(whole), out=tmp_path / "out", concurrency=2)
+    system = parts(mine.root)
+    target = system.embedder if where == "embed" else system.engine
+    setattr(target, where, dying(after, getattr(target, where)))
+    with pytest.raises(Killed):
+        evaluate(mine, system)
+    lists = list((tmp_path / "out/lists").iterdir())
+    assert len(lists) == 32
+    for path in lists:
+        path.write_bytes(path.read_bytes() + b'{"query": "0:')
+    evaluate(mine)
+    assert files(tmp_path / "out") == files(whole / "out")
+
+
+def test_one_problem_in_one_task_refuses_the_average() -> None:
+    system = {MODE: SystemScore({5: 0.5, 10: 0.25}, 0.5, {}, {})}
+    tasks = [TaskScore(task.name, task.title, task.headline, 4, system) for task in TASKS]
+    assert BenchmarkScore(tuple(tasks), {}).average == {MODE: (13 * 0.5 + 3 * 0.25) / 16}
+    tasks[3] = replace(tasks[3], problems=("a picture",))
+    assert BenchmarkScore(tuple(tasks), {}).average == {MODE: None}
+
+
+def test_the_union_pool(whole: Path) -> None:
+    mine = replace(setup(whole), pool="global", tasks=(TASKS[0], CIRR), modes=(OPTIONS.with_options(top_k=2), OPTIONS))
+    scores = evaluate(mine)
+    assert scores.average == {FIRST_STAGE: None, "K=2 never/logits": None, MODE: None}
+    first, small, large = (scores.tasks[1].systems[name] for name in scores.systems)
+    assert len(read_run(mine.out / "runs/cirr_task7.global.first-stage.txt")["8:70"]) == DEPTH
+    assert large.recall[10] <= first.recall[20], "no reranking of K finds what is not among the K"
+    assert small.recall[5] == first.recall[5], "what was retrieved beyond the K stays behind them"
+
+
+def spoiled(whole: Path, tmp_path: Path, file: str, change: Callable[[str], str]) -> Setup:
+    """A copy of one task's files, one of them changed."""
+    root = tmp_path / "root"
+    for name in (CIRR.queries, CIRR.qrels, CIRR.pool("local"), "instructions/query_instructions.tsv"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        text = (whole / "root" / name).read_text()
+        (root / name).write_text(change(text) if name == file else text)
+    (root / "mbeir_images").mkdir()
+    for row in map(json.loads, (whole / "root" / CIRR.pool("local")).read_text().splitlines()):
+        shutil.copy(whole / "root" / row["img_path"], root / row["img_path"])
+    return replace(setup(tmp_path), tasks=(CIRR,))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        (CIRR.queries, lambda text: text[:-20], r"cirr_task7_test.jsonl: expected at most 0.0% bad rows, got 1 of 4"),
+        (CIRR.queries, lambda text: text + text.splitlines()[0] + "\n", r"id '8:70' a second time"),
+        (CIRR.pool("local"), lambda text: text[:-20], r"cirr_task7_cand_pool.jsonl: expected at most 0.0% bad rows"),
+        (CIRR.queries, lambda text: "", r"cirr_task7_test.jsonl: expected at least one query, got none"),
+    ],
+)
+def test_bad_files_are_errors(whole: Path, tmp_path: Path, file: str, change: Callable, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        evaluate(spoiled(whole, tmp_path, file, change))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "problem"),
+    [
+        (CIRR.qrels, lambda text: text.replace(" 8:", " 8:9", 1), "its right answers are not in the pool (8:9"),
+        (CIRR.qrels, lambda text: text.replace(" 1 7", " 0 7", 1), "query 8:70: no right answer in the qrels"),
+    ],
+)
+def test_queries_that_cannot_be_answered_are_named(
+    whole: Path, tmp_path: Path, file: str, change: Callable, problem: str
+) -> None:
+    [task] = evaluate(spoiled(whole, tmp_path, file, change)).tasks
+    assert any(problem in line for line in task.problems), task.problems
+    assert task.queries == 4, "counted as a miss"
+
+
+def test_missing_pictures_and_tasks_refuse_the_average(whole: Path, tmp_path: Path) -> None:
+    mine = spoiled(whole, tmp_path, "", str)
+    rows = [json.loads(line) for line in (mine.root / CIRR.queries).read_text().splitlines()]
+    lost = rows[0]["query_img_path"]
+    (mine.root / lost).unlink()
+    scores = evaluate(replace(mine, tasks=TASKS))
+    assert scores.average[FIRST_STAGE] is None
+    assert len(scores.absent) == 15
+    assert scores.absent["nights_task4"][0] == "query/test/mbeir_nights_task4_test.jsonl"
+    [task] = scores.tasks
+    assert [line.split(":")[0] for line in task.problems] == ["candidate 8", "query 8"]
+    assert all(lost in line for line in task.problems)
+    (mine.root / lost).write_bytes((whole / "root" / lost).read_bytes())
+    assert evaluate(mine).tasks[0].problems == (), "what was missing is done when it is there"
+
+
+def test_fallbacks_are_not_kept(whole: Path, tmp_path: Path) -> None:
+    mine = spoiled(whole, tmp_path, "", str)
+    system = parts(mine.root)
+    system.engine.failing["probe"] = RuntimeError("out of memory")  # type: ignore[union-attr]
+    [task] = evaluate(mine, system).tasks
+    assert len(task.problems) == 4
+    assert "not reranked: the engine failed at direct read" in task.problems[0]
+    [again] = evaluate(mine).tasks
+    assert again.problems == ()
+    assert again.systems[MODE].statuses == {"reranked": 4}
+
+
+def test_positives_of_other_data_sets(whole: Path, tmp_path: Path) -> None:
+    """The first stage's best candidate is made a positive under another data set's id."""
+    run_file = whole / "out/runs/cirr_task7.local.first-stage.txt"
+    best = {qid: ranked[0] for qid, ranked in read_run(run_file).items()}
+    wrong = [qid for qid, did in best.items() if did not in read_qrels(whole / "root" / CIRR.qrels)[qid]]
+    assert wrong
+    mine = spoiled(whole, tmp_path, CIRR.qrels, lambda text: text + f"{wrong[0]} 0 9{best[wrong[0]]} 1 7\n")
+    pool = mine.root / CIRR.pool("local")
+    pool.write_text(pool.read_text().replace(f'"{best[wrong[0]]}"', f'"9{best[wrong[0]]}"'))
+    with_it, without = (
+        evaluate(replace(mine, same_dataset=same)).tasks[0].systems[FIRST_STAGE] for same in (False, True)
+    )
+    assert with_it.recall[1] == without.recall[1] + 1 / 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda lines: [lines[0], b"{\n", *lines[2:]], r"jsonl:2: expected a row, got Expecting"),
+        (
+            lambda lines: [lines[0].replace(b'"seed": 0', b'"seed": 7'), *lines[1:]],
+            r"expected our settings, got others",
+        ),
+        (lambda lines: [*lines, lines[1].replace(b"8:70", b"5:1")], "expected queries of the task, got '5:1'"),
+    ],
+)
+def test_spoiled_lists_are_errors(whole: Path, tmp_path: Path, change: Callable, message: str) -> None:
+    mine = spoiled(whole, tmp_path, "", str)
+    evaluate(mine)
+    path = next((mine.out / "lists").glob("*first-stage*"))
+    path.write_bytes(b"".join(change(path.read_bytes().splitlines(keepends=True))))
+    with pytest.raises(InputError, match=message):
+        evaluate(mine)
+
+
+def test_instructions_are_drawn_by_the_seed(whole: Path) -> None:
+    asked: list[str | None] = []
+
+    class Listening(type(parts(whole / "root").embedder)):  # type: ignore[misc]
+        def embed(self, items):
+            asked.extend(item.instruction for item in items if hasattr(item, "instruction"))
+            return super().embed(items)
+
+    for seed in (0, 0, 1):
+        system = replace(parts(whole / "root"), embedder=Listening())
+        mine = replace(setup(whole, out=f"seed{len(asked)}"), seed=seed, tasks=(CIRR,))
+        evaluate(mine, system)
+    first, again, other = asked[:4], asked[4:8], asked[8:]
+    assert first == again != other
+    assert {*asked} == {"Find it.", "Show cirr."}

@@ -1,0 +1,95 @@
+"""The page in a real browser, at desktop and phone width: opens in time, says nothing on the console, does what it offers."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from retrv_r1_retriever.report import write_report
+from tests.browser import SIZES, opened
+from tests.report.samples import fallback, many, rescued, text_list
+
+QUERIES = 200
+SECONDS = 2.0
+
+#: Where screenshots are kept for a person to look at; by default with the test's other files.
+SHOTS = os.environ.get("RETRV_SCREENSHOTS")
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_report(tmp_path_factory.mktemp("report") / "large.html", many(QUERIES), title="traces.jsonl")
+
+
+async def shoot(tab: Any, folder: Path, name: str) -> None:
+    """A screenshot that shows something: neither blank nor cut at the side."""
+    png = await tab.screenshot(path=str((Path(SHOTS) if SHOTS else folder) / f"{name}.png"))
+    assert len(Image.open(io.BytesIO(png)).convert("RGB").getcolors(1 << 24) or ()) > 50
+    width = await tab.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
+    assert width[0] <= width[1]
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_two_hundred_traces_open_in_time_and_can_be_searched(large: Path, tmp_path: Path, size: str) -> None:
+    async with opened(large.as_uri(), size) as page:
+        tab = page.tab
+        await shoot(tab, tmp_path, f"traces-{size}")
+        session = await tab.context.new_cdp_session(tab)
+        await session.send("Performance.enable")
+        spent = {m["name"]: m["value"] for m in (await session.send("Performance.getMetrics"))["metrics"]}
+        assert spent["ProcessTime"] < SECONDS  # CPU time of the page, because other processes may hold the cores
+
+        async def shown() -> str:
+            words: str = await tab.inner_text("output")
+            assert await tab.locator("section.query:visible").count() == int(words.split()[0])
+            return words
+
+        assert await shown() == "200 queries"
+        await tab.select_option("select[name=status]", "fallback")
+        assert await shown() == "20 of 200 queries"
+        await tab.select_option("select[name=status]", "")
+        await tab.select_option("select[name=stop]", "forced_by_budget")
+        assert await shown() == "26 of 200 queries"
+        await tab.select_option("select[name=stop]", "")
+        await tab.select_option("select[name=change]", "first")
+        assert await shown() == "80 of 200 queries"
+        await tab.select_option("select[name=change]", "overruled")
+        assert await shown() == "180 of 200 queries"
+        await tab.fill("input[name=words]", "SKU-17-49 was")
+        assert await shown() == "1 of 200 queries"
+        await tab.fill("input[name=words]", "no such word")
+        assert await shown() == "0 of 200 queries"
+        assert await tab.is_visible("text=No query here fits these filters.")
+        await tab.fill("input[name=words]", "number 17")
+
+        query = tab.locator("section.query:visible").first
+        assert await query.locator("img").first.get_attribute("src") is None
+        await query.locator("summary").first.click()
+        picture = query.locator("img[src]").first
+        await picture.evaluate("(image) => image.complete || new Promise((done) => (image.onload = done))")
+        assert await picture.evaluate("(image) => image.naturalWidth") == 64
+        assert await query.locator("text=Opens #4 in full").is_visible()
+        await shoot(tab, tmp_path, f"trace-{size}")
+        assert page.problems == []
+
+
+async def test_a_link_to_a_query_opens_it(large: Path) -> None:
+    async with opened(f"{large.as_uri()}#q150", "phone") as page:
+        assert await page.tab.is_visible("#q150 .outcome")
+        assert page.problems == []
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_a_few_queries_are_all_unfolded(tmp_path: Path, size: str) -> None:
+    path = write_report(tmp_path / "few.html", [rescued(), text_list(), fallback()])
+    async with opened(path.as_uri(), size) as page:
+        tab = page.tab
+        assert await tab.locator("form, script").count() == 0
+        assert await tab.evaluate("[...document.images].every((image) => image.naturalWidth > 0)")
+        await shoot(tab, tmp_path, f"few-{size}")
+        assert page.problems == []

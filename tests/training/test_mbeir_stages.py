@@ -1,0 +1,337 @@
+"""`base`, `embedder` and `align` on any M-BEIR folder: right gradients, bounded batches, resumable, frozen things stay frozen."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from retrv_r1_training import train_embedder
+from retrv_r1_training.cli import main
+from retrv_r1_training.data import Item
+from retrv_r1_training.draws import Contrasted, Contrasts, Draws, Opened, Unusable
+from retrv_r1_training.stage_recipe import Part, StageData
+
+from retrv_r1_retriever.errors import ImageError, InputError
+from retrv_r1_retriever.model.checkpoint import load_checkpoint, load_embedder_checkpoint, read_manifest
+from retrv_r1_retriever.model.embedding import embed_chunks, embedding_chunk
+from retrv_r1_retriever.types import Query
+from tests.tiny import contents
+
+ROOT = Path(__file__).parents[2]
+LM = "model.language_model.layers.0.self_attn.q_proj.weight"
+
+
+def stage(name, recipe, run, *sets):
+    overrides = [part for text in sets for part in ("--set", text)]
+    return main([name, str(recipe), "--run", str(run), "--threads", "1", *overrides])
+
+
+def logged(run, key="loss"):
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [row[key] for row in rows if key in row]
+
+
+def part(split, task):
+    name = f"mbeir_cards_{task}_{split}"
+    return {
+        "queries": f"query/{split}/{name}.jsonl", "pool": f"cand_pool/local/mbeir_cards_{split}_cand_pool.jsonl",
+        "qrels": f"qrels/{split}/{name}_qrels.txt", "first_stage": f"{name}_run.txt",
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def recipes(material, tmp_path_factory):
+    """Recipes of all three stages on the catalogue's files; the first stage's lists are the pool in its order."""
+    folder, out = material / "catalogue", tmp_path_factory.mktemp("recipes")
+    parts = {split: [part(split, task) for task in ("t2i", "i2t", "cir")] for split in ("train0", "val")}
+    for entry in (entry for entries in parts.values() for entry in entries):
+        ids = [json.loads(line)["did"] for line in (folder / entry["pool"]).read_text().splitlines()]
+        queries = [json.loads(line)["qid"] for line in (folder / entry["queries"]).read_text().splitlines()]
+        lines = [f"{q} Q0 {did} {n} {-n} x\n" for q in queries for n, did in enumerate(ids, 1)]
+        (folder / entry["first_stage"]).write_text("".join(lines))
+    wordless = {split: [{**entry, "pool": f"plain_{split}.jsonl"} for entry in parts[split]] for split in parts}
+    for split in parts:
+        rows = [json.loads(line) for line in (folder / parts[split][0]["pool"]).read_text().splitlines()]
+        lines = [json.dumps({k: v for k, v in row.items() if k != "src_content"}) + "\n" for row in rows]
+        (folder / f"plain_{split}.jsonl").write_text("".join(lines))
+    common = {
+        "data": {"folder": str(folder), "train": parts["train0"], "held_out": parts["val"], "examples": 4},
+        "optim": {"steps": 4, "batch_size": 4, "per_device": 2, "lr": 0.003},
+        "run": {"dtype": "float32", "every": 1, "save": 2, "evaluate": 2, "checkpointing": False, "report_to": ["tensorboard"]},
+    }  # fmt: skip
+    start = {"start": {"path": str(material / "start")}}
+    kinds = {
+        "embedder": {**start, "temperature": 0.1, "dim": 8, "pool": 12, "lora": {"rank": 4, "alpha": 8}},
+        "align": {**start, "top_k": 3, "described": 2, "tokens": 6},
+        "base": {"vocab": 600, "backbone": {"hidden": 64, "layers": 2, "heads": 2, "kv_heads": 1, "intermediate": 96,
+                                            "tower_hidden": 32, "tower_depth": 1}, "icm": {"width": 32, "heads": 2}},
+    }  # fmt: skip
+    kinds["align"]["data"] = {**common["data"], "train": wordless["train0"], "held_out": wordless["val"]}
+    for name, kind in kinds.items():
+        (out / f"{name}.yaml").write_text(yaml.safe_dump({**common, **kind}))
+    return out
+
+
+@pytest.fixture(scope="session", params=["embedder", "align", "base"])
+def done(request, recipes, tmp_path_factory):
+    """Each stage's finished run of four steps, with states after the second and the fourth."""
+    run = tmp_path_factory.mktemp(request.param) / "run"
+    assert stage(request.param, recipes / f"{request.param}.yaml", run) == 0
+    return request.param, run
+
+
+def test_a_run_leaves_logs_figures_and_a_checkpoint_that_loads(done):
+    name, run = done
+    assert len(logged(run)) == 4
+    assert len(set(logged(run))) == 4
+    figures = {"embedder": "eval_recall@5", "align": "eval_relation", "base": "eval_words"}
+    assert len(logged(run, figures[name])) == 2
+    assert {json.loads(line)["stage"] for line in (run / "log.jsonl").read_text().splitlines()} == {name}
+    assert list(run.rglob("events.out.tfevents.*"))
+    load_checkpoint(run / "checkpoint", device="cpu")
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(done, recipes, tmp_path):
+    name, whole = done
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "checkpoint-4")
+    shutil.rmtree(run / "checkpoint")
+    assert stage(name, recipes / f"{name}.yaml", run) == 0
+    assert logged(run) == logged(whole)
+    assert len(logged(run)) == 4
+    digests = [read_manifest(folder / "checkpoint") for folder in (run, whole)]
+    assert digests[0] == digests[1]
+
+
+def test_the_embedder_leaves_model_and_memory_as_they_were(material, recipes, tmp_path):
+    assert stage("embedder", recipes / "embedder.yaml", tmp_path / "run", "optim.steps=1", "data.examples=0") == 0
+    before, after = (read_manifest(f) for f in (material / "start", tmp_path / "run" / "checkpoint"))
+    assert after.checkpoint_digest == before.checkpoint_digest
+    assert after.memory_digest == before.memory_digest
+    assert after.embedder_dim == 8
+    old = load_checkpoint(material / "start", device="cpu").model.state_dict()
+    new = load_embedder_checkpoint(tmp_path / "run" / "checkpoint", device="cpu").model.state_dict()
+    moved = {name for name in old if ".icm." not in name and not torch.equal(old[name], new[name])}
+    assert LM in moved
+    assert all(".language_model.layers." in name for name in moved)
+
+
+@pytest.mark.parametrize("done", ["align"], indirect=True)
+def test_align_moves_the_module_alone(material, done):
+    _, run = done
+    before, after = (read_manifest(f) for f in (material / "start", run / "checkpoint"))
+    assert after.memory_digest != before.memory_digest
+    assert after.embedder_digest == before.embedder_digest
+    old, new = (load_checkpoint(f, device="cpu").model.state_dict() for f in (material / "start", run / "checkpoint"))
+    moved = {name for name in old if not torch.equal(old[name], new[name])}
+    assert {"model.icm.in_proj.1.weight", "model.icm.content_out.proj.weight", "model.icm.att2.q.weight"} <= moved
+    assert all(".icm." in name for name in moved)
+
+
+# -- embedder ----------------------------------------------------------------------------------------------------------
+
+
+def contrasted(count, width=2):
+    """Queries with candidates of mixed kinds and lengths; the positives of 0 and 1 are right for query 2 too."""
+    kinds = ("text", "image", "image,text")
+    items = [Item(f"1:{n}", kinds[n % 3], c, "") for n, c in enumerate(contents(count * width))]
+    rows = [items[n * width : (n + 1) * width] for n in range(count)]
+    more = {2: {rows[0][0].id, rows[1][0].id}}
+    return [
+        Contrasted(Query.of(f"which card {n}"), tuple(row), frozenset({row[0].id, *more.get(n, ())}))
+        for n, row in enumerate(rows)
+    ]
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 100])
+def test_cached_gradients_are_those_of_one_large_batch(checkpoint, monkeypatch, at_once):
+    model, processor = checkpoint.model, checkpoint.processor
+    examples, seen = contrasted(5), []
+    right, allowed = train_embedder.competition(examples, True, torch.device("cpu"))
+
+    def gradients(embed):
+        model.zero_grad()
+        chunks = [embedding_chunk(processor, e.query) for e in examples]
+        chunks += [embedding_chunk(processor, i.content) for e in examples for i in e.items]
+        vectors = embed(chunks)
+        loss, _ = train_embedder.info_nce(vectors[:5], vectors[5:], right, allowed, 10)
+        loss.backward()
+        return loss.item(), {n: p.grad.clone() for n, p in model.model.language_model.named_parameters()}
+
+    def counting(model, processor, chunks, dim):
+        seen.append(len(chunks))
+        return embed_chunks(model, processor, chunks, dim)
+
+    want, large = gradients(lambda chunks: embed_chunks(model.model, processor, chunks, 8))
+    monkeypatch.setattr(train_embedder, "embed_chunks", counting)
+    got, cached = gradients(lambda chunks: train_embedder.embed_in_parts(model.model, processor, chunks, 8, at_once))
+    model.zero_grad()
+    assert got == pytest.approx(want, rel=1e-5)
+    assert max(seen) == min(at_once, 15)
+    assert sum(seen) == 2 * 15, "each part is read again for its gradient"
+    for name, gradient in large.items():
+        torch.testing.assert_close(cached[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_right_answers_and_other_modalities_do_not_compete():
+    examples = contrasted(4)
+    right, allowed = train_embedder.competition(examples, True, torch.device("cpu"))
+    assert right.tolist() == [0, 2, 4, 6]
+    assert (~allowed).nonzero().tolist() == [[2, 0], [2, 2]], "right for query 2 as well"
+    _, narrow = train_embedder.competition(examples, False, torch.device("cpu"))
+    kinds = [item.modality for e in examples for item in e.items]
+    for n, row in enumerate(narrow.tolist()):
+        assert {kinds[m] for m, free in enumerate(row) if free} == {examples[n].items[0].modality}
+        assert row[right[n]]
+
+
+def test_recall_counts_any_right_answer_of_the_modality():
+    examples = contrasted(3)
+    ids, kinds = [f"1:{n}" for n in range(6)], ["text"] * 6
+    scores = torch.tensor([[9.0, 8, 7, 6, 5, 4], [9, 8, 7, 6, 5, 4], [9, 8, 7, 6, 5, 4]]).numpy()
+    examples = [
+        Contrasted(e.query, (Item("x", "text", i.content, ""),), e.right) for e in examples for i in e.items[:1]
+    ]
+    figures = train_embedder.recall(examples, scores, ids, kinds)
+    assert figures["recall@1"] == pytest.approx(2 / 3), "query 2 has the positives of 0 and 1 too"
+    assert figures["recall@5"] == 1
+
+
+# -- align -------------------------------------------------------------------------------------------------------------
+
+
+def test_without_captions_the_target_is_what_the_model_says_of_the_full_tokens(checkpoint, tmp_path, monkeypatch):
+    """Greedy, by a plain forward pass over prompt and words; said once, then read from disk."""
+    from retrv_r1_training.align import Frame
+    from retrv_r1_training.describe import Descriptions
+    from retrv_r1_training.loss import hidden_states
+
+    from retrv_r1_retriever.prompt import Prompt
+    from retrv_r1_retriever.trace import Full
+
+    frame, file = Frame(before="Query: ", after=" which"), tmp_path / "said.sqlite"
+    items = [Item(f"1:{n}", "", c, "a caption" if n == 1 else "") for n, c in enumerate(contents(3))]
+    said = Descriptions(checkpoint, frame, 5, file).of([*items, items[0]])
+    assert said[1].text == " a caption"
+    assert said[0] == said[3]
+    for item, words in ((items[0], said[0]), (items[2], said[2])):
+        prompt = Prompt(Query(item.content), (), ())
+        chunk = checkpoint.processor.chunk([*frame.around((Full(0, item.content, cue=False),)), words], prompt)
+        with torch.no_grad():
+            hidden, batch = hidden_states(checkpoint.model, checkpoint.processor, [chunk])
+            best = checkpoint.model.lm_head(hidden)[0].argmax(-1)
+        at = batch.sampled[0].nonzero()[:, 0]
+        assert 1 <= len(at) <= 5
+        assert best[at - 1].tolist() == batch.input_ids[0, at].tolist() == list(words.token_ids)
+    monkeypatch.setattr(Descriptions, "_say", lambda *a: pytest.fail("said again"))
+    assert Descriptions(checkpoint, frame, 5, file).of(items) == said[:3]
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+def test_every_row_is_drawn_once_before_any_comes_again():
+    draws = Draws([3, 0, 4], lambda file, row, rng: (file, row, rng.random()), 14, 0)
+    rows = [draws[n][:2] for n in range(14)]
+    everything = [(0, n) for n in range(3)] + [(2, n) for n in range(4)]
+    assert sorted(rows[:7]) == sorted(rows[7:]) == everything
+    assert rows[:7] != rows[7:]
+    assert draws[3] == Draws([3, 0, 4], lambda file, row, rng: (file, row, rng.random()), 14, 0)[3]
+
+
+def test_unusable_rows_are_counted_and_replaced_and_unreadable_ones_have_a_limit():
+    def make(file, row, rng):
+        if row % 2:
+            raise Unusable("odd")
+        return row
+
+    draws = Draws([10], make, 30, 0)
+    assert all(draws[n] % 2 == 0 for n in range(30))
+    assert draws.skipped["odd"] > 5
+
+    def broken(file, row, rng):
+        if row < 40:
+            raise ImageError("image 3.png: expected a picture, got none. Fix it.")
+        return row
+
+    with pytest.raises(InputError, match=r"pictures: expected at most 1% unreadable ones, got 21 of .*image 3.png"):
+        list(map(Draws([50], broken, 100, 0).__getitem__, range(100)))
+    with pytest.raises(InputError, match="data: expected rows to train on, got 5 x never"):
+        Draws([5], lambda *a: (_ for _ in ()).throw(Unusable("never")), 1, 0)[0]
+
+
+def test_lists_hold_hard_negatives_first_and_no_right_answer_twice(material, recipes):
+    folder = material / "catalogue"
+    data = StageData(str(folder), (Part(**part("train0", "t2i")),), examples=0)
+    sources = Opened(data).train
+    drawn = Contrasts(sources, negatives=4, hard=2, depth=5, described=2).draws(20, 0)
+    top = set(sources[0].run.ranked(drawn[0].query.id)[:5])
+    for n in range(20):
+        example = drawn[n]
+        ids = [item.id for item in example.items]
+        assert len(set(ids)) == 5
+        assert ids[0] in example.right
+        assert not set(ids[1:]) & example.right
+        assert len(set(ids[1:3]) & top) == 2
+        assert set(example.described) < set(range(5))
+    missing = Contrasts(sources, negatives=500, hard=0, depth=5).draws(1, 0)
+    with pytest.raises(InputError, match="a pool with fewer than 500 wrong candidates"):
+        missing[0]
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_with_a_saved_state(recipes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_embedder, "info_nce", lambda q, *a: (q.sum() * float("nan"), torch.ones(1)))
+    assert stage("embedder", recipes / "embedder.yaml", tmp_path / "run") == 1
+    assert "embedder: loss at step 0, examples [0, 1, 2, 3]: expected a finite number" in capsys.readouterr().err
+    assert (tmp_path / "run" / "stopped" / "checkpoint-0" / "trained.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "sets", "message"),
+    [
+        ("embedder", ["temperature=0"], "temperature: expected a number above 0, got 0"),
+        ("embedder", ["data.train=[{queries: q, pool: p}]"], "first_stage of q: expected a TREC run, got none"),
+        ("embedder", ["run.deepspeed=zero3"], "run.deepspeed: expected null or zero2, got zero3"),
+        ("align", ["described=9"], "described: expected 1 to top_k"),
+        ("align", ["data.train=[{queries: q, pole: p}]"], "got pole"),
+        ("align", ["data.train=7"], "data: train: expected tuple"),
+        ("base", ["data.held_out=[]"], "data.held_out: expected at least one"),
+    ],
+)
+def test_a_recipe_that_cannot_run_says_why(recipes, tmp_path, capsys, name, sets, message):
+    assert stage(name, recipes / f"{name}.yaml", tmp_path / "run", *sets) == 1
+    assert message in capsys.readouterr().err
+
+
+def launch(name, recipes, run, processes, *sets):
+    """By torchrun, as `accelerate launch` does for GPUs. Losses and gradient norms."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone", "-m"]
+    command += ["retrv_r1_training.cli", name, str(recipes / f"{name}.yaml"), "--folder", str(run), "--threads", "1"]
+    command += [part for text in ("data.examples=0", *sets) for part in ("--set", text)]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "training"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return logged(run), logged(run, "grad_norm")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["embedder", "align"])
+def test_two_processes_agree_with_one(recipes, tmp_path, name):
+    """The embedder's negatives of the other process count, with their gradients; align's rows are of equal length here."""
+    want = launch(name, recipes, tmp_path / "one", 1)
+    got = launch(name, recipes, tmp_path / "two", 2)
+    assert len(want[0]) == 4
+    for mine, theirs in zip(got, want, strict=True):
+        assert mine == pytest.approx(theirs, rel=5e-3)

@@ -1,0 +1,52 @@
+"""The `data` block that all recipes share: an M-BEIR folder, and what other commands made for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from retrv_r1_retriever.errors import OptionsError, explain
+from retrv_r1_retriever.evaluation.offsets import MAX_BAD_SHARE
+from retrv_r1_retriever.types import MAX_CANDIDATES
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One query file and what belongs to it.
+
+    queries, pool, qrels: files below the data folder; without qrels, every positive of a query row has grade 1
+    lists: the first stage's lists, a TREC run; None = the checkpoint's own embedder searches the pool, all of it in memory
+    traces: thoughts, as `synthesize` writes them; only `sft` reads them
+    """
+
+    queries: str
+    pool: str
+    qrels: str | None = None
+    lists: str | None = None
+    traces: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DataConfig:
+    """root: folder of M-BEIR files; top_k: K of the lists
+
+    validation_queries: at most, evenly over the validation parts; 0 = none
+    cache_gb: of candidates' memory, and as much again of pictures after the tower, in each process
+    max_bad_share: of rows and thoughts that cannot be used; a larger share is an error
+    """
+
+    root: str
+    train: tuple[Part, ...]
+    validation: tuple[Part, ...] = ()
+    top_k: int = 20
+    validation_queries: int = 200
+    cache_gb: float = 2.0
+    max_bad_share: float = MAX_BAD_SHARE
+
+    def __post_init__(self) -> None:
+        for what, good, expected, got in (
+            ("train", bool(self.train), "at least one part", "none"),
+            ("top_k", 1 <= self.top_k <= MAX_CANDIDATES, f"1 to {MAX_CANDIDATES}", self.top_k),
+            ("validation_queries", self.validation_queries >= 0, "0 or more", self.validation_queries),
+        ):
+            if not good:
+                raise OptionsError(explain(f"data.{what}", expected=expected, got=got, fix="Fix the recipe."))

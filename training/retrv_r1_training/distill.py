@@ -1,0 +1,189 @@
+"""Stage `distill`: teach the direct read what the thought knows.
+
+The model thinks about every training query through the session and driver that serve; the hybrid order of each list becomes the ranks
+of weighted RankNet on the direct read (FIRST, arXiv 2406.15657). Its own thoughts are trained on beside it, so that they stay as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from retrv_r1_retriever.errors import InputError, OptionsError, explain
+from retrv_r1_retriever.model.checkpoint import Checkpoint
+from retrv_r1_retriever.parser import parse
+from retrv_r1_retriever.prompt import NONE_INDEX
+from retrv_r1_retriever.ranking import Order, rank
+from retrv_r1_retriever.trace import Full, ReasoningTrace, Segment
+from retrv_r1_training.candidate_reader import CandidateReader
+from retrv_r1_training.examples import Source
+from retrv_r1_training.mbeir_tasks import Folder, Tasks, checkpoint_folder
+from retrv_r1_training.rollout import RolloutRunner, Sampling, Task
+from retrv_r1_training.sft import Example, example_of
+from retrv_r1_training.sft_recipe import DistillRecipe, Thinking
+from retrv_r1_training.trl_sft import keep_recipe, load_start, train_on
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class OwnThought:
+    """What the model thought about task `number`. ranks: by slot, see `own_ranks`; right: it ended in a right answer."""
+
+    number: int
+    query_id: str
+    turn: tuple[Segment, ...]
+    ranks: tuple[int, ...]
+    right: bool
+
+    def to_json(self) -> str:
+        turn = json.loads(ReasoningTrace(self.turn).to_json())  # pictures are left out
+        row = {
+            "number": self.number,
+            "query_id": self.query_id,
+            "ranks": self.ranks,
+            "right": self.right,
+            "trace": turn,
+        }
+        return json.dumps(row, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, line: str) -> OwnThought:
+        row: dict[str, Any] = json.loads(line)
+        turn = ReasoningTrace.from_json(json.dumps(row["trace"])).segments
+        return cls(row["number"], row["query_id"], turn, tuple(row["ranks"]), row["right"])
+
+
+def own_ranks(order: Order) -> tuple[int, ...]:
+    """Rank of each of the K + 1 slots, 1 = best: the order of the list, with none directly behind the answer, or before all others.
+
+    None is better than what was judged not to be the answer, and how much worse the rest is, the order says among themselves.
+    """
+    places = list(order.indices)
+    places.insert(0 if order.none_chosen else 1, len(places))
+    ranks = [0] * len(places)
+    for place, slot in enumerate(places, 1):
+        ranks[slot] = place
+    return tuple(ranks)
+
+
+def think_ahead(runner: RolloutRunner, tasks: Sequence[Task], thinking: Thinking, file: Path) -> list[OwnThought]:
+    """One greedy thought per task, from `file` as far as they are there: a killed run goes on where it was."""
+    known = list(_read(file)) if file.exists() else []
+    file.write_text(
+        "".join(thought.to_json() + "\n" for thought in known), encoding="utf-8"
+    )  # without a half-written line
+    rest = range(len(known), len(tasks))
+    sampling = Sampling(0.0, thinking.max_inspections, thinking.max_new_tokens)
+    left = tasks[rest.start :] if known else tasks
+    with file.open("a", encoding="utf-8") as out:
+        for number, (task, reading) in zip(rest, runner.readings(left, [0] * len(left), sampling), strict=True):
+            if reading.outcome is None:
+                raise InputError(
+                    explain(f"query {task.id!r}", expected="a thought", got=reading.problem, fix="See there.")
+                )
+            order = rank(task.prompt.candidates, reading.direct, reading.outcome)
+            turn = reading.outcome.segments[len(task.prompt.segments) :]
+            right = reading.outcome.answer in task.right
+            known.append(OwnThought(number, task.id, turn, own_ranks(order), right))
+            out.write(known[-1].to_json() + "\n")
+            out.flush()
+    return known
+
+
+def _read(file: Path) -> Iterator[OwnThought]:
+    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n"):
+            return  # cut off by a kill
+        yield OwnThought.from_json(line)
+
+
+class OwnExamples:
+    """`count` examples out of own thoughts, in rounds; number n says the same each time.
+
+    Trained on, the direct read learns the thought's order; for validation (`judged`) it is measured by the right answers.
+    """
+
+    def __init__(
+        self, tasks: Sequence[Task], thoughts: Sequence[OwnThought], reader: CandidateReader, count: int, judged: bool
+    ) -> None:
+        self._tasks, self._thoughts, self._reader = tasks, thoughts, reader
+        self._count, self._judged = count, judged
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: int) -> Example:
+        if not 0 <= number < self._count:
+            raise IndexError(number)
+        thought = self._thoughts[number % len(self._thoughts)]
+        task = self._tasks[thought.number]
+        if task.id != thought.query_id:
+            fix = "The data changed: remove the run's thoughts-*.jsonl, or choose another --run folder."
+            raise InputError(explain(f"thought {thought.number}", expected=task.id, got=thought.query_id, fix=fix))
+        contents = [c.document.content for c in task.prompt.candidates]
+        turn = [
+            replace(s, content=self._reader.open(contents[s.index])) if isinstance(s, Full) else s for s in thought.turn
+        ]
+        said = parse(turn)
+        if not self._judged:
+            example = example_of(self._reader.processor, task.prompt, said, turn)
+            return replace(example, ranks=thought.ranks)
+        best, *also = task.right
+        truth = replace(said, answer=best)
+        return example_of(self._reader.processor, task.prompt, truth, turn, tuple(a for a in also if a != NONE_INDEX))
+
+
+def train_distill(recipe: DistillRecipe, run: Path, think_only: bool = False) -> Path:
+    """Think, then train or resume in folder `run` and export; returns the checkpoint's folder (`think_only`: the thoughts' folder)."""
+    keep_recipe(recipe, run)
+    start = load_start(recipe)
+    folder = Folder(recipe.data, checkpoint_folder(recipe.checkpoint), recipe.seed)
+    reader = CandidateReader(start, folder.images, recipe.data.cache_gb)
+    tasks = folder.training(reader, 0.0, "none")
+    if recipe.thinking.queries:
+        tasks = tasks.spread(recipe.thinking.queries)
+    train, held_out = _sources(recipe, start, tasks, folder.validation(reader), reader, run)
+    if think_only:
+        return run
+    out = train_on(recipe, run, start, train, held_out, {})
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    if figures := [row["eval_direct"] for row in rows if "eval_direct" in row]:
+        log.info("distill: right answers of the direct read %.3f before, %.3f after", figures[0], figures[-1])
+    return out
+
+
+def _sources(
+    recipe: DistillRecipe, start: Checkpoint, tasks: Tasks, held_out: Sequence[Task], reader: CandidateReader, run: Path
+) -> tuple[Source, Source]:
+    thinking = recipe.thinking
+    files = run / "thoughts-train.jsonl", run / "thoughts-validation.jsonl"
+    _one_process(files[0], len(tasks))
+    runner = RolloutRunner(start, reader)
+    own = think_ahead(runner, tasks, thinking, files[0])
+    taught = [thought for thought in own if thought.right or not thinking.right_only]
+    log.info("distill: %d thoughts, %d of them right, %d taught", len(own), sum(t.right for t in own), len(taught))
+    if not taught:
+        fix = "Set thinking.right_only to false, or train a better model first."
+        raise InputError(explain("thoughts", expected="some that end in a right answer", got="none", fix=fix))
+    count = recipe.optim.steps * recipe.optim.batch_size
+    measured = think_ahead(runner, held_out, thinking, files[1]) if len(held_out) else []
+    return (
+        OwnExamples(tasks, taught, reader, count, judged=False),
+        OwnExamples(held_out, measured, reader, len(measured), judged=True),
+    )
+
+
+def _one_process(file: Path, wanted: int) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and (not file.exists() or len(list(_read(file))) < wanted):
+        fix = "Run the same command without a launcher and `--think-only` first."
+        raise OptionsError(
+            explain(
+                "distill", expected="all thoughts before several processes start", got=f"not yet in {file}", fix=fix
+            )
+        )

@@ -1,0 +1,138 @@
+"""M-BEIR folders as training sees them: parts opened, K-lists as tasks of a rollout, read from disk one at a time."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import overload
+
+from retrv_r1_retriever.config import Config, ModelConfig, checkpoint_path
+from retrv_r1_retriever.errors import InputError, explain
+from retrv_r1_retriever.evaluation.mbeir import Dataset, Limits, RunFile
+from retrv_r1_retriever.images import LocalImages
+from retrv_r1_retriever.model.embedding import BackboneEmbedder
+from retrv_r1_retriever.prompt import NONE_INDEX, build_prompt
+from retrv_r1_training.candidate_reader import CandidateReader
+from retrv_r1_training.data_config import DataConfig, Part
+from retrv_r1_training.embedded_lists import EmbeddedLists, open_embedder
+from retrv_r1_training.klists import KList, KListConfig, KLists, Missing, Ranked
+from retrv_r1_training.rollout import Task
+
+log = logging.getLogger(__name__)
+
+#: The list of query `number`, or None where there is none to train on.
+MakeList = Callable[[KLists, int], KList | None]
+
+
+def checkpoint_folder(name: str) -> Path:
+    """A folder, or "miniature" for the one in the package."""
+    return Path(checkpoint_path(Config(model=ModelConfig(checkpoint=name))))
+
+
+class Folder:
+    """The recipe's data, opened. Pictures are read from below its root only."""
+
+    def __init__(self, config: DataConfig, checkpoint: Path, seed: int) -> None:
+        self.config, self._checkpoint, self._seed = config, checkpoint, seed
+        self.root = Path(config.root)
+        if not self.root.is_dir():
+            fix = "Fix data.root, or make the folder with `retrv-r1-train convert`."
+            raise InputError(
+                explain(f"data.root {config.root}", expected="a folder of M-BEIR files", got="none", fix=fix)
+            )
+        self.images = LocalImages(self.root)
+        self.limits = Limits(max_bad_share=config.max_bad_share)
+
+    def dataset(self, part: Part) -> Dataset:
+        return Dataset.open(self.root, part.queries, part.pool, qrels=part.qrels, limits=self.limits)
+
+    def lists(self, part: Part) -> KLists:
+        data = self.dataset(part)
+        run: Ranked
+        if part.lists is not None:
+            run = RunFile(Path(part.lists), self.limits)
+        else:
+            run = EmbeddedLists(self._embedder, data, self.images, self.config.top_k, self._seed)
+        return KLists(data, run, self._seed)
+
+    def training(self, reader: CandidateReader, shuffle: float, missing: str) -> Tasks:
+        config = KListConfig(self.config.top_k, shuffle=shuffle, missing=Missing(missing))
+        return Tasks(map(self.lists, self.config.train), lambda lists, n: lists.draw(n, config, epoch=0), reader)
+
+    def validation(self, reader: CandidateReader) -> Sequence[Task]:
+        """As served: a positive that the first stage did not find is a miss."""
+        if not self.config.validation or not self.config.validation_queries:
+            return []
+        lists = map(self.lists, self.config.validation)
+        tasks = Tasks(lists, lambda part, n: part.as_served(n, self.config.top_k), reader)
+        return tasks.spread(self.config.validation_queries)
+
+    @cached_property
+    def _embedder(self) -> BackboneEmbedder:
+        return open_embedder(self._checkpoint)
+
+
+class Tasks(Sequence[Task]):
+    """Queries with their candidates, made when they are asked for; the same number gives an equal task every time."""
+
+    def __init__(
+        self, parts: Iterable[KLists], make: MakeList, reader: CandidateReader, where: Sequence[tuple[int, int]] | None = None
+    ) -> None:  # fmt: skip
+        self._parts, self._make, self._reader = list(parts), make, reader
+        self._where = self._usable() if where is None else where
+        if where is None and not self._where:
+            counts = [dict(part.counts) for part in self._parts]
+            fix = "Check lists and qrels (`retrv-r1-train check`): a query needs a first-stage list."
+            raise InputError(explain("data", expected="queries with candidates", got=counts, fix=fix))
+
+    @overload
+    def __getitem__(self, number: int) -> Task: ...
+    @overload
+    def __getitem__(self, number: slice) -> Tasks: ...
+    def __getitem__(self, number: int | slice) -> Task | Tasks:
+        if isinstance(number, slice):
+            return self._only(self._where[number])
+        part, query = self._where[number]
+        lists = self._parts[part]
+        klist = self._make(lists, query)
+        assert klist is not None, "made before"
+        return make_task(klist, lists, self._reader)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def id(self, number: int) -> str:
+        """The query's id, without making the task."""
+        part, query = self._where[number]
+        return self._parts[part].data.queries[query].id
+
+    def spread(self, count: int) -> Tasks:
+        """At most `count` of them, evenly."""
+        return self[:: -(-len(self) // count)]
+
+    def sample(self, count: int, seed: int) -> Tasks:
+        return self._only(random.Random(seed).sample(list(self._where), count))
+
+    def only(self, ids: frozenset[str]) -> Tasks:
+        return self._only([self._where[n] for n in range(len(self)) if self.id(n) in ids])
+
+    def _only(self, where: Sequence[tuple[int, int]]) -> Tasks:
+        return Tasks(self._parts, self._make, self._reader, where)
+
+    def _usable(self) -> list[tuple[int, int]]:
+        where = []
+        for number, part in enumerate(self._parts):
+            found = [n for n in range(len(part.data)) if (made := self._make(part, n)) is not None and made.candidates]
+            said = ", ".join(f"{count} {what}" for what, count in part.counts.items() if count)
+            log.info("%s: %d of %d queries; %s", part.data.queries.lines.path.name, len(found), len(part.data), said)
+            where += [(number, n) for n in found]
+        return where
+
+
+def make_task(klist: KList, lists: KLists, reader: CandidateReader) -> Task:
+    prompt = build_prompt(reader.query(klist.query.query), reader.candidates(lists.documents(klist)))
+    stratum = klist.query.stratum or lists.data.queries.lines.path.stem
+    return Task(klist.query.id, stratum, prompt, klist.answers or (NONE_INDEX,))

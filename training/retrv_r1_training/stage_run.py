@@ -1,0 +1,155 @@
+"""What `base`, `embedder` and `align` share: one trainer around any objective, resumable, with logs and a stop at NaN.
+
+Saving, resuming and stopping are those of the SFT trainer; transformers' Trainer, Accelerate and DeepSpeed do the rest.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from retrv_r1_retriever.model.checkpoint import Checkpoint, create_checkpoint, load_checkpoint
+from retrv_r1_retriever.model.processing import Processor
+from retrv_r1_training.adapters import prepare_deepspeed, raise_precision, trained_state
+from retrv_r1_training.draws import Draws
+from retrv_r1_training.overrides import dump, keep
+from retrv_r1_training.stage_checkpoint import stored_dtype
+from retrv_r1_training.stage_recipe import AlignRecipe, BaseRecipe, EmbedderRecipe, Start
+from retrv_r1_training.trl_sft import JsonLog, SftModel, SftOnTrl, numbers, training_arguments
+
+log = logging.getLogger(__name__)
+StageRecipe: TypeAlias = EmbedderRecipe | AlignRecipe | BaseRecipe
+Figures: TypeAlias = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Work:
+    """model: with exactly that trainable which the stage trains, wrapped by PEFT or not
+    objective(net, examples) -> (loss, metrics); measure(net) -> figures on held-out data, None = no validation
+    """
+
+    processor: Processor
+    model: nn.Module
+    draws: Draws[Any]
+    objective: Callable[[SftModel, Sequence[Any]], tuple[Tensor, Figures]]
+    measure: Callable[[SftModel], Figures] | None = None
+
+
+class StageTrainer(SftOnTrl):
+    def __init__(
+        self,
+        stage: str,
+        work: Work,
+        **kwargs: Any,  # SFTTrainer's own
+    ) -> None:
+        super().__init__(work.processor, None, model=work.model, **kwargs)
+        self.stage, self._work = stage, work
+        self.loss_is_scaled_for_ga = False  # a mean over the examples at hand
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> None:
+        """Nothing to divide by."""
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor:
+        loss, metrics = model(objective=lambda net: self._work.objective(net, inputs["examples"]))
+        self.observe(loss, metrics, inputs["numbers"])
+        return loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Figures:  # transformers' signature
+        """The stage's own figures; every process computes all of them."""
+        net = self.accelerator.unwrap_model(self.model)
+        net = net.get_base_model() if isinstance(net, PeftModel) else net
+        self.model.eval()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            assert self._work.measure is not None
+            figures = {f"eval_{name}": value for name, value in self._work.measure(net).items()}
+        self.log(figures)
+        self.model.train()
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
+        return figures
+
+
+def train(recipe: StageRecipe, run: Path, work: Work, per_device: int | None = None) -> dict[str, Tensor]:
+    """Train, or go on in folder `run`; returns what was trained, by name. Every process of a launch calls this.
+
+    per_device: examples in one forward call, where that is not the recipe's `optim.per_device`
+    """
+    if recipe.run.deepspeed is None:
+        raise_precision(work.model)
+    else:
+        prepare_deepspeed(work.model)
+    optim = recipe.optim if per_device is None else replace(recipe.optim, per_device=per_device)
+    examples = recipe.data.examples if work.measure else 0
+    args = training_arguments(replace(recipe, optim=optim, data=replace(recipe.data, examples=examples)), run)
+    args.train_sampling_strategy = "sequential"  # `Draws` has its own order
+    args.dataloader_num_workers = recipe.data.workers
+    trainer = StageTrainer(
+        recipe.stage, work, args=args, data_collator=lambda rows: _collate(work.draws, rows),
+        train_dataset=numbers(len(work.draws), False), eval_dataset=numbers(1, True) if work.measure else None,
+        callbacks=[JsonLog(run / "log.jsonl", recipe.stage)],
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(run))
+    for reason, count in work.draws.skipped.items():
+        log.info("skipped %d x %s", count, reason)
+    return trained_state(trainer.model)
+
+
+def _collate(draws: Draws[Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    places = [row["number"] for row in rows]
+    return {"examples": [draws[n] for n in places], "numbers": places}
+
+
+def begin(recipe: StageRecipe, run: Path) -> None:
+    """The resolved recipe, printed and kept; a folder that was started with another one is refused."""
+    if is_first():
+        keep(recipe, run)
+        log.info("%s", dump(recipe))
+    torch.manual_seed(recipe.seed)
+
+
+def is_first() -> bool:
+    """Whether this process writes files."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def world() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def load_start(start: Start, dtype: str, device: str | None = None) -> Checkpoint:
+    """The checkpoint, or a fresh one around a backbone. device None = this process's own."""
+    device = device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    if is_checkpoint(start):
+        return load_checkpoint(start.path, device=device, dtype=dtype)
+    return create_checkpoint(
+        start.path, icm=start.icm, revision=start.revision, licence=start.licence, device=device, dtype=dtype,
+        max_text_tokens=start.max_text_tokens, max_pixels=start.max_pixels,
+    )  # fmt: skip
+
+
+def is_checkpoint(start: Start) -> bool:
+    return (Path(start.path) / "retrv" / "manifest.json").is_file()
+
+
+def dtype_of(recipe: EmbedderRecipe | AlignRecipe) -> torch.dtype:
+    """What the result is stored in: as the start is, or as it was trained."""
+    found: torch.dtype = (
+        stored_dtype(Path(recipe.start.path)) if is_checkpoint(recipe.start) else getattr(torch, recipe.run.dtype)
+    )
+    return found
