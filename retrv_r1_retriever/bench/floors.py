@@ -93,7 +93,8 @@ class Counts:
         out = 2 * (8 * w * w + 2 * w * self.hidden)
         weights = 8 * w * w + 8 * w * w + 2 * w * self.hidden
         return Work(
-            candidates * (att2 + att1 + out) + 4 * query * w * w, self.size * weights + 2 * candidates * rows * w
+            candidates * (att2 + att1 + out) + 4 * query * w * w + 8 * w * w,
+            self.size * weights + 2 * candidates * rows * w,
         )
 
     def kv_bytes(self, tokens: int) -> int:

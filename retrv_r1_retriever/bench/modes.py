@@ -21,9 +21,9 @@ from torch import nn
 
 from retrv_r1_retriever.bench.floors import wait_for
 from retrv_r1_retriever.engines.local import LocalEngine
-from retrv_r1_retriever.prompt import ANSWER_START, Prompt, build_full_prompt, build_prompt
+from retrv_r1_retriever.prompt import ANSWER_START, THINK_START, Prompt, build_full_prompt, build_prompt
 from retrv_r1_retriever.session import GenerateParams
-from retrv_r1_retriever.trace import Full
+from retrv_r1_retriever.trace import Forced, Full
 from retrv_r1_retriever.types import Candidate, Content, Memory, Query
 
 OPENED = 5
@@ -84,6 +84,7 @@ async def thought(engine: LocalEngine, prompt: Prompt, steps: int) -> int:
     handle = await engine.open(prompt)
     try:
         await engine.probe(handle, ANSWER_START)
+        await engine.append(handle, [Forced(THINK_START)])
         return (await engine.generate(handle, GenerateParams((), steps))).tokens
     finally:
         await engine.close(handle)

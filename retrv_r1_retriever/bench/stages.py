@@ -102,7 +102,7 @@ def _step(checkpoint: Checkpoint, before: int) -> Callable[[], object]:
 
     def call() -> object:
         out = model.model.language_model(**inputs, past_key_values=past, use_cache=True).last_hidden_state
-        past.crop(before)
+        past.crop(-1)
         return model.lm_head(out[:, -1])
 
     return call

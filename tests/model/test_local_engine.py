@@ -19,7 +19,7 @@ from retrv_r1_retriever.engines.local.kv import KvPool
 from retrv_r1_retriever.errors import EngineError, InputError
 from retrv_r1_retriever.model.embedding import encode_pictures
 from retrv_r1_retriever.model.processing import collate
-from retrv_r1_retriever.prompt import INSPECT_END, NONE, THINK_END, build_prompt
+from retrv_r1_retriever.prompt import ANSWER_START, INSPECT_END, NONE, THINK_END, THINK_START, build_prompt
 from retrv_r1_retriever.session import GenerateParams
 from retrv_r1_retriever.trace import Forced, Full, Sampled
 from retrv_r1_retriever.types import Candidate, Content, Document, Query
@@ -192,6 +192,16 @@ async def test_a_failing_prompt_takes_no_other_with_it(engine, monkeypatch):
     assert str(together[1]) == "local engine: RuntimeError: CUDA error"
     assert [together[i].token_ids for i in (0, 2, 3)] == [alone.token_ids] * 3
     assert (await run("red")).token_ids == alone.token_ids
+
+
+async def test_generating_with_nothing_to_read_is_an_error_and_no_endless_wait(engine):
+    handle = await engine.open(make_prompt(engine, Query.of("red two"), 3))
+    await engine.probe(handle, ANSWER_START)
+    with pytest.raises(EngineError, match=r"expected something to read, got nothing\. Append a segment first"):
+        await asyncio.wait_for(engine.generate(handle, GenerateParams((), 3)), 10)
+    await engine.append(handle, [Forced(THINK_START)])
+    assert (await engine.generate(handle, GenerateParams((), 3))).tokens == 3
+    await engine.close(handle)
 
 
 async def test_closing_a_handle_in_use_ends_the_call(engine):

@@ -189,8 +189,11 @@ class Batcher:
         return going
 
     def _groups(self, jobs: list[Job]) -> list[list[Job]]:
-        """Rows that read one token are batched apart from long ones, which would pad them."""
-        groups = [short] if (short := [j for j in jobs if j.unread == 1]) else []
+        """Rows that read one token are batched apart from long ones, which would pad them.
+
+        A job with nothing to read goes with the short ones: its pass says so, and nobody waits for ever.
+        """
+        groups = [short] if (short := [j for j in jobs if j.unread <= 1]) else []
         budget = 0
         for job in sorted((j for j in jobs if j.unread > 1), key=lambda j: j.unread):
             if budget < job.unread:
