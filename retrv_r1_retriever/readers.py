@@ -86,8 +86,11 @@ def _row(line: bytes, where: str, document: Callable[[dict[str, Any]], Document]
         if not isinstance(values, dict):
             raise InputError(explain("row", expected="a JSON object", got=type(values).__name__, fix="Write {...}."))
         return document(values)
-    except (ValueError, RecursionError) as error:  # our InputError is a ValueError, so is what json raises
+    except InputError as error:
         return IndexFailure(where, f"{where}: {error}")
+    except (ValueError, RecursionError) as error:
+        got = str(error).replace("line 1 column", "column")  # json counts from the row it was given
+        return IndexFailure(where, explain(where, expected="a row of JSON", got=got, fix="Mend or remove the row."))
 
 
 def _plain_document(values: dict[str, Any]) -> Document:

@@ -19,8 +19,8 @@ from retrv_r1_retriever.report import ReportEntry, ReportTable, write_report
 HEADER = ("", "queries", "first stage R@1", "reranked R@1", "first stage R@5", "reranked R@5", "opened per query")
 ROWS_SHOWN = 5
 HONESTY = (
-    "The rescued queries shown are picked: per kind, the first one of a fixed list that the first stage got wrong and an inspection "
-    "put right. The others are the first of their kind, whatever came out. The table is over the whole list."
+    "The rescued queries shown are picked: per kind, the first one of a fixed list that is wrong in the first stage, wrong "
+    "without an inspection and right with it. The others are the first of their kind, whatever came out. The table is over the whole list."
 )
 
 

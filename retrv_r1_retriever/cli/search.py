@@ -177,6 +177,15 @@ def _query(args: argparse.Namespace, images: ImageSource) -> Query:
 
 def read_picture(path: Path) -> bytes:
     """A file the caller named: not bound to the images' root, unlike a path out of a payload."""
+    if path.parts and path.parts[0] in ("http:", "https:"):
+        raise InputError(
+            explain(
+                str(path).replace(":/", "://", 1),
+                expected="a file",
+                got="a URL",
+                fix="Download the picture and name the file.",
+            )
+        )
     try:
         return path.read_bytes()
     except OSError as error:

@@ -98,6 +98,7 @@ def scan(
     )
     queries = [q for task in TASKS for q in _first_of_each_stratum(read_queries(folder, SPLIT, task), per_stratum)]
     results: list[RankedResults] = []
+    shown: list[Shown] = []
     for task in TASKS:
         batch = [q for q in queries if q.task == task]
         only = Filter(must=(Equals("modality", batch[0].target_modality),))
@@ -105,11 +106,18 @@ def scan(
             part = [q.query for q in batch[start : start + BATCH]]
             results += retriever.retrieve_batch(part, filter=only, concurrency=BATCH)
             progress("searching", len(results), len(queries))
+
+        def decided(query: LabelledQuery, only: Filter = only) -> bool:
+            """The same call without an inspection goes wrong."""
+            without = retriever.retrieve(query.query, filter=only, options=OPTIONS.with_options(max_inspections=0))
+            return without.results[0].document.id not in query.positives
+
+        shown += _pick(task, list(zip(batch, results[-len(batch) :], strict=True)), decided)
     pairs = list(zip(queries, results, strict=True))
     return Scan(
         _compare(pairs),
         {name: _compare([p for p in pairs if p[0].stratum == name]) for name in ("coarse", "fine")},
-        tuple(shown for task in TASKS for shown in _pick(task, [p for p in pairs if p[0].task == task])),
+        tuple(shown),
     )
 
 
@@ -132,8 +140,11 @@ def _compare(pairs: Sequence[tuple[LabelledQuery, RankedResults]]) -> Comparison
     return compare([query.positives for query, _ in pairs], [results for _, results in pairs])
 
 
-def _pick(task: str, pairs: Sequence[tuple[LabelledQuery, RankedResults]]) -> list[Shown]:
-    rescued = next((pair for pair in pairs if rescued_by_inspection(*pair)), None)
+def _pick(
+    task: str, pairs: Sequence[tuple[LabelledQuery, RankedResults]], decided: Callable[[LabelledQuery], bool]
+) -> list[Shown]:
+    """The first query that an inspection rescued, and the first of all. decided: whether it goes wrong without one."""
+    rescued = next((pair for pair in pairs if rescued_by_inspection(*pair) and decided(pair[0])), None)
     shown = [Shown(KINDS[task], *rescued, True)] if rescued else []
     first = next(pair for pair in pairs if pair is not rescued)
     return [*shown, Shown(KINDS[task], *first, False)]

@@ -143,6 +143,7 @@ def test_index_without_a_config_writes_one_that_search_uses(
         (["search", "--text", "x", "--top-k", "128"], 2, "top_k: expected an integer from 1 to 127, got 128"),
         (["search", "--text", "x", "--filter", "red"], 2, "--filter: expected field=value, got 'red'"),
         (["search", "--image", "none.png"], 2, "none.png: expected a readable picture"),
+        (["search", "--image", "http://e.com/x.png"], 2, "http://e.com/x.png: expected a file, got a URL"),
         (["search", "--image", "items/broken.png"], 2, "expected a readable PNG"),
         (["search", "--text", "x", "--config", "none.toml"], 2, "none.toml: expected a config file, got no such file"),
         (["rerank", "--text", "x", "a.pdf"], 2, "a.pdf: expected one of"),

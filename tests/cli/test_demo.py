@@ -71,6 +71,7 @@ def test_what_counts_as_rescued_by_an_inspection() -> None:
 def test_shown_queries_are_the_first_rescued_one_and_the_first_one() -> None:
     plain, rescued = ranked(1, opened=False, match=None), ranked(2, opened=True, match=True)
     pairs = [(QUERY, plain), (QUERY, rescued), (QUERY, rescued)]
-    shown = demo._pick("t2i", pairs)
+    shown = demo._pick("t2i", pairs, lambda query: True)
     assert [(s.rescued, s.results) for s in shown] == [(True, rescued), (False, plain)]
-    assert [s.rescued for s in demo._pick("t2i", pairs[:1])] == [False]
+    assert not any(s.rescued for s in demo._pick("t2i", pairs, lambda query: False)), "right without an inspection, too"
+    assert [s.rescued for s in demo._pick("t2i", pairs[:1], lambda query: True)] == [False]
