@@ -11,7 +11,7 @@ from retrv_r1_retriever.types import Candidate, Content, Document, Query
 
 
 @cache
-def tasks(per_stratum: int = 4, count: int = 12) -> tuple[tuple[Query, tuple[Document, ...]], ...]:
+def tasks(per_stratum: int = 4, count: int = 20) -> tuple[tuple[Query, tuple[Document, ...]], ...]:
     """Of every task and stratum so many; `count` candidates each, the answer and its neighbours in the pool."""
     split = catalogue.SPLITS["val"]
     cards, rng = catalogue.make_cards(split), random.Random(5)
