@@ -21,13 +21,15 @@ def test_shipped_recipes_read_back_what_they_resolve_to(name, tmp_path):
 
 
 def test_overrides_are_typed_and_the_last_wins():
-    sets = ["optim.lr=1e-5", "optim.lr=3e-6", "run.deepspeed=null", "data.train=[a, b]", "loss.ranknet=10"]
+    sets = ["optim.lr=1e-5", "optim.lr=3e-6", "run.deepspeed=null", "run.report_to=[a, b]", "loss.ranknet=10"]
+    sets += ["data.train=[{queries: q.jsonl, pool: p.jsonl}]"]
     recipe = load(SftRecipe, BASE, sets)
     assert recipe.optim.lr == 3e-6
     assert recipe.run.deepspeed is None
-    assert recipe.data.train == ("a", "b")
+    assert recipe.run.report_to == ("a", "b")
+    assert [(part.queries, part.pool) for part in recipe.data.train] == [("q.jsonl", "p.jsonl")]
     assert recipe.loss.ranknet == 10
-    assert recipe.lists == load(SftRecipe, BASE).lists
+    assert recipe.examples == load(SftRecipe, BASE).examples
 
 
 def test_an_override_leaves_the_callers_data_alone():

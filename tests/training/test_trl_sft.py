@@ -140,10 +140,11 @@ def test_two_times_four_is_eight(source):
             loss, _, _ = losses(start.model, start.processor, part, weights, totals)
             loss.backward()
             value += loss.item()
-        return value, [p.grad.clone() for p in start.model.model.icm.att1.parameters()]
+        return value, [p.grad.clone() for p in start.model.model.icm.att1.parameters() if p.grad is not None]
 
     (one, whole), (two, halves) = gradients([examples]), gradients([examples[:4], examples[4:]])
     assert one == pytest.approx(two, rel=1e-5)
+    assert len(whole) == 7  # of 8: the folded key's bias drops out
     for a, b in zip(whole, halves, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-3)
     start.model.zero_grad()
@@ -243,7 +244,7 @@ def test_pixels_under_zero3_are_refused(source):
         ("data.top_k=2", "3 candidates, data.top_k is 2"),
         ("data.train=[{queries: q.jsonl, pool: p.jsonl}]", "traces of q.jsonl: expected a file, got none"),
         ("optim.per_device=3", "optim.batch_size: expected a multiple of per_device x processes = 3 x 1, got 4"),
-        ("checkpoint=nowhere", "nowhere: expected a Retrv-R1 checkpoint"),
+        ("checkpoint=nowhere", "checkpoint 'nowhere': expected a folder or a hub id, got no folder"),
     ],
 )
 def test_a_recipe_that_cannot_run_says_why(material, tmp_path, capsys, sets, message):

@@ -94,8 +94,7 @@ def train(recipe: StageRecipe, run: Path, work: Work, per_device: int | None = N
     else:
         prepare_deepspeed(work.model)
     optim = recipe.optim if per_device is None else replace(recipe.optim, per_device=per_device)
-    examples = recipe.data.examples if work.measure else 0
-    args = training_arguments(replace(recipe, optim=optim, data=replace(recipe.data, examples=examples)), run)
+    args = training_arguments(replace(recipe, optim=optim), run, evaluate=work.measure is not None)
     args.train_sampling_strategy = "sequential"  # `Draws` has its own order
     args.dataloader_num_workers = recipe.data.workers
     trainer = StageTrainer(

@@ -78,6 +78,7 @@ def _train_module(model: RetrvR1ForConditionalGeneration) -> None:
     model.requires_grad_(False)
     model.model.icm.requires_grad_(True)
     model.model.icm.tag_scale.requires_grad_(False)
+    model.model.icm.att1.k.bias.requires_grad_(False)  # folded away: it never gets a gradient, and DDP waits for one
 
 
 def export(recipe: AlignRecipe, state: dict[str, Tensor], out: Path) -> None:
