@@ -73,7 +73,7 @@ lowest:
 	mkdir -p $(LOWEST)
 	$(PYTHON) tests/lowest.py > $(LOWEST)/pins.txt
 	PIP_CONSTRAINT=$(abspath $(LOWEST)/pins.txt) $(MAKE) setup VENV=$(LOWEST)
-	$(LOWEST)/bin/python -m pytest tests/integrations
+	$(LOWEST)/bin/python -m pytest tests/integrations/langchain tests/integrations/llama_index tests/integrations/test_alike.py
 
 wheel: setup
 	TORCH='$(TORCH)' $(PY) -m pytest tests/test_wheel.py
