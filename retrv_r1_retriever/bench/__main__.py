@@ -109,6 +109,9 @@ async def time_modes(checkpoint: Checkpoint, engine: LocalEngine, task: Task, ar
     rows: list[Row] = []
     for mode, count in reads.items():
         row: Row = {"mode": mode, "prompt tokens": str(count.prompt), "tower patches": str(count.patches)}
+        shown = 3 * len(task.plain)  # a label and two tokens each
+        share = 100 * shown / (reads["U"].prompt - reads["F"].prompt + shown)
+        row["candidates' part of U's, %"] = share if mode in ("C", "F") else "-"
         row |= {"ms": 1e3 * seconds[mode], "x faster than U": seconds["U"] / seconds[mode]}
         row["KV MB"] = counts.kv_bytes(count.prompt if mode != "X" else count.prompt // len(task.plain)) / 1e6
         row[f"ms with {args.steps} tokens of thought"] = 1e3 * thoughts[mode] if mode in thoughts else "-"

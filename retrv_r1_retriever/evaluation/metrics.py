@@ -67,10 +67,6 @@ def ndcg_at(run: Run, qrels: Qrels, k: int) -> float:
     return mean(run, qrels, f"ndcg@{k}")
 
 
-def map_at(run: Run, qrels: Qrels, k: int) -> float:
-    return mean(run, qrels, f"map@{k}")
-
-
 def _recall(ranking: Sequence[str], grades: Mapping[str, int], k: int) -> float:
     return float(any(grades.get(d, 0) > 0 for d in ranking))
 
