@@ -187,9 +187,11 @@ class LocalImages:
     def _opened(self, data: bytes, shown: str) -> Image.Image:
         try:
             return Image.open(io.BytesIO(data), formats=FORMATS)
-        except Image.DecompressionBombError:
+        except Image.DecompressionBombError as error:
             limit = min(self.max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or self.max_pixels))
-            raise _too_large(shown, "a header that names more", f"{limit:,} pixels", "max_pixels") from None
+            named = re.search(r"\d+", str(error))  # the only place where Pillow says it
+            got = f"a header that names {int(named[0]):,}" if named else "a header that names more"
+            raise _too_large(shown, got, f"{limit:,} pixels", "max_pixels") from None
 
     def _check_size(self, image: Image.Image, shown: str) -> None:
         if image.width * image.height > self.max_pixels:

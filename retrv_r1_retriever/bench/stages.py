@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from transformers import DynamicCache
 
 from retrv_r1_retriever.bench.floors import Ceiling, Counts, Work, best_of
 from retrv_r1_retriever.bench.modes import Task
 from retrv_r1_retriever.model.checkpoint import Checkpoint
+from retrv_r1_retriever.model.modeling import CACHE
 from retrv_r1_retriever.model.processing import Chunk, collate
 from retrv_r1_retriever.parser import Thought, Verdict, parse, render
 from retrv_r1_retriever.prompt import Prompt, build_full_prompt, build_prompt
@@ -97,11 +99,12 @@ def _pass(checkpoint: Checkpoint, tokens: int) -> Callable[[], object]:
 def _step(checkpoint: Checkpoint, before: int) -> Callable[[], object]:
     """One token behind `before` cached ones."""
     model = checkpoint.model
-    past = model.model.language_model(**_inputs(checkpoint, before, 0), use_cache=True).past_key_values
+    past = DynamicCache(config=model.config.text_config)
+    model.model.language_model(**_inputs(checkpoint, before, 0), use_cache=True, **{CACHE: past})
     inputs = _inputs(checkpoint, 1, before)
 
     def call() -> object:
-        out = model.model.language_model(**inputs, past_key_values=past, use_cache=True).last_hidden_state
+        out = model.model.language_model(**inputs, use_cache=True, **{CACHE: past}).last_hidden_state
         past.crop(-1)
         return model.lm_head(out[:, -1])
 

@@ -11,6 +11,7 @@ from retrv_r1_retriever.types import Content, RankedResult, RankedResults, Statu
 
 OPENED = "◉"
 CHOSEN = "★"
+VERDICTS = "verdict: keep, or the model's first reason against it; for an opened candidate whether it is a match"
 CHECK_SHOWN = 240  # characters; --json has them all
 
 
@@ -82,7 +83,9 @@ def _print_ranking(results: RankedResults, limit: int | None, positives: frozens
     if hidden > 0:
         print(f"... and {hidden} more")
     marks = [f"{CHOSEN} chosen", f"{OPENED} opened in full"] + (["✓ right answer"] if positives else [])
-    print("   ".join(marks))
+    print_wrapped("   ".join(marks))
+    if not narrow and any(r.signals.verdict for r in results.results):
+        print_wrapped(VERDICTS)
 
 
 def _row(result: RankedResult, positives: frozenset[str]) -> list[str]:

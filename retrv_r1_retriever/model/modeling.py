@@ -5,14 +5,18 @@ B rows, L tokens, N candidates over all rows, m memory rows, w memory width, H L
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel, Qwen2_5_VLTextModel
 
 from retrv_r1_retriever.model.configuration import RetrvR1Config
 from retrv_r1_retriever.model.icm import Icm, pad
+
+#: transformers' name for the KV cache among a forward's arguments: 5.24 renamed it, and warns of the old one.
+CACHE = "cache" if "cache" in inspect.signature(Qwen2_5_VLTextModel.forward).parameters else "past_key_values"
 
 
 @dataclass(slots=True)
@@ -89,7 +93,6 @@ class RetrvR1Model(Qwen2_5_VLModel):
         input_ids: Tensor | None = None,
         attention_mask: Any = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
         *,
         use_cache: bool | None = None,
         image_features: Tensor | None = None,
@@ -98,7 +101,7 @@ class RetrvR1Model(Qwen2_5_VLModel):
         **kwargs: Any,  # transformers' own forward arguments; this signature is the framework's
     ) -> Any:
         """Stock forward, unless features or memory come with it: then embeddings are built here and positions are required."""
-        shared = {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
+        shared = {"attention_mask": attention_mask, "position_ids": position_ids, CACHE: kwargs.pop(CACHE, None)}
         if compressed is None and image_features is None:
             return super().forward(input_ids, use_cache=use_cache, **shared, **kwargs)
         assert input_ids is not None

@@ -88,7 +88,7 @@ def _tiles(queries: int, traces: Sequence[ReasoningTrace]) -> Html:
         tiles.append(("of the uncompressed prompt", f"{prompt / full:.0%}"))
     seconds = sum(total_seconds(trace) for trace in traces)
     if seconds:
-        tiles.append(("per query", format_seconds(seconds / len(traces))))
+        tiles.append(("per query on average, from question to list", format_seconds(seconds / len(traces))))
     cells = join(html("<div><b>{}</b><span>{}</span></div>", value, label) for label, value in tiles)
     return html("<section class='tiles'>{}</section>", cells)
 
@@ -108,16 +108,17 @@ def _table(table: ReportTable) -> Html:
 
 
 def _few(entries: Sequence[ReportEntry], pictures: Pictures) -> Html:
-    contents = _contents(entries) if len(entries) > 1 else EMPTY
+    contents = _contents(entries, pictures) if len(entries) > 1 else EMPTY
     return join([contents, *(render_entry(entry, number, pictures) for number, entry in enumerate(entries, 1))])
 
 
-def _contents(entries: Sequence[ReportEntry]) -> Html:
+def _contents(entries: Sequence[ReportEntry], pictures: Pictures) -> Html:
     items = join(
         html(
-            "<li><a href='#q{}'><span class='kind'>{}</span> <span><b>{}</b> {}</span></a></li>",
+            "<li><a href='#q{}'><span class='kind'>{}</span> {}<span><b>{}</b> {}</span></a></li>",
             number,
             entry.kind or "query",
+            pictures.thumbnail(entry.results.query.content.image, "the query's picture"),
             entry.results.query.content.text or "",
             headline(entry),
         )

@@ -26,6 +26,7 @@ from retrv_r1_retriever.engines.local.kv import KvPool, StepCache
 from retrv_r1_retriever.errors import EngineError
 from retrv_r1_retriever.model.checkpoint import Checkpoint
 from retrv_r1_retriever.model.embedding import encode_pictures
+from retrv_r1_retriever.model.modeling import CACHE
 from retrv_r1_retriever.model.processing import Chunk, collate
 from retrv_r1_retriever.prompt import INSPECT_START, KEEP, Prompt
 from retrv_r1_retriever.session import GenerateParams, Generation
@@ -213,8 +214,8 @@ class Batcher:
         rows = [self._row(handle) for handle, _ in work]
         cache = StepCache(self._pool, rows, [handle.length for handle, _ in work], [len(c) for c in chunks])
         hidden = self._model.model.language_model(
-            inputs_embeds=embeds, position_ids=batch.positions, past_key_values=cache, use_cache=True,
-            attention_mask={"full_attention": cache.mask(embeds.shape[1])},
+            inputs_embeds=embeds, position_ids=batch.positions, use_cache=True,
+            attention_mask={"full_attention": cache.mask(embeds.shape[1])}, **{CACHE: cache},
         ).last_hidden_state  # fmt: skip
         last = torch.tensor([len(c) - 1 for c in chunks], device=hidden.device)
         picked = hidden[torch.arange(len(chunks), device=hidden.device), last]
