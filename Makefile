@@ -90,7 +90,7 @@ check: setup
 	$(PY) tests/style.py
 
 docs: setup
-	$(VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 notebooks: setup
 	RETRV_KEEP_NOTEBOOKS=1 $(PY) -m pytest -m slow tests/examples/test_notebooks.py
