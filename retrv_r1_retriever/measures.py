@@ -59,16 +59,16 @@ def counted(
 ) -> Iterator[tuple[Measure, float, tuple[str, ...]]]:
     """Instrument, amount, label values. inline: documents that came with the call and can have no stored memory."""
     yield RESULTS, 1, (route, status, reason)
-    yield NONE_CHOSEN, results.none_chosen, ()
+    yield NONE_CHOSEN, int(results.none_chosen), ()  # a boolean is no amount: OTLP refuses the whole batch
     trace = results.trace
     if trace is None:
         return
     for stage, seconds in trace.timings.items():
         yield STAGES, seconds, (stage,)
-    yield CACHE_HITS, trace.cached, ()
+    yield CACHE_HITS, int(trace.cached), ()
     if trace.cached:
         return  # the rest was spent and counted when the list was made
-    yield THOUGHTS, "think" in trace.timings, ()
+    yield THOUGHTS, int("think" in trace.timings), ()
     yield INSPECTIONS, len(trace.inspected), ()
     yield STALE, max(0, trace.usage.stale_memories - inline), ()
     for kind in TOKENS:

@@ -6,6 +6,9 @@ import os
 import re
 import subprocess
 import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -14,16 +17,20 @@ import retrv_r1_retriever
 from tests.browser import SIZES, opened
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("index.html", "api.html", "observability.html", "examples.html")
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     argv = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
+    quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(argv, cwd=ROOT, env=quiet, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return folder
+
+
+def _pages(site: Path) -> list[Path]:
+    return sorted(path for path in site.glob("*.html") if path.name != "404.html")  # that one needs a server
 
 
 @pytest.mark.slow
@@ -37,13 +44,30 @@ def test_the_reference_has_all_public_names(site: Path) -> None:
 @pytest.mark.parametrize("size", SIZES)
 async def test_pages_are_quiet_and_fit(site: Path, tmp_path: Path, size: str) -> None:
     folder = Path(os.environ.get("RETRV_SCREENSHOTS", tmp_path))
+    pages = _pages(site)
+    assert len(pages) > 25
     async with opened((site / "index.html").as_uri(), size) as page:
-        for name in PAGES:
-            await page.tab.goto((site / name).as_uri())
-            await page.tab.screenshot(path=str(folder / f"site-{name}-{size}.png"))
+        for path in pages:
+            await page.tab.goto(path.as_uri())
+            await page.tab.screenshot(path=str(folder / f"site-{path.stem}-{size}.png"))
             width = await page.tab.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
-            assert width[0] <= width[1], name
-        assert page.problems == []
+            assert width[0] <= width[1], path.name
+            assert page.problems == [], path.name
+
+
+@pytest.mark.slow
+async def test_the_search_finds_a_page(site: Path) -> None:
+    """Served, because browsers let no page that is a file read its index."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(site))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        async with opened(f"http://127.0.0.1:{server.server_address[1]}/index.html", "desktop") as page:
+            await page.tab.locator("input[name=query]").click()
+            await page.tab.keyboard.type("tenant")
+            await page.tab.wait_for_selector(".md-search-result__item")
+            assert "Tenants" in await page.tab.inner_text(".md-search-result")
+            assert page.problems == []
+        server.shutdown()
 
 
 def test_every_page_is_in_the_navigation() -> None:

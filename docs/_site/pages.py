@@ -45,12 +45,15 @@ def _examples(folder: Path) -> Iterable[str]:
 
 
 def _cell(cell: dict[str, Any]) -> str:
-    """Words, code and what it printed; pages within pages are left to the notebook itself."""
+    """Words, code, what it printed and showed; pages within pages are left to the notebook itself."""
     source = "".join(cell["source"])
     if cell["cell_type"] == "markdown":
         return re.sub(r"^#+ (.*)", r"### \1", source, flags=re.M) + "\n"
     printed = "".join("".join(output.get("text", ())) for output in cell["outputs"])
-    return f"```python\n{source}\n```\n" + (f"\n```text\n{printed}```\n" if printed else "")
+    shown = "".join("".join(output.get("data", {}).get("text/html", ())) for output in cell["outputs"])
+    if "<iframe" in shown:
+        shown = "*A page stands here in the notebook.*"
+    return f"```python\n{source}\n```\n" + (f"\n```text\n{printed}```\n" if printed else "") + f"\n{shown}\n"
 
 
 def _anchor(stem: str) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from tests.browser import SIZES, opened
 from tests.report.samples import fallback, many, rescued, text_list
 
 QUERIES = 200
-SECONDS = 2.0
+SECONDS = 2.0  # from the click to the painted page, as a person waits
+CPU_SECONDS = 1.0
 
 #: Where screenshots are kept for a person to look at; by default with the test's other files.
 SHOTS = os.environ.get("RETRV_SCREENSHOTS")
@@ -34,15 +37,29 @@ async def shoot(tab: Any, folder: Path, name: str) -> None:
     assert width[0] <= width[1]
 
 
+async def seconds_to_paint(tab: Any, url: str) -> float:
+    started = time.perf_counter()
+    await tab.goto(url)
+    await tab.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    return time.perf_counter() - started
+
+
 @pytest.mark.parametrize("size", SIZES)
-async def test_two_hundred_traces_open_in_time_and_can_be_searched(large: Path, tmp_path: Path, size: str) -> None:
+async def test_two_hundred_traces_open_in_time_and_can_be_searched(
+    large: Path, tmp_path: Path, size: str, record_property: Callable[[str, object], None]
+) -> None:
     async with opened(large.as_uri(), size) as page:
         tab = page.tab
         await shoot(tab, tmp_path, f"traces-{size}")
         session = await tab.context.new_cdp_session(tab)
         await session.send("Performance.enable")
         spent = {m["name"]: m["value"] for m in (await session.send("Performance.getMetrics"))["metrics"]}
-        assert spent["ProcessTime"] < SECONDS  # CPU time of the page, because other processes may hold the cores
+        assert spent["ProcessTime"] < CPU_SECONDS
+        waits: list[float] = []
+        while min(waits, default=SECONDS) >= SECONDS and len(waits) < 5:  # other processes may hold the cores
+            waits.append(await seconds_to_paint(tab, large.as_uri()))
+        record_property(f"seconds until 200 traces are painted, {size}", waits)
+        assert min(waits) < SECONDS, waits
 
         async def shown() -> str:
             words: str = await tab.inner_text("output")
