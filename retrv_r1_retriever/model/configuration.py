@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from transformers import Qwen2_5_VLConfig
 
@@ -18,6 +18,7 @@ class IcmConfig:
     width: of stored memory and of both attention layers; heads divides width
     memory_rows: rows kept per candidate (chunk means); 0 keeps every row, as the paper does
     residual: the relation rows keep the candidate's own beside what they found in the query (docs/experiments.md)
+    blank: the token that says nothing of the candidate, its label's tag alone: to measure what the other one is worth
 
     Stored bytes per candidate = memory_rows * width * 2. Both numbers and the residual are ours, not the paper's.
     """
@@ -26,6 +27,7 @@ class IcmConfig:
     heads: int = 4
     memory_rows: int = 64
     residual: bool = True
+    blank: Literal["", "content", "relation"] = ""
 
     @classmethod
     def fast(cls) -> IcmConfig:

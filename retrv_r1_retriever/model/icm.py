@@ -60,7 +60,13 @@ class Icm(nn.Module):
         attended = self.att2(memory, self.query_norm(query), query_mask, row)
         relation_rows = self.relation_norm(memory + attended if self.config.residual else attended)
         relation = self.att1.pooled(self.e, relation_rows, memory_mask)
-        return self.content_out(self.content_ff(content)), self.relation_out(self.relation_ff(relation))
+        return (
+            self._unless_blank("content", self.content_out(self.content_ff(content))),
+            self._unless_blank("relation", self.relation_out(self.relation_ff(relation))),
+        )
+
+    def _unless_blank(self, name: str, tokens: Tensor) -> Tensor:
+        return torch.zeros_like(tokens) if self.config.blank == name else tokens
 
 
 class _Attention(nn.Module):

@@ -11,10 +11,11 @@ import torch
 
 from retrv_r1_retriever.model.modeling import RetrvR1ForConditionalGeneration
 from retrv_r1_retriever.model.processing import Processor
-from retrv_r1_retriever.prompt import LABELS, Prompt, build_prompt, label_index
-from retrv_r1_retriever.trace import Compressed, Text
+from retrv_r1_retriever.prompt import LABELS, Prompt, build_full_prompt, build_prompt, label_index
+from retrv_r1_retriever.trace import Compressed, Full, Text
 from retrv_r1_retriever.types import Candidate, Document, Memory, Query
 from retrv_r1_training.data import Pool, content_embeds
+from retrv_r1_training.memory_training import learns_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,22 +43,27 @@ class ListConfig:
 
 @dataclass(frozen=True)
 class Lists:
-    """A pool with its first-stage lists and every candidate's memory (frozen by now)."""
+    """A pool with its first-stage lists and every candidate's memory. full: prompts show every candidate in full instead."""
 
     pool: Pool
     ranked: np.ndarray
     memories: Sequence[Memory]
+    full: bool = False
 
 
-def make_lists(model: RetrvR1ForConditionalGeneration, processor: Processor, pool: Pool, ranked: np.ndarray) -> Lists:
+def make_lists(
+    model: RetrvR1ForConditionalGeneration, processor: Processor, pool: Pool, ranked: np.ndarray, full: bool = False
+) -> Lists:
+    """Memory as the model makes it now; where it is made anew in every pass (`memory_training`), what it is made of."""
+    made = (lambda rows: rows) if learns_memory(model) else model.model.icm.memories
     memories = []
     contents = [item.content for item in pool.items]
     with torch.no_grad():
         for start in range(0, len(contents), 256):
             part = contents[start : start + 256]
-            for rows in model.model.icm.memories(content_embeds(model, processor, part, {})):
+            for rows in made(content_embeds(model, processor, part, {})):
                 memories.append(Memory(rows.to(torch.float16).cpu().numpy(), "", "", 0))
-    return Lists(pool, ranked, memories)
+    return Lists(pool, ranked, memories, full)
 
 
 def candidate_list(lists: Lists, number: int, config: ListConfig, rng: random.Random) -> tuple[list[int], int | None]:
@@ -118,18 +124,19 @@ def prompt_of(lists: Lists, number: int, chosen: Sequence[int], labels: Sequence
         Candidate(document, None, rank, lists.memories[i])
         for rank, (document, i) in enumerate(zip(documents, chosen, strict=True), start=1)
     ]
-    return prompt_under(lists.pool.queries[number].query, ranked, labels)
+    return prompt_under(lists.pool.queries[number].query, ranked, labels, lists.full)
 
 
-def prompt_under(query: Query, candidates: Sequence[Candidate], labels: Sequence[int]) -> Prompt:
+def prompt_under(query: Query, candidates: Sequence[Candidate], labels: Sequence[int], full: bool = False) -> Prompt:
     """The i-th candidate under `labels[i]` (ascending); see `prompt_of`."""
     shown = dict(zip(labels, candidates, strict=True))
-    prompt = build_prompt(query, [shown.get(at, candidates[0]) for at in range(labels[-1] + 1)])
+    build = build_full_prompt if full else build_prompt
+    prompt = build(query, [shown.get(at, candidates[0]) for at in range(labels[-1] + 1)])
     return replace(prompt, segments=tuple(s for s in prompt.segments if _label_of(s) in (None, *shown)))
 
 
 def _label_of(segment: object) -> int | None:
-    if isinstance(segment, Compressed):
+    if isinstance(segment, (Compressed, Full)):
         return segment.index
     return label_index(segment.text) if isinstance(segment, Text) else None
 

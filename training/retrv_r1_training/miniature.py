@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,11 +26,15 @@ from retrv_r1_training.backbone import build_model, build_processor, build_token
 from retrv_r1_training.card import write_card
 from retrv_r1_training.data import Pool, encode_pool, load_pool
 from retrv_r1_training.lists import Contrast, ListConfig, Lists, make_lists
+from retrv_r1_training.memory_training import learn_memory
+from retrv_r1_training.quality import Quality, plain, quality
 from retrv_r1_training.recipe import Recipe
+from retrv_r1_training.rollout import RolloutRunner, Sampling, tasks_of
 from retrv_r1_training.teacher import TeacherStyle
 
 log = logging.getLogger(__name__)
 TRAIN = ("train0", "train1", "train2")
+STAGES = ("captions", "episodes", "embedder", "align", "direct", "eliminate", "sft", "grpo")
 
 
 class Miniature:
@@ -44,13 +47,31 @@ class Miniature:
         self.log_file = run / "log.jsonl"
         run.mkdir(parents=True, exist_ok=True)
 
-    def train(self, out: Path) -> None:
-        """Run what is left and write the checkpoint to `out`."""
-        for stage in (self.captions, self.episodes, self.embedder, self.align, self.direct, self.eliminate, self.sft):
-            self._once(stage.__name__, stage)
-        if self.recipe.stages.grpo:
-            self._once("grpo", self.grpo)
+    def train(self, out: Path) -> str:
+        """Run what is left and write the checkpoint to `out`; returns the last stage's name."""
+        for stage in STAGES:
+            self.stage(stage)
         self.export(out)
+        return self.last
+
+    def stage(self, name: str) -> None:
+        """Run one stage, unless it was run before or the recipe has none of this name."""
+        file = self.run / f"{name}.pt"
+        schedule = getattr(self.recipe.stages, name)
+        if schedule is None:
+            return
+        if file.exists():
+            log.info("%s: done before, %s", name, file)
+            return
+        started = time.monotonic()
+        torch.manual_seed(self.recipe.seed)
+        model: RetrvR1ForConditionalGeneration = getattr(self, name)()
+        torch.save(model.state_dict(), file.with_suffix(".tmp"))
+        file.with_suffix(".tmp").rename(file)
+        minutes = (time.monotonic() - started) / 60
+        with (self.run / "stages.jsonl").open("a", encoding="utf-8") as out:
+            out.write(json.dumps({"stage": name, "minutes": round(minutes, 2), **asdict(schedule)}) + "\n")
+        log.info("%s: %.1f minutes", name, minutes)
 
     # -- stages --------------------------------------------------------------------------------------------------------
 
@@ -91,7 +112,7 @@ class Miniature:
         return model
 
     def direct(self) -> RetrvR1ForConditionalGeneration:
-        model = self._load("align")
+        model = self._start("align")
         direct.train_direct(
             model, self.processor, self.lists, Contrast(self.recipe.top_k), self.recipe.stages.direct,
             self.recipe.rehearsal, self.recipe.seed + 5, self.log_file,
@@ -103,23 +124,41 @@ class Miniature:
         return self._sft("direct", "eliminate", None)
 
     def sft(self) -> RetrvR1ForConditionalGeneration:
-        return self._sft("eliminate", "sft", TeacherStyle())
+        return self._sft("eliminate", "sft", TeacherStyle(max_inspections=self.recipe.max_inspections))
 
     def grpo(self) -> RetrvR1ForConditionalGeneration:
-        from retrv_r1_training.grpo import train_grpo  # TRL: only this stage needs it
-        from retrv_r1_training.rollout import tasks_of
-
         config, top_k = self.recipe.stages.grpo, self.recipe.top_k
         assert config is not None
+        model = self._start("sft")
+        if not config.steps:
+            return model
+        from retrv_r1_training.grpo import train_grpo  # TRL: only this stage needs it
+
         tasks, held_out = tasks_of(self.lists[:-1], top_k, config.missing), tasks_of(self.lists[-1:], top_k)
-        start = Checkpoint(self._load("sft"), self.processor, Manifest("miniature"))
-        states = self.run / "grpo-states"
-        return train_grpo(
-            start, tasks, held_out[:: max(1, len(held_out) // 120)], config, self.recipe.seed + 7, states, self.log_file
-        )
+        start = Checkpoint(model, self.processor, Manifest("miniature"))
+        config = replace(config, max_inspections=self.recipe.max_inspections)
+        few = held_out[:: max(1, len(held_out) // 150)]
+        return train_grpo(start, tasks, few, config, self.recipe.seed + 7, self.run / "grpo-states", self.log_file)
+
+    def quality(self, stage: str) -> dict[str, Quality]:
+        """Of a stage's weights on the whole validation pool, kept in RUN/quality-STAGE.json. Memory is made as it is served."""
+        file = self.run / f"quality-{stage}.json"
+        if file.exists():
+            return {name: Quality(**row) for name, row in json.loads(file.read_text(encoding="utf-8")).items()}
+        model, full = self._load(stage), self.recipe.candidates == "full"
+        lists = make_lists(model, self.processor, self.pools[-1], self.ranked[-1], full)
+        runner = RolloutRunner(Checkpoint(model, self.processor, Manifest("miniature")))
+        greedy = Sampling(0.0, max_inspections=self.recipe.max_inspections)
+        found = quality(runner, tasks_of([lists], self.recipe.top_k), greedy)
+        file.write_text(json.dumps(plain(found), indent=1) + "\n", encoding="utf-8")
+        return found
+
+    @property
+    def last(self) -> str:
+        return "grpo" if self.recipe.stages.grpo else "sft"
 
     def export(self, out: Path) -> None:
-        model, first_stage = self._load("grpo" if self.recipe.stages.grpo else "sft"), self._load("embedder")
+        model, first_stage = self._load(self.last), self._load("embedder")
         manifest = Manifest(
             "retrv-r1-miniature (from scratch)", base_revision=f"seed {self.recipe.seed}", licence="Apache-2.0",
             trained_top_k=self.recipe.top_k, embedder_dim=self.recipe.embedder_dim,
@@ -156,11 +195,12 @@ class Miniature:
 
     @cached_property
     def lists(self) -> list[Lists]:
-        model = self._load("align")
-        return [make_lists(model, self.processor, p, r) for p, r in zip(self.pools, self.ranked, strict=True)]
+        """To train on from `align` on."""
+        model, full = self._start("align"), self.recipe.candidates == "full"
+        return [make_lists(model, self.processor, p, r, full) for p, r in zip(self.pools, self.ranked, strict=True)]
 
     def _sft(self, start: str, name: str, style: TeacherStyle | None) -> RetrvR1ForConditionalGeneration:
-        model, recipe = self._load(start), self.recipe
+        model, recipe = self._start(start), self.recipe
         schedule = getattr(recipe.stages, name)
         sft.train_sft(
             model, self.processor, self.lists[:-1], self.lists[-1], ListConfig(recipe.top_k), style, schedule,
@@ -174,24 +214,19 @@ class Miniature:
 
     def _load(self, stage: str) -> RetrvR1ForConditionalGeneration:
         model = self._fresh()
-        model.load_state_dict(torch.load(self.run / f"{stage}.pt", weights_only=True))
+        weights = torch.load(self.run / f"{stage}.pt", weights_only=True)
+        if stage in (
+            "captions",
+            "episodes",
+        ):  # the module is as it was made, and may be of another size than the run's that lent them
+            weights = {**model.state_dict(), **{k: v for k, v in weights.items() if ".icm." not in k}}
+        model.load_state_dict(weights)
         return model
 
-    def _once(self, name: str, stage: Callable[[], RetrvR1ForConditionalGeneration]) -> None:
-        file = self.run / f"{name}.pt"
-        if file.exists():
-            log.info("%s: done before, %s", name, file)
-            return
-        started = time.monotonic()
-        torch.manual_seed(self.recipe.seed)
-        model = stage()
-        torch.save(model.state_dict(), file.with_suffix(".tmp"))
-        file.with_suffix(".tmp").rename(file)
-        minutes = (time.monotonic() - started) / 60
-        with (self.run / "stages.jsonl").open("a", encoding="utf-8") as out:
-            schedule = asdict(getattr(self.recipe.stages, name))
-            out.write(json.dumps({"stage": name, "minutes": round(minutes, 2), **schedule}) + "\n")
-        log.info("%s: %.1f minutes", name, minutes)
+    def _start(self, stage: str) -> RetrvR1ForConditionalGeneration:
+        """To train on from there."""
+        model = self._load(stage)
+        return model if self.recipe.freeze_memory else learn_memory(model)
 
 
 def _captioned(pool: Pool) -> list[tuple[Content, str]]:
@@ -203,9 +238,6 @@ def _captioned(pool: Pool) -> list[tuple[Content, str]]:
 
 def with_fewer_steps(recipe: Recipe, steps: int) -> Recipe:
     """The same recipe cut short: a smoke test of every stage, no model worth having."""
-    stages = {
-        name: replace(getattr(recipe.stages, name), steps=steps)
-        for name, stage in asdict(recipe.stages).items()
-        if stage
-    }
-    return replace(recipe, stages=replace(recipe.stages, **stages))
+    known = {name: getattr(recipe.stages, name) for name in STAGES}
+    cut = {name: replace(stage, steps=min(steps, stage.steps)) for name, stage in known.items() if stage}
+    return replace(recipe, stages=replace(recipe.stages, **cut))

@@ -89,6 +89,8 @@ def _typed(kind: Any, data: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
+    if get_origin(hint) in (Union, UnionType) and value is not None:  # a block that may be left out
+        hint = next((option for option in get_args(hint) if is_dataclass(option)), hint)
     if is_dataclass(hint):
         if not isinstance(value, dict):
             raise OptionsError(explain(where, expected="keys and values", got=repr(value), fix="Fix the value."))

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, is_dataclass
-from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
-
-import yaml
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from retrv_r1_retriever.errors import OptionsError, explain
 from retrv_r1_retriever.model.configuration import IcmConfig
@@ -35,6 +32,10 @@ class Recipe:
     training stops, so that every seed gets a first stage of the same strength; pairs_per_query: candidates that
     `align` describes per query; comparisons, rehearsal: text-only sequences beside `episodes` and beside `eliminate`, `sft`;
     direct_weight: of the direct read's loss
+
+    What a model can be without, for the ablation: max_inspections 0 = thoughts that open nothing; candidates "full" = no compressed
+    tokens, every candidate in full; freeze_memory false = in_proj learns after `align`, too, and stored memory would not stay valid.
+    A stage of 0 steps is left out: the next one begins where the one before it ended.
     """
 
     seed: int
@@ -48,10 +49,9 @@ class Recipe:
     stages: Stages
     backbone: BackboneSize = field(default_factory=BackboneSize)
     icm: IcmConfig = field(default_factory=IcmConfig)
-
-
-def load_recipe(path: Path) -> Recipe:
-    return build(Recipe, yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+    max_inspections: int = 4
+    candidates: Literal["compressed", "full"] = "compressed"
+    freeze_memory: bool = True
 
 
 def build(kind: type[T], data: dict[str, Any], where: str) -> T:

@@ -28,6 +28,7 @@ from retrv_r1_training.base import comparison_loss
 from retrv_r1_training.lists import ListConfig, Lists, candidate_list, prompt_of, spread_labels
 from retrv_r1_training.loop import Schedule, train
 from retrv_r1_training.loss import TokenWeights, token_weights
+from retrv_r1_training.memory_training import learns_memory
 from retrv_r1_training.ranknet import ranknet, teacher_ranks
 from retrv_r1_training.teacher import TeacherStyle, wanted, write_thought
 
@@ -213,7 +214,7 @@ def train_sft(
     """rehearsal: text-only comparison sequences beside every batch, or the comparison is forgotten."""
     rng = random.Random(seed)
     captions = [item.caption for part in lists for item in part.pool.items]
-    weights = SftLoss(direct=direct_weight)
+    weights = SftLoss(direct=direct_weight, relation=0.0 if held_out.full else 1.0)
     freeze_for_sft(model)
 
     def loss_fn(step: int) -> tuple[Tensor, dict[str, float]]:
@@ -298,8 +299,10 @@ def _mean(values: Sequence[float]) -> float:
 def freeze_for_sft(model: RetrvR1ForConditionalGeneration) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    for parameter in (*model.model.visual.parameters(), *model.model.icm.in_proj.parameters()):
+    for parameter in model.model.visual.parameters():
         parameter.requires_grad_(False)
+    for parameter in model.model.icm.in_proj.parameters():
+        parameter.requires_grad_(learns_memory(model))
     model.get_input_embeddings().weight.no_decay = True
 
 

@@ -60,6 +60,7 @@ class TeacherStyle:
     extra: also opens eliminated candidates (else the number of mismatches so far would predict the match)
     exhaustive: opens every kept candidate instead of stopping at the match
     careful: opens even when only one candidate is left
+    max_inspections: 0 = answers from the elimination alone
     """
 
     extra: float = 0.25
@@ -111,7 +112,7 @@ def _choose(judged: Mapping[int, Judgement], target: int | None, rng: random.Ran
     """Ascending order always: a shuffled order taught the prototype to open candidates twice."""
     kept = [i for i, j in judged.items() if j.verdict == KEEP]
     openable = [i for i in kept if judged[i].match is not None]
-    if not openable:
+    if not openable or not style.max_inspections:
         return []
     if len(kept) == 1 and target is not None and rng.random() > style.careful:
         return []
