@@ -31,6 +31,7 @@ _THINK = RerankOptions(top_k=K, think="always", timeout_s=None)
 MODES = {
     "logits, think=never": RerankOptions(top_k=K, think="never", ranking="logits", timeout_s=None),
     "hybrid, think=always": _THINK,
+    "hybrid, think=auto": _THINK.with_options(think="auto"),  # only where the checkpoint is calibrated
     "hybrid, think=always, max_inspections=0": _THINK.with_options(max_inspections=0),
 }
 STRATA = ("coarse", "fine", "all")
@@ -65,6 +66,8 @@ def measure(
     """mode -> stratum -> comparison."""
     out = {}
     for name, options in MODES.items():
+        if options.think == "auto" and reranker.engine.think_margin is None:
+            continue
         results: list[RankedResults] = []
         for start in range(0, len(asked), batch):
             part = asked[start : start + batch]
@@ -92,18 +95,18 @@ def markdown(table: dict[str, dict[str, Comparison]], split: str) -> str:
         f"Split `{split}`, {any_mode['all'].queries} queries ({any_mode['coarse'].queries} coarse, "
         f"{any_mode['fine'].queries} fine), K = {K}.",
         "",
-        "| order | stratum | R@1 | R@5 | MRR | opened per query |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| order | stratum | R@1 | R@5 | MRR | opened per query | thought about |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for stratum in STRATA:
         c = any_mode[stratum]
         s = c.first_stage
         name = f"first stage (R@{K} {c.ceiling:.3f})"
-        lines.append(f"| {name} | {stratum} | {s.recall_at_1:.3f} | {s.recall_at_5:.3f} | {s.mrr:.3f} | |")
+        lines.append(f"| {name} | {stratum} | {s.recall_at_1:.3f} | {s.recall_at_5:.3f} | {s.mrr:.3f} | | |")
     for mode, strata in table.items():
         for stratum in STRATA:
             c, s = strata[stratum], strata[stratum].reranked
-            cells = f"{s.recall_at_1:.3f} | {s.recall_at_5:.3f} | {s.mrr:.3f} | {c.opened:.2f}"
+            cells = f"{s.recall_at_1:.3f} | {s.recall_at_5:.3f} | {s.mrr:.3f} | {c.opened:.2f} | {c.thought:.0%}"
             lines.append(f"| {mode} | {stratum} | {cells} |")
     return "\n".join(lines)
 

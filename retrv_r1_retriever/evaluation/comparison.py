@@ -21,7 +21,8 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """ceiling: share of queries with a right answer among the candidates; opened: candidates opened per query.
+    """ceiling: share of queries with a right answer among the candidates; opened: candidates opened per query; thought: share of
+    queries that were thought about.
 
     rescued: queries whose first result became right; lost: whose first result was right and is not any more
     """
@@ -31,6 +32,7 @@ class Comparison:
     reranked: Scores
     ceiling: float
     opened: float
+    thought: float
     statuses: Mapping[str, int]
     rescued: int
     lost: int
@@ -53,6 +55,7 @@ def compare(positives: Sequence[Collection[str]], results: Sequence[RankedResult
         reranked=_scores(after, qrels),
         ceiling=recall_at(before, qrels, longest),
         opened=sum(opened) / len(opened),
+        thought=sum(r.trace is not None and r.trace.stop_reason is not None for r in results) / len(results),
         statuses=dict(Counter(ranked.status.value for ranked in results)),
         rescued=sum(is_right and not was for was, is_right in first),
         lost=sum(was and not is_right for was, is_right in first),

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from retrv_r1_retriever.demo import figures
-from retrv_r1_retriever.engines.scripted import FuzzEngine
+from retrv_r1_retriever.demo.catalogue import LabelledQuery
+from retrv_r1_retriever.engines.scripted import FuzzEngine, ScriptedEngine
+from retrv_r1_retriever.parser import Thought, Verdict
 from retrv_r1_retriever.reranker import RetrvR1Reranker
-from tests.helpers import documents
+from retrv_r1_retriever.types import Query
+from tests.helpers import candidates, documents
 
 
 def test_promote_is_read_off_the_same_thoughts():
@@ -19,3 +24,21 @@ def test_promote_is_read_off_the_same_thoughts():
             derived = figures._promote(results) if ranking == "hybrid" else results
             orders.append([(r.document.id, r.selected) for r in replace(derived).results])
         assert orders[0] == orders[1]
+
+
+@pytest.mark.parametrize("margin", [None, 0.5])
+def test_auto_is_measured_where_a_margin_is_calibrated_and_says_how_often_it_thought(margin):
+    query = Query.of("q")
+    labelled = [LabelledQuery(query, "t2i", stratum, ("2",), "image", "") for stratum in ("coarse", "fine")]
+    asked = [figures.Asked(one, query, tuple(candidates(8))) for one in labelled]
+    thought = Thought("text 2", tuple(Verdict(i, "keep") for i in range(8)), (), 2)
+    sure = [3.0 if i == 2 else 0.0 for i in range(9)]
+    reranker = RetrvR1Reranker(ScriptedEngine(thought, slots=sure, think_margin=margin))
+    table = figures.measure(reranker, asked, lambda *_: None)
+    assert ("hybrid, think=auto" in table) == (margin is not None)
+    if margin is not None:
+        assert table["hybrid, think=auto"]["all"].thought == 0.0, "the direct read leads by 3 nats"
+    assert table["hybrid, think=always"]["all"].thought == 1.0
+    assert table["logits, think=never"]["all"].thought == 0.0
+    assert "| hybrid, think=always | all |" in (text := figures.markdown(table, "val"))
+    assert "| 100% |" in text

@@ -29,9 +29,9 @@ from retrv_r1_retriever.model.checkpoint import Checkpoint
 from retrv_r1_retriever.model.modeling import RetrvR1ForConditionalGeneration
 from retrv_r1_retriever.model.processing import Processor
 from retrv_r1_retriever.prompt import ADDED_TOKENS, NONE_INDEX
+from retrv_r1_retriever.ranking import rank
 from retrv_r1_retriever.types import StopReason
 from retrv_r1_training.grpo_config import GrpoConfig
-from retrv_r1_training.quality import quality
 from retrv_r1_training.reward import penalty_at, progress, reward
 from retrv_r1_training.rollout import Rollout, RolloutRunner, Sampling, Task
 from retrv_r1_training.sft import freeze_for_sft
@@ -200,13 +200,18 @@ def groups(rollouts: Sequence[Rollout], rewards: Sequence[float]) -> dict[str, f
 
 
 def measure(runner: RolloutRunner, tasks: Sequence[Task], sampling: Sampling) -> dict[str, float]:
-    """Greedy, as served with `hybrid`: R@1 and opened candidates per query, by stratum."""
-    found = quality(runner, tasks, replace(sampling, temperature=0.0))
-    return {
-        f"{name}_{stratum}": value
-        for stratum, q in found.items()
-        for name, value in (("R@1", q.hybrid), ("opened", q.opened))
-    }
+    """Greedy, as served with `hybrid`: R@1 and opened candidates per query, by stratum. A positive not in the list is a miss."""
+    rows: dict[str, list[tuple[bool, int]]] = {"all": []}
+    for task, reading in runner.readings(tasks, [0] * len(tasks), replace(sampling, temperature=0.0)):
+        first = rank(task.prompt.candidates, reading.direct, reading.outcome).indices[0]
+        row = (first in task.right, len(reading.outcome.inspected) if reading.outcome else 0)
+        rows["all"].append(row)
+        rows.setdefault(task.stratum, []).append(row)
+    out = {}
+    for stratum, pairs in rows.items():
+        out[f"R@1_{stratum}"] = float(np.mean([hit for hit, _ in pairs]))
+        out[f"opened_{stratum}"] = float(np.mean([opened for _, opened in pairs]))
+    return out
 
 
 class _Log(TrainerCallback):  # type: ignore[misc]
