@@ -6,7 +6,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 TESTS ?= tests
 
-.PHONY: help demo docs notebooks test check slow test-vllm vllm-env lowest wheel fuzz figures bench miniature setup clean
+.PHONY: help demo docs notebooks test check slow test-vllm vllm-env lowest wheel fuzz figures bench miniature ablation setup clean
 
 help:
 	@echo "make demo       index the demo catalogue, search, rerank, write the report (DIR=./demo-data)"
@@ -22,6 +22,7 @@ help:
 	@echo "make figures    quality on the catalogue's test split, mode by mode"
 	@echo "make bench      speed against the same model reading every candidate in full"
 	@echo "make miniature  train the checkpoint shipped in the wheel from scratch"
+	@echo "make ablation   train and measure the miniature without one part at a time (hours; resumable; ROWS=\"full no-rl\")"
 
 setup: $(VENV)/.ready
 
@@ -105,6 +106,10 @@ bench: setup
 RUN ?= runs/miniature
 miniature: setup
 	$(PY) -m retrv_r1_training.cli miniature --run $(RUN) --out retrv_r1_retriever/demo/checkpoint
+
+ROWS ?=
+ablation: setup
+	$(PY) -m retrv_r1_training.cli ablation --work runs/ablation --out docs/runs/ablation $(if $(ROWS),--rows $(ROWS))
 
 clean:
 	rm -rf demo-data build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
