@@ -15,8 +15,8 @@ import yaml
 from retrv_r1_training import train_embedder
 from retrv_r1_training.cli import main
 from retrv_r1_training.data import Item
+from retrv_r1_training.data_config import DataConfig, Part
 from retrv_r1_training.draws import Contrasted, Contrasts, Draws, Opened, Unusable
-from retrv_r1_training.stage_recipe import Part, StageData
 
 from retrv_r1_retriever.errors import ImageError, InputError
 from retrv_r1_retriever.model.checkpoint import load_checkpoint, load_embedder_checkpoint, read_manifest
@@ -42,7 +42,7 @@ def part(split, task):
     name = f"mbeir_cards_{task}_{split}"
     return {
         "queries": f"query/{split}/{name}.jsonl", "pool": f"cand_pool/local/mbeir_cards_{split}_cand_pool.jsonl",
-        "qrels": f"qrels/{split}/{name}_qrels.txt", "first_stage": f"{name}_run.txt",
+        "qrels": f"qrels/{split}/{name}_qrels.txt", "lists": f"{name}_run.txt",
     }  # fmt: skip
 
 
@@ -55,25 +55,26 @@ def recipes(material, tmp_path_factory):
         ids = [json.loads(line)["did"] for line in (folder / entry["pool"]).read_text().splitlines()]
         queries = [json.loads(line)["qid"] for line in (folder / entry["queries"]).read_text().splitlines()]
         lines = [f"{q} Q0 {did} {n} {-n} x\n" for q in queries for n, did in enumerate(ids, 1)]
-        (folder / entry["first_stage"]).write_text("".join(lines))
+        entry["lists"] = str(folder / entry["lists"])
+        Path(entry["lists"]).write_text("".join(lines))
     wordless = {split: [{**entry, "pool": f"plain_{split}.jsonl"} for entry in parts[split]] for split in parts}
     for split in parts:
         rows = [json.loads(line) for line in (folder / parts[split][0]["pool"]).read_text().splitlines()]
         lines = [json.dumps({k: v for k, v in row.items() if k != "src_content"}) + "\n" for row in rows]
         (folder / f"plain_{split}.jsonl").write_text("".join(lines))
     common = {
-        "data": {"folder": str(folder), "train": parts["train0"], "held_out": parts["val"], "examples": 4},
+        "data": {"root": str(folder), "train": parts["train0"], "validation": parts["val"], "validation_queries": 4, "top_k": 3},
         "optim": {"steps": 4, "batch_size": 4, "per_device": 2, "lr": 0.003},
         "run": {"dtype": "float32", "every": 1, "save": 2, "evaluate": 2, "checkpointing": False, "report_to": ["tensorboard"]},
     }  # fmt: skip
     start = {"start": {"path": str(material / "start")}}
     kinds = {
         "embedder": {**start, "temperature": 0.1, "dim": 8, "pool": 12, "lora": {"rank": 4, "alpha": 8}},
-        "align": {**start, "top_k": 3, "described": 2, "tokens": 6},
+        "align": {**start, "described": 2, "tokens": 6},
         "base": {"vocab": 600, "backbone": {"hidden": 64, "layers": 2, "heads": 2, "kv_heads": 1, "intermediate": 96,
                                             "tower_hidden": 32, "tower_depth": 1}, "icm": {"width": 32, "heads": 2}},
     }  # fmt: skip
-    kinds["align"]["data"] = {**common["data"], "train": wordless["train0"], "held_out": wordless["val"]}
+    kinds["align"]["data"] = {**common["data"], "train": wordless["train0"], "validation": wordless["val"]}
     for name, kind in kinds.items():
         (out / f"{name}.yaml").write_text(yaml.safe_dump({**common, **kind}))
     return out
@@ -112,7 +113,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(done, recipes, tmp_path):
 
 
 def test_the_embedder_leaves_model_and_memory_as_they_were(material, recipes, tmp_path):
-    assert stage("embedder", recipes / "embedder.yaml", tmp_path / "run", "optim.steps=1", "data.examples=0") == 0
+    assert (
+        stage("embedder", recipes / "embedder.yaml", tmp_path / "run", "optim.steps=1", "data.validation_queries=0")
+        == 0
+    )
     before, after = (read_manifest(f) for f in (material / "start", tmp_path / "run" / "checkpoint"))
     assert after.checkpoint_digest == before.checkpoint_digest
     assert after.memory_digest == before.memory_digest
@@ -270,7 +274,8 @@ def test_unusable_rows_are_counted_and_replaced_and_unreadable_ones_have_a_limit
 
 def test_lists_hold_hard_negatives_first_and_no_right_answer_twice(material, recipes):
     folder = material / "catalogue"
-    data = StageData(str(folder), (Part(**part("train0", "t2i")),), examples=0)
+    own = {**part("train0", "t2i"), "lists": str(folder / "mbeir_cards_t2i_train0_run.txt")}
+    data = DataConfig(str(folder), (Part(**own),), validation_queries=0)
     sources = Opened(data).train
     drawn = Contrasts(sources, negatives=4, hard=2, depth=5, described=2).draws(20, 0)
     top = set(sources[0].run.ranked(drawn[0].query.id)[:5])
@@ -301,12 +306,12 @@ def test_a_loss_that_is_not_finite_stops_with_a_saved_state(recipes, tmp_path, m
     ("name", "sets", "message"),
     [
         ("embedder", ["temperature=0"], "temperature: expected a number above 0, got 0"),
-        ("embedder", ["data.train=[{queries: q, pool: p}]"], "first_stage of q: expected a TREC run, got none"),
+        ("embedder", ["data.train=[{queries: q, pool: p}]"], "lists of q: expected a TREC run, got none"),
         ("embedder", ["run.deepspeed=zero3"], "run.deepspeed: expected null or zero2, got zero3"),
-        ("align", ["described=9"], "described: expected 1 to top_k"),
+        ("align", ["described=9"], "described: expected 1 to data.top_k"),
         ("align", ["data.train=[{queries: q, pole: p}]"], "got pole"),
         ("align", ["data.train=7"], "data: train: expected tuple"),
-        ("base", ["data.held_out=[]"], "data.held_out: expected at least one"),
+        ("base", ["data.train=[]"], "data.train: expected at least one part"),
     ],
 )
 def test_a_recipe_that_cannot_run_says_why(recipes, tmp_path, capsys, name, sets, message):
@@ -318,7 +323,7 @@ def launch(name, recipes, run, processes, *sets):
     """By torchrun, as `accelerate launch` does for GPUs. Losses and gradient norms."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone", "-m"]
     command += ["retrv_r1_training.cli", name, str(recipes / f"{name}.yaml"), "--folder", str(run), "--threads", "1"]
-    command += [part for text in ("data.examples=0", *sets) for part in ("--set", text)]
+    command += [part for text in ("data.validation_queries=0", *sets) for part in ("--set", text)]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "training"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900)

@@ -14,7 +14,8 @@ class Part:
     """One query file and what belongs to it.
 
     queries, pool, qrels: files below the data folder; without qrels, every positive of a query row has grade 1
-    lists: the first stage's lists, a TREC run; None = the checkpoint's own embedder searches the pool, all of it in memory
+    lists: the first stage's lists, a TREC run. None = the checkpoint's own embedder searches the pool, all of it in memory; in
+        `embedder` and `align` = no hard negatives
     traces: thoughts, as `synthesize` writes them; only `sft` reads them
     """
 
@@ -29,8 +30,10 @@ class Part:
 class DataConfig:
     """root: folder of M-BEIR files; top_k: K of the lists
 
-    validation_queries: at most, evenly over the validation parts; 0 = none
+    validation_queries: at most, evenly over the validation parts (`base`: captions); 0 = none
+    captions: JSONL below root, {"id", "caption"}, for `base` and `align`; without it, the caption in a candidate's `src_content`
     cache_gb: of candidates' memory, and as much again of pictures after the tower, in each process
+    workers: processes that read ahead, in `base`, `embedder` and `align`
     max_bad_share: of rows and thoughts that cannot be used; a larger share is an error
     """
 
@@ -39,7 +42,9 @@ class DataConfig:
     validation: tuple[Part, ...] = ()
     top_k: int = 20
     validation_queries: int = 200
+    captions: str | None = None
     cache_gb: float = 2.0
+    workers: int = 0
     max_bad_share: float = MAX_BAD_SHARE
 
     def __post_init__(self) -> None:

@@ -17,14 +17,14 @@ import numpy as np
 
 from retrv_r1_retriever import _sync
 from retrv_r1_retriever.errors import ImageError, InputError, explain
-from retrv_r1_retriever.evaluation.mbeir import Dataset, JudgedQuery, RunFile, modality_of
+from retrv_r1_retriever.evaluation.mbeir import Dataset, JudgedQuery, Limits, RunFile, modality_of
 from retrv_r1_retriever.evaluation.offsets import MAX_BAD_SHARE, LineFormat, LineIndex
 from retrv_r1_retriever.images import LocalImages, load_content
 from retrv_r1_retriever.types import Content, Document, Query
 from retrv_r1_training.data import Item
+from retrv_r1_training.data_config import DataConfig, Part
 from retrv_r1_training.klists import hard_negatives
 from retrv_r1_training.labelled import source_caption
-from retrv_r1_training.stage_recipe import Part, StageData
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -120,11 +120,9 @@ class Source:
     images: LocalImages
 
     @classmethod
-    def open(cls, folder: Path, part: Part, captions: Captions) -> Source:
-        data = Dataset.open(folder, part.queries, part.pool, qrels=part.qrels or None)
-        return cls(
-            data, RunFile(folder / part.first_stage) if part.first_stage else None, captions, LocalImages(folder)
-        )
+    def open(cls, folder: Path, part: Part, captions: Captions, limits: Limits) -> Source:
+        data = Dataset.open(folder, part.queries, part.pool, qrels=part.qrels, limits=limits)
+        return cls(data, RunFile(Path(part.lists), limits) if part.lists else None, captions, LocalImages(folder))
 
     def judged(self, number: int, rng: random.Random) -> JudgedQuery:
         """A query with those positives that are in the pool."""
@@ -244,19 +242,25 @@ class Captioned:
 class Opened:
     """The files of a recipe."""
 
-    data: StageData
+    data: DataConfig
 
     @cached_property
     def captions(self) -> Captions:
-        return Captions(Path(self.data.folder) / self.data.captions if self.data.captions else None)
+        return Captions(Path(self.data.root) / self.data.captions if self.data.captions else None)
 
     @cached_property
     def train(self) -> list[Source]:
         return self._open(self.data.train)
 
     @cached_property
-    def held_out(self) -> list[Source]:
-        return self._open(self.data.held_out)
+    def validation(self) -> list[Source]:
+        return self._open(self.data.validation)
+
+    @property
+    def validated(self) -> int:
+        """Examples to validate on; 0 = none."""
+        return self.data.validation_queries if self.data.validation else 0
 
     def _open(self, parts: Sequence[Part]) -> list[Source]:
-        return [Source.open(Path(self.data.folder), part, self.captions) for part in parts]
+        limits = Limits(max_bad_share=self.data.max_bad_share)
+        return [Source.open(Path(self.data.root), part, self.captions, limits) for part in parts]

@@ -9,42 +9,8 @@ from retrv_r1_retriever.errors import OptionsError, explain
 from retrv_r1_retriever.model.configuration import IcmConfig
 from retrv_r1_training.align import Frame
 from retrv_r1_training.backbone import BackboneSize
+from retrv_r1_training.data_config import DataConfig
 from retrv_r1_training.sft_recipe import LoraSettings, Optimisation, Running
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Files below `StageData.folder`: queries and the pool they are answered from.
-
-    qrels: graded judgements; without them the positives of the query rows count
-    first_stage: a TREC run over these queries, where hard negatives come from
-    """
-
-    queries: str
-    pool: str
-    qrels: str = ""
-    first_stage: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class StageData:
-    """folder: M-BEIR files; examples: drawn from `held_out` for validation, 0 = none; workers: processes that read ahead
-
-    captions: a JSONL file below the folder, {"id", "caption"}; without it, the caption in a candidate's `src_content`
-    """
-
-    folder: str
-    train: tuple[Part, ...]
-    held_out: tuple[Part, ...] = ()
-    captions: str = ""
-    examples: int = 200
-    workers: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.train:
-            raise _bad("data.train", "at least one {queries, pool}", "none")
-        if self.examples and not self.held_out:
-            raise _bad("data.held_out", "at least one {queries, pool}, or examples: 0", "none")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +34,13 @@ class EmbedderRecipe:
     read at once on one GPU (gradient caching: the batch is not cut, only read in parts)
 
     temperature: of the softmax over cosines; dim: leading dimensions kept, 0 = all
-    hard_negatives: per query, drawn from the first `depth` of its first-stage list (LamRA draws from 100)
+    hard_negatives: per query, drawn from the first `depth` of its list (LamRA draws from 100)
     across_modalities: also against candidates of other modalities than the positive's, as in a pool that is searched unfiltered
     pool: candidates searched in validation: positives, hard negatives, and random ones up to this number
     """
 
     start: Start
-    data: StageData
+    data: DataConfig
     optim: Optimisation
     temperature: float
     stage: Literal["embedder"] = "embedder"
@@ -92,8 +58,8 @@ class EmbedderRecipe:
         if not self.temperature > 0:
             raise _bad("temperature", "a number above 0", self.temperature)
         for part in self.data.train:
-            if self.hard_negatives and not part.first_stage:
-                raise _bad(f"data.train, first_stage of {part.queries}", "a TREC run", "none",
+            if self.hard_negatives and not part.lists:
+                raise _bad(f"data.train, lists of {part.queries}", "a TREC run", "none",
                            "Make one (retrv-r1-train first-stage), or set hard_negatives: 0.")  # fmt: skip
         _refuse_zero3(self.run)
 
@@ -102,19 +68,18 @@ class EmbedderRecipe:
 class AlignRecipe:
     """optim.batch_size: queries per step over all GPUs
 
-    top_k: candidates of each, the positive and negatives, of which the share `hard` from the first `depth` of the first-stage list,
-    as far as there is one, and the others at random
+    data.top_k: candidates of each, the positive and negatives, of which the share `hard` from the first `depth` of its list, as far
+    as there is one, and the others at random
     described: candidates per query that are described from their two tokens
     frame: around a candidate that is described; tokens: longest description; by_word: coarse words whose agreement the relation
     token is to tell, where captions are aligned by word as the catalogue's are, else 0
     """
 
     start: Start
-    data: StageData
+    data: DataConfig
     optim: Optimisation
     stage: Literal["align"] = "align"
     seed: int = 0
-    top_k: int = 20
     hard: float = 0.5
     depth: int = 100
     described: int = 2
@@ -123,11 +88,15 @@ class AlignRecipe:
     by_word: int = 0
     run: Running = field(default_factory=Running)
 
+    @property
+    def top_k(self) -> int:
+        return self.data.top_k
+
     def __post_init__(self) -> None:
         if self.top_k < 2:
-            raise _bad("top_k", "at least 2", self.top_k)
+            raise _bad("data.top_k", "at least 2", self.top_k)
         if not 1 <= self.described <= self.top_k:
-            raise _bad("described", f"1 to top_k ({self.top_k})", self.described)
+            raise _bad("described", f"1 to data.top_k ({self.top_k})", self.described)
         if not 0 <= self.hard <= 1:
             raise _bad("hard", "a share, 0 to 1", self.hard)
         _refuse_zero3(self.run)
@@ -137,7 +106,7 @@ class AlignRecipe:
 class BaseRecipe:
     """A backbone from scratch. vocab: most tokens of the tokenizer, ours not counted; optim.batch_size: captions per step"""
 
-    data: StageData
+    data: DataConfig
     optim: Optimisation
     stage: Literal["base"] = "base"
     seed: int = 0

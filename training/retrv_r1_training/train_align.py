@@ -49,7 +49,7 @@ def train_align(recipe: AlignRecipe, run: Path) -> Path:
     said = Descriptions(start, recipe.frame, recipe.tokens, run / "descriptions.sqlite")
     objective = Objective(processor, said, recipe.frame, recipe.by_word)
     model = prepare(AlignModel.of(start.model), processor, recipe.by_word, draws)
-    held_out = _contrasts(recipe, files.held_out).draws(recipe.data.examples, 0) if recipe.data.examples else None
+    held_out = _contrasts(recipe, files.validation).draws(files.validated, 0) if files.validated else None
     measure = None if held_out is None else Measure(objective, held_out, recipe.optim.per_device)
     state = train(recipe, run, Work(processor, model, draws, objective, measure))
     out = run / "checkpoint"

@@ -37,7 +37,7 @@ def train_base(recipe: BaseRecipe, run: Path) -> Path:
     files = Opened(recipe.data)
     start = _start(recipe, run / "start", files.train)
     draws = Captioned(files.train).draws(recipe.optim.steps * recipe.optim.batch_size, recipe.seed)
-    held_out = Captioned(files.held_out).draws(recipe.data.examples, 0) if recipe.data.examples else None
+    held_out = Captioned(files.validation).draws(files.validated, 0) if files.validated else None
     measure = None if held_out is None else Measure(start.processor, held_out, recipe.optim.per_device)
     model = trainable(SftModel.of(start.model))
     state = train(recipe, run, Work(start.processor, model, draws, Objective(start.processor), measure))

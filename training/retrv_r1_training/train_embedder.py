@@ -47,7 +47,7 @@ def train_embedder(recipe: EmbedderRecipe, run: Path) -> Path:
     objective = Objective(start.processor, dim, recipe.temperature, recipe.optim.per_device, recipe.across_modalities)
     work = Work(
         start.processor, model, made.draws(recipe.optim.steps * recipe.optim.batch_size, recipe.seed), objective,
-        Measure(recipe, start.processor, dim, files.held_out) if recipe.data.examples else None,
+        Measure(recipe, start.processor, dim, files.validation) if files.validated else None,
     )  # fmt: skip
     state = train(recipe, run, work, per_device=recipe.optim.batch_size // world())
     out = run / "checkpoint"
@@ -162,7 +162,7 @@ class Measure:
 
     def __call__(self, net: SftModel) -> Figures:
         hard = self.recipe.hard_negatives
-        drawn = Contrasts(self.sources, hard, hard, self.recipe.depth).draws(self.recipe.data.examples, 0)
+        drawn = Contrasts(self.sources, hard, hard, self.recipe.depth).draws(self.recipe.data.validation_queries, 0)
         examples = [drawn[n] for n in range(len(drawn))]
         items = {item.id: (item.modality, item.content) for e in examples for item in e.items}
         rng = random.Random(0)
