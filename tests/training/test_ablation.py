@@ -53,6 +53,7 @@ def test_the_shipped_rows_and_what_each_shares_with_full(tmp_path):
         "full": "grpo", "no-rl": "sft", "fixed-lambda-0.5": "sft", "no-sft": "align", "no-inspection": "eliminate",
         "no-icm-all-full": "align", "no-content-token": "embedder", "no-relation-token": "embedder",
         "no-self-alignment": "embedder", "memory-not-frozen": "align", "preset-paper": "embedder",
+        "pointwise": "align",
     }  # fmt: skip
     assert shared(full, made.recipe_of(rows["full"], 1)) == []
 
@@ -207,7 +208,16 @@ def test_two_rows_train_measure_and_resume(small, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["no-icm-all-full", "memory-not-frozen", "no-self-alignment", "no-inspection", "no-sft", "preset-paper"]
+    "name",
+    [
+        "no-icm-all-full",
+        "memory-not-frozen",
+        "no-self-alignment",
+        "no-inspection",
+        "no-sft",
+        "preset-paper",
+        "pointwise",
+    ],
 )
 def test_the_other_rows_train_and_measure(small, name):
     argv = [

@@ -21,7 +21,7 @@ from retrv_r1_retriever.model.checkpoint import Checkpoint, Manifest, save_check
 from retrv_r1_retriever.model.modeling import RetrvR1ForConditionalGeneration
 from retrv_r1_retriever.model.processing import Processor
 from retrv_r1_retriever.types import Content
-from retrv_r1_training import align, base, direct, embedder, sft
+from retrv_r1_training import align, base, direct, embedder, pointwise, sft
 from retrv_r1_training.backbone import build_model, build_processor, build_tokenizer
 from retrv_r1_training.card import write_card
 from retrv_r1_training.data import Pool, encode_pool, load_pool
@@ -113,6 +113,10 @@ class Miniature:
 
     def direct(self) -> RetrvR1ForConditionalGeneration:
         model = self._start("align")
+        if self.recipe.candidates == "single":
+            schedule, seed = self.recipe.stages.direct, self.recipe.seed + 5
+            pointwise.train_pointwise(model, self.processor, self.lists, schedule, seed, self.log_file)
+            return model
         direct.train_direct(
             model, self.processor, self.lists, Contrast(self.recipe.top_k), self.recipe.stages.direct,
             self.recipe.rehearsal, self.recipe.seed + 5, self.log_file,
@@ -145,11 +149,14 @@ class Miniature:
         file = self.run / f"quality-{stage}.json"
         if file.exists():
             return {name: Quality(**row) for name, row in json.loads(file.read_text(encoding="utf-8")).items()}
-        model, full = self._load(stage), self.recipe.candidates == "full"
+        model, full = self._load(stage), self.recipe.candidates != "compressed"
         lists = make_lists(model, self.processor, self.pools[-1], self.ranked[-1], full)
-        runner = RolloutRunner(Checkpoint(model, self.processor, Manifest("miniature")))
-        greedy = Sampling(0.0, max_inspections=self.recipe.max_inspections)
-        found = quality(runner, tasks_of([lists], self.recipe.top_k), greedy)
+        if self.recipe.candidates == "single":
+            found = pointwise.quality(model, self.processor, lists, self.recipe.top_k)
+        else:
+            runner = RolloutRunner(Checkpoint(model, self.processor, Manifest("miniature")))
+            greedy = Sampling(0.0, max_inspections=self.recipe.max_inspections)
+            found = quality(runner, tasks_of([lists], self.recipe.top_k), greedy)
         file.write_text(json.dumps(plain(found), indent=1) + "\n", encoding="utf-8")
         return found
 
@@ -196,7 +203,7 @@ class Miniature:
     @cached_property
     def lists(self) -> list[Lists]:
         """To train on from `align` on."""
-        model, full = self._start("align"), self.recipe.candidates == "full"
+        model, full = self._start("align"), self.recipe.candidates != "compressed"
         return [make_lists(model, self.processor, p, r, full) for p, r in zip(self.pools, self.ranked, strict=True)]
 
     def _sft(self, start: str, name: str, style: TeacherStyle | None) -> RetrvR1ForConditionalGeneration:

@@ -33,20 +33,26 @@ class Quality:
 
 def quality(runner: RolloutRunner, tasks: Sequence[Task], sampling: Sampling) -> dict[str, Quality]:
     """By stratum, and over all of them as `all`."""
-    rows: dict[str, list[list[float]]] = {"all": []}
+    rows = []
     for task, reading in runner.readings(tasks, [0] * len(tasks), sampling):
-        row = [0 in task.right]
-        for outcome, depths in ((None, (1,)), (reading.outcome, (1, 5))):
+        thought = reading.outcome
+        if thought is None:
+            raise RuntimeError(f"query {task.id!r}: expected a thought, got {reading.problem}")
+        row: list[float] = [0 in task.right]
+        for outcome, depths in ((None, (1,)), (thought, (1, 5))):
             order = rank(task.prompt.candidates, reading.direct, outcome).indices
             row += [bool(set(order[:depth]) & set(task.right)) for depth in depths]
-        if reading.outcome is None:
-            raise RuntimeError(f"query {task.id!r}: expected a thought, got {reading.problem}")
-        thought = reading.outcome
         answered = thought.stop_reason is StopReason.ANSWERED
-        row += [len(thought.inspected), thought.refused, answered, thought.sampled_tokens]
-        rows["all"].append(row)
-        rows.setdefault(task.stratum, []).append(row)
-    return {name: Quality(len(part), *np.mean(part, axis=0).tolist()) for name, part in sorted(rows.items())}
+        rows.append((task.stratum, [*row, len(thought.inspected), thought.refused, answered, thought.sampled_tokens]))
+    return by_stratum(rows)
+
+
+def by_stratum(rows: Sequence[tuple[str, Sequence[float]]]) -> dict[str, Quality]:
+    """Means of the values of `Quality`, in its order, a row per query."""
+    parts: dict[str, list[Sequence[float]]] = {"all": [values for _, values in rows]}
+    for stratum, values in rows:
+        parts.setdefault(stratum, []).append(values)
+    return {name: Quality(len(part), *np.mean(part, axis=0).tolist()) for name, part in sorted(parts.items())}
 
 
 def plain(found: dict[str, Quality]) -> dict[str, dict[str, float]]:

@@ -34,7 +34,8 @@ class Recipe:
     direct_weight: of the direct read's loss
 
     What a model can be without, for the ablation: max_inspections 0 = thoughts that open nothing; candidates "full" = no compressed
-    tokens, every candidate in full; freeze_memory false = in_proj learns after `align`, too, and stored memory would not stay valid.
+    tokens, every candidate in full, "single" = one of them at a time, with `pointwise` in the place of `direct`; freeze_memory
+    false = in_proj learns after `align`, too, and stored memory would not stay valid.
     A stage of 0 steps is left out: the next one begins where the one before it ended.
     """
 
@@ -50,7 +51,7 @@ class Recipe:
     backbone: BackboneSize = field(default_factory=BackboneSize)
     icm: IcmConfig = field(default_factory=IcmConfig)
     max_inspections: int = 4
-    candidates: Literal["compressed", "full"] = "compressed"
+    candidates: Literal["compressed", "full", "single"] = "compressed"
     freeze_memory: bool = True
 
 
