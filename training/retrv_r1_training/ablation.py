@@ -11,7 +11,7 @@ import logging
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +99,16 @@ class Result:
 
 @dataclass(frozen=True)
 class Study:
-    """recipe: the YAML; out: JSON files; work: folders of the runs. steps: cut every stage to so many (a smoke test)."""
+    """recipe: the YAML; out: JSON files; work: folders of the runs. steps: cut every stage to so many (a smoke test)
+
+    full: the first row's runs by seed, whose data and stages the other rows share
+    """
 
     recipe: Path
     out: Path
     work: Path
     steps: int | None = None
+    full: dict[int, Miniature] = field(default_factory=dict)
 
     @property
     def ablation(self) -> Ablation:
@@ -134,10 +138,13 @@ class Study:
                 raise InputError(explain(str(file), expected="this recipe's result", got="another one's", fix=fix))
             log.info("%s, seed %d: done before, %s", row.name, seed, file)
             return found
-        run = Miniature(recipe, self.work / f"{row.slug}-s{seed}")
         base = self.ablation.rows[0]
+        if seed not in self.full:
+            self.full[seed] = Miniature(self.recipe_of(base, seed), self.work / f"{base.slug}-s{seed}")
+        run = self.full[seed]
         if row != base:
-            borrow(Miniature(self.recipe_of(base, seed), self.work / f"{base.slug}-s{seed}"), run)
+            run = Miniature(recipe, self.work / f"{row.slug}-s{seed}")
+            borrow(self.full[seed], run)
         last = run.train(run.run / "checkpoint")
         result = Result(row.name, seed, kept, run.quality(last), dict(_minutes(run.run)))
         result.write(file)
@@ -167,6 +174,7 @@ def borrow(base: Miniature, run: Miniature) -> None:
         for name in (f"{stage}.pt", "lists.npz" if stage == "embedder" else f"{stage}.pt"):
             if (base.run / name).exists() and not (run.run / name).exists():
                 shutil.copy2(base.run / name, run.run / name)
+    run.share_data(base)
 
 
 def _minutes(run: Path) -> Iterator[tuple[str, float]]:

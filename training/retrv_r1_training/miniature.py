@@ -194,6 +194,10 @@ class Miniature:
         model = self._load("captions").eval()
         return [encode_pool(model.model, self.processor, pool) for pool in self.raw_pools]
 
+    def share_data(self, other: Miniature) -> None:
+        """Take pools and lists from a run with the same first three stages: reading them takes a minute."""
+        self.__dict__.update({name: getattr(other, name) for name in ("raw_pools", "processor", "pools", "ranked")})
+
     @cached_property
     def ranked(self) -> list[np.ndarray]:
         """First-stage lists of each pool, (queries, K)."""
