@@ -241,3 +241,27 @@ def test_a_kept_optional_block_is_typed():
     assert load(Recipe, cli.RECIPES / "miniature.yaml", ["stages.grpo=null"]).stages.grpo is None
     with pytest.raises(OptionsError, match="grpo: steps: expected int"):
         load(Recipe, cli.RECIPES / "miniature.yaml", ["stages.grpo.steps=x"])
+
+
+@pytest.mark.slow
+def test_several_seeds_print_one_table(small, caplog):
+    caplog.set_level("INFO")
+    argv = [
+        "miniature",
+        "--recipe",
+        str(small / "miniature.yaml"),
+        "--run",
+        str(small / "runs"),
+        "--steps",
+        "1",
+        "--threads",
+        "1",
+    ]
+    assert cli.main([*argv, "--seeds", "0", "1"]) == 0
+    table = (small / "runs" / "seeds.md").read_text()
+    assert table.startswith("2 seeds, 36 validation queries each")
+    assert [line.split(" | ")[0] for line in table.splitlines()[4:]] == ["| first stage"] * 3 + ["| sft"] * 3 + [
+        "| grpo"
+    ] * 3
+    weights = [torch.load(small / "runs" / f"seed-{seed}" / "captions.pt", weights_only=True) for seed in (0, 1)]
+    assert not all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
