@@ -69,7 +69,14 @@ class StepCache:
         position = torch.tensor(self._lengths, device=device)[:, None] + torch.arange(queries, device=device)
         return (torch.arange(self._total, device=device) <= position[..., None])[:, None]
 
-    def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        layer: int,
+        *args: Any,
+        **kwargs: Any,  # transformers': from 5.24 on it passes what attention was called with
+    ) -> tuple[Tensor, Tensor]:
         """keys, values (B, kv_heads, queries, head_dim) -> all of them so far (B, kv_heads, total, head_dim)."""
         return self._put(2 * layer, keys), self._put(2 * layer + 1, values)
 

@@ -22,7 +22,7 @@ from tests.serving.test_running import wait_for
 
 def ids(answer: CallToolResult) -> list[str]:
     assert not answer.is_error, text(answer)
-    assert answer.structured_content["status"] in ("reranked", "partial")
+    assert answer.structured_content["status"] in ("reranked", "partial"), text(answer)
     return [one["id"] for one in answer.structured_content["results"]]
 
 
