@@ -75,9 +75,13 @@ class JsonHttp:
         """The decoded JSON. Raises `ServerError`."""
         return await self._call("GET", path, None, idempotent=True)
 
-    async def post(self, path: str, body: Mapping[str, Any], *, idempotent: bool) -> Any:
-        """idempotent: whether the server may be asked twice, because it keeps nothing of the call. Raises `ServerError`."""
-        return await self._call("POST", path, json.dumps(body).encode(), idempotent=idempotent)
+    async def post(self, path: str, body: Mapping[str, Any] | bytes, *, idempotent: bool) -> Any:
+        """body: bytes are JSON already. idempotent: whether the server may be asked twice, because it keeps nothing of the call.
+
+        Raises `ServerError`.
+        """
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return await self._call("POST", path, data, idempotent=idempotent)
 
     async def aclose(self) -> None:
         """Give back the connections, of every loop that still runs."""

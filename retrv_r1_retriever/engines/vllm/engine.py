@@ -106,13 +106,7 @@ class VllmEngine:
 
     async def open(self, prompt: Prompt) -> Handle:
         """Compresses the candidates; nothing is sent yet."""
-        chunk = await asyncio.to_thread(self._processor.chunk, prompt.segments, prompt)
-        limit = self.max_context
-        if limit is not None and len(chunk) >= limit:
-            fix = "Shorten the query, or lower top_k."
-            raise InputError(explain("prompt", expected=f"fewer than {limit} tokens", got=len(chunk), fix=fix))
-        parts = await asyncio.to_thread(self.wire.parts, chunk)
-        return Handle(prompt, len(chunk), parts, chunk.next_position)
+        return await asyncio.to_thread(self._opened, prompt)
 
     async def append(self, handle: Handle, segments: Sequence[Segment]) -> None:
         if segments:
@@ -150,6 +144,13 @@ class VllmEngine:
     async def close(self, handle: Handle) -> None:
         """Nothing is held on the server."""
         handle.closed = True
+
+    def _opened(self, prompt: Prompt) -> Handle:
+        chunk, limit = self._processor.chunk(prompt.segments, prompt), self.max_context
+        if limit is not None and len(chunk) >= limit:
+            fix = "Shorten the query, or lower top_k."
+            raise InputError(explain("prompt", expected=f"fewer than {limit} tokens", got=len(chunk), fix=fix))
+        return Handle(prompt, len(chunk), self.wire.parts(chunk), chunk.next_position)
 
     # -- sending -----------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -64,8 +65,7 @@ class VllmServer:
 
     async def complete(self, parts: Sequence[Part], sampling: Sampling) -> Completion:
         """Raises `ServerError` for a refusal, `EngineError` for an answer that cannot be used."""
-        message = {"role": "user", "content": [as_json(part) for part in parts]}
-        body = {"model": self.model, "messages": [message], **_parameters(sampling)}
+        body = _body(parts, {"model": self.model, **_parameters(sampling)})
         try:
             # Idempotent: the server keeps nothing of a completion but a cache.
             answer = await self.http.post("chat/completions", body, idempotent=True)
@@ -128,13 +128,19 @@ _FLAGS = (
 )  # fmt: skip
 
 
-def as_json(part: Part) -> dict[str, Any]:
-    """A part of a message as vLLM reads it."""
+def as_json(part: Part) -> bytes:
+    """A part of a message as vLLM reads it. Base64 needs no escaping: a megabyte of it is copied here, not walked through."""
     if isinstance(part, TextPart):
-        return {"type": "text", "text": part.text}
+        return json.dumps({"type": "text", "text": part.text}).encode()
     if isinstance(part, RowsPart):
-        return {"type": "prompt_embeds", "data": part.data}
-    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{part.png}"}}
+        return b'{"type":"prompt_embeds","data":"%b"}' % part.data
+    return b'{"type":"image_url","image_url":{"url":"data:image/png;base64,%b"}}' % part.png
+
+
+def _body(parts: Sequence[Part], parameters: Mapping[str, Any]) -> bytes:
+    """One message of these parts, and the parameters."""
+    content = b",".join(map(as_json, parts))
+    return b'{"messages":[{"role":"user","content":[%b]}],%b' % (content, json.dumps(parameters).encode()[1:])
 
 
 def _parameters(sampling: Sampling) -> dict[str, Any]:
