@@ -182,6 +182,11 @@ def _completion(answer: Any, sampling: Sampling) -> Completion:
                 "chat/completions", expected=f"1 to {sampling.tokens} tokens", got=got, fix="Look at the server's log."
             )
         )
+    if sampling.allowed and not set(ids) <= set(sampling.allowed):
+        raise EngineError(
+            explain("chat/completions", expected=f"one of {len(sampling.allowed)} tokens", got="another one",
+                    fix="Is this a vLLM server that knows `allowed_token_ids`?")
+        )  # fmt: skip
     if any(not set(sampling.read) <= set(one) for one in read):
         raise EngineError(
             explain("chat/completions", expected=f"log-probabilities of {len(sampling.read)} tokens", got="not all of them",
