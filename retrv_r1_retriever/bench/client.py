@@ -16,7 +16,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,9 @@ class Canned(JsonHttp):
         super().__init__("http://127.0.0.1:9/v1")
         self.answer, self.sizes = b"", []
 
-    async def _call(self, method: str, path: str, body: bytes | None, *, idempotent: bool) -> Any:
+    async def _call(
+        self, method: str, path: str, body: bytes | None, *, idempotent: bool, headers: Mapping[str, str] | None = None
+    ) -> Any:
         self.sizes.append(len(body or b""))
         return json.loads(self.answer)
 

@@ -47,5 +47,3 @@ def listening(engine: ChatEngine) -> Heard:
     heard = Heard(engine._server._transport)
     engine._server._transport = heard
     return heard
-
-

@@ -9,8 +9,9 @@ the whole sequence so far; the server's prefix cache makes the old part of it fr
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -31,7 +32,7 @@ from retrv_r1_retriever.types import Content
 
 @dataclass(eq=False, slots=True)
 class Handle:
-    """One sequence. parts: as sent; recent: the last two sampled ids, for verdict positions."""
+    """One sequence. parts: as sent; recent: the last two sampled ids, for verdict positions; session: its name, see `server.SESSION`."""
 
     prompt: Prompt
     prompt_tokens: int
@@ -39,6 +40,7 @@ class Handle:
     next_position: int
     recent: tuple[int, int] = (-1, -1)
     closed: bool = False
+    session: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
 class VllmEngine:
@@ -161,7 +163,7 @@ class VllmEngine:
     async def _complete(self, handle: Handle, parts: Sequence[Part], sampling: Sampling) -> Completion:
         if handle.closed:
             raise EngineError("handle: expected an open one, got a closed one. Open the prompt again.")
-        return await self._server.complete(parts, sampling)
+        return await self._server.complete(parts, sampling, handle.session)
 
     def _generation(
         self, handle: Handle, done: Completion, allowed: Sequence[int], stop: Mapping[int, str]

@@ -19,6 +19,8 @@ TEMPLATE = (
     "{{ p['text'] if p['type'] == 'text' else '<|image_pad|>' }}"
     "{% endfor %}{% endfor %}"
 )
+#: Header that vLLM itself and routers before it know requests of one sequence by.
+SESSION = "X-Session-ID"
 _TOKEN = "token_id:"
 _MODELS_NAMED = 5
 
@@ -63,12 +65,16 @@ class VllmServer:
     def __init__(self, http: JsonHttp, model: str) -> None:
         self.http, self.model, self.traffic = http, model, Traffic()
 
-    async def complete(self, parts: Sequence[Part], sampling: Sampling) -> Completion:
-        """Raises `ServerError` for a refusal, `EngineError` for an answer that cannot be used."""
+    async def complete(self, parts: Sequence[Part], sampling: Sampling, session: str = "") -> Completion:
+        """session: the same for requests that continue one another, so that a router can send them where the prefix is kept
+
+        Raises `ServerError` for a refusal, `EngineError` for an answer that cannot be used.
+        """
         body = _body(parts, {"model": self.model, **_parameters(sampling)})
         try:
             # Idempotent: the server keeps nothing of a completion but a cache.
-            answer = await self.http.post("chat/completions", body, idempotent=True)
+            headers = {SESSION: session} if session else {}
+            answer = await self.http.post("chat/completions", body, idempotent=True, headers=headers)
         except ServerError as error:
             raise await self._explained(error) from error
         done, sent = _completion(answer, sampling), sum(part.count for part in parts)
