@@ -45,7 +45,7 @@ demo: $(VENV)/.demo
 	$(VENV)/bin/retrv-r1 demo --dir $(DIR)
 
 test: setup
-	$(PY) -m pytest -m "not slow" $(TESTS)
+	$(PY) -m pytest -m "not slow and not vllm" $(TESTS)
 
 slow: setup
 	$(PY) -m pytest -m slow $(TESTS)
@@ -68,7 +68,7 @@ $(VLLM_ENV)/.ready: tests/vllm/torchvision_ops.py
 	@touch $@
 
 test-vllm: setup vllm-env
-	RETRV_VLLM_REQUIRED=1 RETRV_VLLM_PYTHON=$(abspath $(VLLM_ENV))/bin/python $(PY) -m pytest -m vllm tests/vllm
+	RETRV_VLLM_REQUIRED=1 RETRV_VLLM_PYTHON=$(abspath $(VLLM_ENV))/bin/python $(PY) -m pytest -m "vllm and not slow" tests/vllm
 
 LOWEST ?= .venv-lowest
 lowest:

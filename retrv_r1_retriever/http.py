@@ -75,9 +75,20 @@ class JsonHttp:
         """The decoded JSON. Raises `ServerError`."""
         return await self._call("GET", path, None, idempotent=True)
 
-    async def post(self, path: str, body: Mapping[str, Any], *, idempotent: bool) -> Any:
-        """idempotent: whether the server may be asked twice, because it keeps nothing of the call. Raises `ServerError`."""
-        return await self._call("POST", path, json.dumps(body).encode(), idempotent=idempotent)
+    async def post(
+        self,
+        path: str,
+        body: Mapping[str, Any] | bytes,
+        *,
+        idempotent: bool,
+        headers: Mapping[str, str] | None = None,
+    ) -> Any:
+        """body: bytes are JSON already; idempotent: whether the server may be asked twice, because it keeps nothing of the call
+
+        headers: beside those of every request. Raises `ServerError`.
+        """
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return await self._call("POST", path, data, idempotent=idempotent, headers=headers)
 
     async def aclose(self) -> None:
         """Give back the connections, of every loop that still runs."""
@@ -88,10 +99,13 @@ class JsonHttp:
             elif loop.is_running():
                 await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(client.aclose(), loop))
 
-    async def _call(self, method: str, path: str, body: bytes | None, *, idempotent: bool) -> Any:
+    async def _call(
+        self, method: str, path: str, body: bytes | None, *, idempotent: bool, headers: Mapping[str, str] | None = None
+    ) -> Any:
+        typed = {**(headers or {}), **({"Content-Type": "application/json"} if body is not None else {})}
         for attempt in range(self.limits.retries + 1):
             try:
-                return await self._once(method, f"{self.base_url}/{path}", body)
+                return await self._once(method, f"{self.base_url}/{path}", body, typed)
             except ServerError as error:
                 wait = self._pause(error, attempt, idempotent)
                 if wait is None:
@@ -111,11 +125,11 @@ class JsonHttp:
         doubled: float = self.limits.pause_s * 2**attempt
         return doubled * random.uniform(0.5, 1.5)
 
-    async def _once(self, method: str, url: str, body: bytes | None) -> Any:
+    async def _once(self, method: str, url: str, body: bytes | None, headers: Mapping[str, str]) -> Any:
         httpx, limits = self._httpx, self.limits
         try:
             async with asyncio.timeout(limits.answer_s) as limit:
-                status, headers, data = await self._exchange(method, url, body)
+                status, told, data = await self._exchange(method, url, body, headers)
         except TimeoutError as error:
             if not limit.expired():
                 raise
@@ -129,15 +143,16 @@ class JsonHttp:
         except (httpx.InvalidURL, httpx.UnsupportedProtocol, UnicodeError) as error:
             raise self._error(url, f"{type(error).__name__}: {error}", "Fix the URL.") from error
         if not 200 <= status < 300:
-            raise self._refusal(url, status, headers, data)
+            raise self._refusal(url, status, told, data)
         try:
             return json.loads(data)
         except ValueError as error:
             got = f"status {status} with {self._shown(data) or 'an empty body'}"
             raise self._error(url, got, "Is this the API's base URL?") from error
 
-    async def _exchange(self, method: str, url: str, body: bytes | None) -> tuple[int, Mapping[str, str], bytes]:
-        headers = {"Content-Type": "application/json"} if body is not None else {}
+    async def _exchange(
+        self, method: str, url: str, body: bytes | None, headers: Mapping[str, str]
+    ) -> tuple[int, Mapping[str, str], bytes]:
         data = bytearray()
         async with self._client().stream(method, url, content=body, headers=headers) as answer:
             async for chunk in answer.aiter_bytes():

@@ -275,16 +275,22 @@ def collate(chunks: Sequence[Chunk], processor: Processor, device: torch.device 
     )
 
 
+def memories(chunks: Sequence[Chunk]) -> tuple[np.ndarray, np.ndarray]:
+    """Memories of all candidates, in order: (N, m, w) float32, padded, and which rows are valid, (N, m) bool."""
+    found = [m for c in chunks for m in c.memories]
+    rows = max((len(m) for m in found), default=0)
+    memory = np.zeros((len(found), rows, found[0].shape[1] if found else 0), dtype=np.float32)
+    mask = np.zeros((len(found), rows), dtype=bool)
+    for i, array in enumerate(found):
+        memory[i, : len(array)] = array
+        mask[i, : len(array)] = True
+    return memory, mask
+
+
 def _compressed(
     chunks: Sequence[Chunk], processor: Processor, length: int, query_mask: Tensor, device: torch.device | str
 ) -> CompressedInputs:
-    memories = [m for c in chunks for m in c.memories]
-    rows = max((len(m) for m in memories), default=0)
-    memory = np.zeros((len(memories), rows, memories[0].shape[1] if memories else 0), dtype=np.float32)
-    mask = np.zeros((len(memories), rows), dtype=bool)
-    for i, array in enumerate(memories):
-        memory[i, : len(array)] = array
-        mask[i, : len(array)] = True
+    memory, mask = memories(chunks)
     row = np.repeat(np.arange(len(chunks)), [len(c.memories) for c in chunks])
     label = [processor.token_id(LABELS[i]) for c in chunks for i in c.candidates]
     pad = processor.token_id(CONTENT_PAD)  # a model may sample this id as well, but only behind the prompt's own

@@ -12,6 +12,7 @@ import io
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from retrv_r1_retriever.model.compress import compress
 from retrv_r1_retriever.model.configuration import IcmConfig, RetrvR1Config
 from retrv_r1_retriever.model.embedding import encode_pictures
 from retrv_r1_retriever.model.modeling import RetrvR1Model
-from retrv_r1_retriever.model.processing import Chunk, Processor, collate
+from retrv_r1_retriever.model.processing import Chunk, Processor, memories
 from retrv_r1_retriever.prompt import CONTENT_PAD
 from retrv_r1_retriever.types import Content
 
@@ -57,7 +58,7 @@ class TextPart:
 class RowsPart:
     """data: base64 of a saved tensor (count, H): input embeddings in the dtype of the checkpoint."""
 
-    data: str
+    data: bytes
     count: int
 
 
@@ -65,7 +66,7 @@ class RowsPart:
 class PicturePart:
     """png: base64; count: its tokens, those of the tower alone."""
 
-    png: str
+    png: bytes
     count: int
 
 
@@ -80,6 +81,7 @@ class Wire:
         self._model, self._folder = model, folder
         self._loading = threading.Lock()
         self._words: dict[int, str | None] = {}
+        self._labels = torch.tensor(processor.slot_ids)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Wire:
@@ -124,39 +126,52 @@ class Wire:
 
         Text goes as text where the server's tokenizer is bound to make the same ids of it, and as rows where it is not.
         """
-        rows = self._rows(chunk)
-        pictures = iter(chunk.pictures)
+        tokens, pictures = iter(self._compressed(chunk)), iter(chunk.pictures)
         parts: list[Part] = []
         for kind, start, end in _spans(chunk, self.processor.token_id(CONTENT_PAD)):
             ids = tuple(chunk.ids[start:end].tolist())
             text = self._as_text(ids, before if start == 0 else text_tail(parts)) if kind == "text" else None
-            if kind == "picture":
+            if kind == "memory":
+                parts.append(RowsPart(_saved(next(tokens)), end - start))
+            elif kind == "picture":
                 parts.append(PicturePart(_png(next(pictures)), end - start))
-            elif text is not None:
-                parts.append(TextPart(text, ids))
             else:
-                parts.append(RowsPart(_saved(rows[start:end], self._sent_as), end - start))
+                parts.append(self._rows(ids) if text is None else TextPart(text, ids))
         return parts
 
     @torch.inference_mode()
     def as_rows(self, part: TextPart) -> RowsPart:
         """The same tokens as their embeddings."""
-        rows = self._model.language_model.embed_tokens(torch.tensor(part.ids))
-        return RowsPart(_saved(rows, self._sent_as), part.count)
+        return self._rows(part.ids)
+
+    def _rows(self, ids: Sequence[int]) -> RowsPart:
+        return RowsPart(_saved(self._table.weight[torch.tensor(ids)]), len(ids))
 
     @property
-    def _sent_as(self) -> torch.dtype:
-        return self._model.language_model.embed_tokens.weight.dtype  # type: ignore[no-any-return]
+    def _table(self) -> _Rows:
+        table = self._model.language_model.embed_tokens
+        assert isinstance(table, _Rows)
+        return table
 
-    def _rows(self, chunk: Chunk) -> Tensor:
-        """Input embeddings (L, H); where the server sees a picture itself they are the placeholder's."""
-        batch = collate([chunk], self.processor)
-        compressed = batch.compressed if len(chunk.candidates) else None
-        features = None
-        if compressed is not None and chunk.pictures:  # the query's: relation tokens are made of it
-            self._load_tower()
-            features = encode_pictures(self._model, self.processor, batch.pictures)
-        return self._model.embed(batch.input_ids, features, batch.image_mask, compressed)[0]
+    def _compressed(self, chunk: Chunk) -> Tensor:
+        """The two tokens of each candidate, as they are sent: (N, 2, H) in the dtype of the checkpoint."""
+        if not chunk.candidates:
+            return torch.empty(0)
+        icm, (memory, mask) = self._model.icm, map(torch.from_numpy, memories([chunk]))
+        query = icm.rows([self._query(chunk)])[0]
+        content, relation = icm.of_one_query(memory, mask, query)
+        tag: Tensor = self._table(self._labels[torch.tensor(chunk.candidates)]) * icm.tag_scale
+        return torch.stack([content + tag, relation + tag], 1).to(self._table.weight.dtype)
+
+    def _query(self, chunk: Chunk) -> Tensor:
+        """T_q, the input embeddings that relation tokens are made of: (q, H)."""
+        embeds: Tensor = self._table(torch.from_numpy(chunk.ids[chunk.query]))
+        if not chunk.pictures:
+            return embeds
+        self._load_tower()
+        features = encode_pictures(self._model, self.processor, chunk.pictures)
+        assert features is not None
+        return embeds.masked_scatter(torch.from_numpy(chunk.image[chunk.query])[:, None], features)
 
     def _as_text(self, ids: tuple[int, ...], before: Sequence[int]) -> str | None:
         """The text of which, after that of `before`, a tokenizer makes exactly these ids again; None if there is none."""
@@ -243,16 +258,23 @@ def _tensors(folder: Path, part: str) -> Iterator[tuple[str, Tensor]]:
         raise KeyError(part)
 
 
-def _saved(rows: Tensor, dtype: torch.dtype) -> str:
-    buffer = io.BytesIO()
-    torch.save(rows.to(dtype).clone(), buffer)  # clone: a view would be saved with all it is a view of
-    return base64.b64encode(buffer.getbuffer()).decode()
+def _saved(rows: Tensor) -> bytes:
+    """Base64 of what `torch.save` writes of (n, H), in the older of its formats: a head that depends on the shape alone, then the bytes."""
+    head = _head(*rows.shape, rows.dtype)
+    return base64.b64encode(head + rows.contiguous().view(torch.uint8).numpy().tobytes())
 
 
-def _png(picture: object) -> str:
+@cache
+def _head(count: int, hidden: int, dtype: torch.dtype) -> bytes:
+    blank, buffer = torch.zeros(count, hidden, dtype=dtype), io.BytesIO()
+    torch.save(blank, buffer, _use_new_zipfile_serialization=False)
+    return buffer.getvalue()[: -blank.nbytes]
+
+
+def _png(picture: object) -> bytes:
     if not isinstance(picture, Image):
         fix = "Pass decoded pictures; the server encodes them itself."
         raise InputError(explain("picture", expected="a Pillow image", got=type(picture).__name__, fix=fix))
     buffer = io.BytesIO()
     picture.convert("RGB").save(buffer, "PNG", compress_level=1)
-    return base64.b64encode(buffer.getbuffer()).decode()
+    return base64.b64encode(buffer.getbuffer())

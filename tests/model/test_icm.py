@@ -75,6 +75,24 @@ def test_folded_attention_is_the_plain_one(width, rows, count):
     torch.testing.assert_close(attention.pooled(shared, keys, mask), plain, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("width", "rows", "count", "asked"), [(48, 16, 20, 9), (128, 64, 50, 28), (128, 64, 50, 90)])
+def test_folding_over_one_query_is_the_plain_attention(width, rows, count, asked):
+    """Few keys, for which folding pays, and many, for which it does not."""
+    torch.manual_seed(0)
+    icm = Icm(IcmConfig(width, 4, rows), 64).eval()
+    for layer in (icm.att2.q, icm.att2.k, icm.att2.v, icm.att2.out):
+        torch.nn.init.normal_(layer.bias)
+    memory, query = torch.randn(count, rows, width), torch.randn(asked, width)
+    mask = torch.arange(rows) < torch.randint(1, rows + 1, (count, 1))
+    every, row = torch.ones(1, asked, dtype=torch.bool), torch.zeros(count, dtype=torch.long)
+    plain = icm.att2(memory, query[None], every, row)
+    torch.testing.assert_close(icm.att2.shared(memory, query), plain, atol=1e-5, rtol=1e-5)
+    for folded, token in zip(
+        icm.of_one_query(memory, mask, query), icm(memory, mask, query[None], every, row), strict=True
+    ):
+        torch.testing.assert_close(folded, token, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(("n", "rows"), [(3, 8), (8, 8), (9, 8), (64, 8), (13, 4)])
 def test_pool_is_means_of_equal_chunks(n, rows):
     x = torch.randn(n, 5)

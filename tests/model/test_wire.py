@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import json
 import shutil
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from retrv_r1_retriever.errors import CheckpointError
 from retrv_r1_retriever.model.checkpoint import load_checkpoint
 from retrv_r1_retriever.model.embedding import encode_pictures
 from retrv_r1_retriever.model.processing import Chunk, collate
-from retrv_r1_retriever.model.wire import RowsPart, TextPart, Wire, text_tail
+from retrv_r1_retriever.model.wire import RowsPart, TextPart, Wire, _saved, text_tail
 from retrv_r1_retriever.trace import Forced, Full
 from retrv_r1_retriever.types import Content, Query
 from tests.tiny import contents, make_prompt, picture
@@ -43,7 +46,7 @@ def test_a_server_receives_what_the_whole_model_reads(wire: Wire, local: LocalEn
     second = wire.processor.chunk(opened, prompt, first.next_position)
     parts = wire.parts(first)
     parts += wire.parts(second, text_tail(parts))
-    ids, rows, pictures = received([as_json(part) for part in parts], wire.processor)
+    ids, rows, pictures = received([json.loads(as_json(part)) for part in parts], wire.processor)
 
     whole = Chunk.join([first, second])
     batch = collate([whole], wire.processor)
@@ -58,6 +61,16 @@ def test_a_server_receives_what_the_whole_model_reads(wire: Wire, local: LocalEn
     assert [b for a, b in zip(ids, whole.ids.tolist(), strict=True) if a != -1] == [a for a in ids if a != -1]
     assert [p.tobytes() for p in pictures] == [p.tobytes() for p in whole.pictures]
     assert wire.holds_tower is (query.content.image is not None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_are_a_saved_tensor_of_the_very_rows(dtype: torch.dtype) -> None:
+    """Written without `torch.save`, read by `torch.load` as vLLM reads: on weights only, from any place in a larger tensor."""
+    rows = torch.randn(7, 2, 24).to(dtype)
+    for one in (rows[3], rows[:, 1]):
+        again = torch.load(io.BytesIO(base64.b64decode(_saved(one), validate=True)), weights_only=True)
+        assert again.dtype == dtype
+        assert torch.equal(again, one)
 
 
 def test_text_queries_need_no_weight_of_the_backbone(folder: Path, tmp_path: Path, local: LocalEngine) -> None:

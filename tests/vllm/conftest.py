@@ -13,6 +13,7 @@ from retrv_r1_retriever.config import Config, checkpoint_path
 from retrv_r1_retriever.engines.local import LocalEngine
 from retrv_r1_retriever.engines.vllm import VllmEngine
 from tests.vllm.server import MODEL, PYTHON, Running, vllm_server
+from tests.vllm.shop import make_shop
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +38,11 @@ def engine(server: Running) -> VllmEngine:
 def local(server: Running) -> LocalEngine:
     torch.set_num_threads(1)
     return LocalEngine.from_pretrained(server.checkpoint, device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def shop(server: Running, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an index of cards and the config beside it; one process at a time can open it."""
+    folder = tmp_path_factory.mktemp("shop")
+    make_shop(folder, server)
+    return folder

@@ -25,7 +25,7 @@ START_S = 900  # minutes, on two busy cores
 FLAGS = (
     "--enable-prompt-embeds", "--enable-prompt-tokens-details", "--chat-template", TEMPLATE,
     "--limit-mm-per-prompt", '{"image":8,"video":0}',
-    "--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--max-num-seqs", "16", "--block-size", "32",
+    "--dtype", "float32", "--enforce-eager", "--max-model-len", "4096", "--max-num-seqs", "16", "--block-size", "32",
 )  # fmt: skip
 SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
@@ -37,30 +37,58 @@ SETTINGS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class Running:
-    """base_url: up to the version, as an engine takes it"""
+    """base_url: up to the version, as an engine takes it; process: None if it was not started here"""
 
     base_url: str
     checkpoint: str
     log: Path
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self, flags: Sequence[str] = FLAGS) -> None:
+        """Returns when it answers."""
+        # `vllm serve` looks for the version of a distribution "vllm", which the CPU build is not called.
+        command = [
+            str(PYTHON),
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--model",
+            self.checkpoint,
+            "--host",
+            "127.0.0.1",
+        ]
+        root, port = self.base_url.removesuffix("/v1"), self.base_url.removesuffix("/v1").rpartition(":")[2]
+        command += ["--served-model-name", MODEL, "--port", port, *flags]
+        with self.log.open("ab") as out:
+            self.process = subprocess.Popen(
+                command,
+                stdout=out,
+                stderr=out,
+                env={**os.environ, **SETTINGS},
+                cwd=self.log.parent,
+                start_new_session=True,
+            )
+        _wait(self.process, root, self.log)
+
+    def stop(self, by: signal.Signals = signal.SIGTERM) -> None:
+        """The server and the processes it started, which are one group."""
+        assert self.process is not None
+        for one in (by, signal.SIGKILL):
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, one)
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(60)
 
 
 @contextmanager
-def vllm_server(folder: Path, flags: Sequence[str] = FLAGS) -> Iterator[Running]:
-    checkpoint, port, log = checkpoint_path(Config()), _free_port(), folder / "vllm.log"
-    # `vllm serve` looks for the version of a distribution "vllm", which the CPU build is not called.
-    command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", checkpoint, "--host", "127.0.0.1"]
-    command += ["--served-model-name", MODEL, "--port", str(port), *flags]
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command, stdout=out, stderr=out, env={**os.environ, **SETTINGS}, cwd=folder, start_new_session=True
-        )
-        try:
-            _wait(process, f"http://127.0.0.1:{port}", log)
-            yield Running(f"http://127.0.0.1:{port}/v1", checkpoint, log)
-        finally:
-            _stop(process)
+def vllm_server(folder: Path) -> Iterator[Running]:
+    running = Running(f"http://127.0.0.1:{_free_port()}/v1", checkpoint_path(Config()), folder / "vllm.log")
+    try:
+        running.start()
+        yield running
+    finally:
+        running.stop()
 
 
 def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
@@ -73,17 +101,6 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
         time.sleep(1)
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
     raise RuntimeError(f"vLLM did not start within {START_S} s, or ended with {process.poll()}:\n{tail}")
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """The server and the processes it started, which are one group."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(60)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait(10)
 
 
 def _free_port() -> int:

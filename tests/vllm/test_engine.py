@@ -16,7 +16,7 @@ from retrv_r1_retriever.trace import Forced, Full
 from retrv_r1_retriever.types import Candidate, Content, Document, Query
 from tests.tiny import make_prompt, picture
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = pytest.mark.vllm
 
 QUERIES = [
     Query.of("a card", instruction="find it"),
@@ -31,7 +31,7 @@ def test_it_is_an_engine_that_compresses(engine: VllmEngine, local: LocalEngine)
     assert isinstance(engine, Engine)
     assert isinstance(engine, Compressor)
     assert (engine.memory_digest, engine.memory_shape) == (local.memory_digest, local.memory_shape)
-    assert engine.max_context == 2048
+    assert engine.max_context == 4096
     assert engine.versions["vllm"] != "unknown"
 
 
@@ -114,5 +114,5 @@ async def test_a_cancelled_call_ends_and_the_engine_goes_on(engine: VllmEngine, 
 async def test_missing_memory_and_overlong_prompts_are_named(engine: VllmEngine, local: LocalEngine) -> None:
     with pytest.raises(InputError, match="candidate 0: expected memory"):
         await engine.open(build_prompt(QUERIES[0], [Candidate(Document("a", Content("x")), None, 1)]))
-    with pytest.raises(InputError, match="expected fewer than 2048 tokens"):
-        await engine.open(make_prompt(local, Query.of("card " * 3000), 2))
+    with pytest.raises(InputError, match="expected fewer than 4096 tokens"):
+        await engine.open(make_prompt(local, Query.of("card " * 5000), 2))

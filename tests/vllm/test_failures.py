@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from retrv_r1_retriever.http import HttpLimits
 from retrv_r1_retriever.model.checkpoint import Checkpoint
 from retrv_r1_retriever.options import RerankOptions
 from retrv_r1_retriever.reranker import RetrvR1Reranker
-from retrv_r1_retriever.types import Candidate, Content, Document, Memory, RankedResults, Status
+from retrv_r1_retriever.types import Candidate, Content, Document, Memory, Query, RankedResults, Status
 from tests.serving.http_stub import Reply
-from tests.tiny import checkpoint, folder
+from tests.tiny import checkpoint, folder, picture
 from tests.vllm.stub import MODEL, Vllm, refusal, vllm_stub
 
 __all__ = ["checkpoint", "folder"]
@@ -76,6 +77,19 @@ async def test_the_stub_is_a_server(vllm: Vllm, folder: Path, found: list[Candid
     assert [bool(body.get("allowed_token_ids")) for body in vllm.bodies] == [True, False, False, True]
 
 
+async def test_requests_of_one_list_have_one_session(vllm: Vllm, folder: Path, found: list[Candidate]) -> None:
+    """By which a router sends the steps of a thought to the server that has read its beginning."""
+    with vllm_stub(vllm) as stub:
+        reranker = RetrvR1Reranker(engine(folder, stub.url), options=THINK)
+        for _ in range(2):
+            vllm.written = 0
+            assert (await reranker.arerank("which", found)).status is Status.RERANKED
+        sessions = [request.headers["X-Session-ID"] for request in stub.requests]
+    assert len(sessions) == 8
+    assert len(set(sessions[:4])) == len(set(sessions[4:])) == 1
+    assert sessions[0] != sessions[4]
+
+
 FAILURES = [
     (refusal(400, "max_tokens is too large"), "status 400: max_tokens is too large", 1),
     (refusal(401, "Unauthorized: key-123"), "Check the API key", 1),
@@ -88,7 +102,11 @@ FAILURES = [
     (Reply(b"<html>"), "Is this the API's base URL", 1),
     (refusal(400, "You must set `--enable-prompt-embeds` to input `prompt_embeds`"), "Start it with --enable-prompt-embeds", 1),
     (refusal(400, "At most 2 image(s) may be provided in one prompt."), "Raise image in --limit-mm-per-prompt", 1),
+    (refusal(404, "The model `retrv` does not exist."), "Check the base URL and the model's name", 1),  # another one came up
+    (refusal(400, "Multi-modal item with uuid 'a' is not in the cache"), "status 400: Multi-modal item", 1),
+    (Reply(b"data: {}\n\ndata: [DONE]\n\n"), "Is this the API's base URL", 1),  # a stream nobody asked for
     (Reply({}, delay_s=60), "no answer within 2 s", 1),
+    (Reply({"choices": ["x" * 100]}, drip_s=0.5), "no answer within 2 s", 1),
 ]  # fmt: skip
 
 
@@ -119,6 +137,10 @@ def shorter(answer: dict[str, Any]) -> None:
     answer["choices"][0]["token_ids"].pop()
 
 
+def not_allowed(answer: dict[str, Any]) -> None:
+    answer["choices"][0]["token_ids"][-1] = 1
+
+
 def none_read(answer: dict[str, Any]) -> None:
     for place in answer["choices"][0]["logprobs"]["content"]:
         place["top_logprobs"] = place["top_logprobs"][:-1]
@@ -132,6 +154,7 @@ def other_prompt(answer: dict[str, Any]) -> None:
     ("spoil", "says"),
     [
         (shorter, "expected 1 to 1 tokens, got 0 ids and 1 log-probabilities"),
+        (not_allowed, "expected one of 5 tokens, got another one"),
         (none_read, "expected log-probabilities of 5 tokens, got not all of them"),
         (other_prompt, "the server's prompt: expected .* Serve the very checkpoint that is read here, with --chat-template"),
     ],
@@ -163,6 +186,30 @@ async def test_a_server_killed_during_an_inspection(vllm: Vllm, folder: Path, fo
         gone = await reranker.arerank("which", found)
     assert (gone.status, ids(gone)) == (Status.FALLBACK, AS_FOUND)
     assert "Is the server running" in (gone.reason or "")
+
+
+async def test_an_inspection_beyond_the_pictures_a_server_takes_names_the_flag(
+    vllm: Vllm, folder: Path, found: list[Candidate]
+) -> None:
+    """The query's picture fits, the opened one beside it does not."""
+
+    def one_picture(number: int, body: Any) -> Reply | None:
+        pictures = sum(part["type"] == "image_url" for part in body["messages"][0]["content"])
+        return refusal(400, "At most 1 image(s) may be provided in one prompt.") if pictures > 1 else None
+
+    vllm.override = one_picture
+    shown = [
+        replace(c, document=replace(c.document, content=Content(c.document.content.text, picture(3)))) for c in found
+    ]
+    with vllm_stub(vllm) as stub:
+        reranker = RetrvR1Reranker(engine(folder, stub.url), options=THINK)
+        results = await reranker.arerank(Query.of("which", picture(4)), shown)
+    assert (results.status, ids(results)) == (Status.PARTIAL, DIRECT)
+    assert "Raise image in --limit-mm-per-prompt to max_inspections + 1" in (results.reason or "")
+    # Pictures travel in every request that shows them: there is no media id that a server could have forgotten.
+    sent = [part for body in vllm.bodies for part in body["messages"][0]["content"] if part["type"] == "image_url"]
+    assert len(sent) == 4
+    assert all(part["image_url"]["url"].startswith("data:image/png;base64,") and "uuid" not in part for part in sent)
 
 
 async def test_a_server_that_comes_back_is_used_again(vllm: Vllm, folder: Path, found: list[Candidate]) -> None:

@@ -19,7 +19,7 @@ from retrv_r1_retriever.trace import Sampled
 from retrv_r1_retriever.types import Document, Memory, Query
 from tests.vllm.cards import candidates, tasks
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = pytest.mark.vllm
 
 OPTIONS = RerankOptions(think="always", max_new_tokens=120)
 #: Nats. Compressed tokens travel in the checkpoint's float16 and stay float32 in the local engine; the largest seen was 0.003.

@@ -1,78 +1,27 @@
-"""From the index to the answer over the real server: our retriever, our service, and a framework's adapter, all of one mind."""
+"""From the index to the answer over the real server: our retriever, our service, a framework's adapter and other people's clients."""
 
 from __future__ import annotations
 
-import asyncio
-import base64
-import io
-import random
-import time
 from pathlib import Path
 
+import cohere
 import httpx
 import pytest
 from langchain_retrv_r1 import RetrvR1Retriever as LangChainRetriever
-from PIL import Image
+from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
+from llama_index.postprocessor.cohere_rerank import CohereRerank
 
-from retrv_r1_retriever import Content, Document, EdgeStore, Indexer, LocalImages, Query, RankedResults
+from retrv_r1_retriever import Query
 from retrv_r1_retriever import RetrvR1Retriever as CoreRetriever
-from retrv_r1_retriever._sync import run
-from retrv_r1_retriever.config import collection_spec, open_retriever, read_config
-from retrv_r1_retriever.demo import catalogue
+from retrv_r1_retriever.config import open_retriever, read_config
 from retrv_r1_retriever.engines.local import LocalEngine
-from retrv_r1_retriever.engines.vllm import VllmEngine
-from retrv_r1_retriever.model.embedding import BackboneEmbedder
 from retrv_r1_retriever.types import Status
 from tests.serving.test_miniature import serving
-from tests.vllm.server import MODEL, Running
+from tests.vllm.shop import CARDS, as_json, order, queries
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = pytest.mark.vllm
 
-CARDS = [card for card, _ in catalogue.make_cards(catalogue.SPLITS["val"])[:20]]
-CONFIG = """
-[engine]
-kind = "vllm"
-base_url = "{url}"
-model = "{model}"
-[images]
-root = "cards"
-[rerank]
-top_k = 20
-think = "always"
-max_new_tokens = 160
-timeout_s = 100.0
-on_stale = "raise"
-"""
-
-
-@pytest.fixture(scope="module")
-def shop(server: Running, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Cards with a text and pictures in an index, made without the backbone, and the config beside it."""
-    folder = tmp_path_factory.mktemp("shop")
-    (folder / "cards").mkdir()
-    for i, card in enumerate(CARDS):
-        catalogue.render(card, random.Random(i)).save(folder / "cards" / f"{i}.png")
-    (folder / "retrv.toml").write_text(CONFIG.format(url=server.base_url, model=MODEL))
-    compressor = VllmEngine(server.checkpoint, base_url=server.base_url, model=MODEL, check=False)
-    embedder = BackboneEmbedder.from_pretrained(server.checkpoint)
-    config = read_config(folder / "retrv.toml")
-    store = EdgeStore(config.path(config.store.path), spec=collection_spec(compressor, embedder))
-    documents = [Document(str(i), Content(image=f"{i}.png")) for i in range(len(CARDS))]
-    indexer = Indexer(store, embedder, compressor, LocalImages(folder / "cards"))
-    assert indexer.index(documents).indexed == len(CARDS)
-    run(store.close())
-    return folder
-
-
-def queries() -> list[Query]:
-    return [
-        Query.of(CARDS[3].text, instruction=catalogue.TASKS["t2i"]),
-        Query.of(CARDS[8].text, catalogue.render(CARDS[9], random.Random(77)), catalogue.TASKS["cir"]),
-    ]
-
-
-def order(results: RankedResults) -> list[str]:
-    return [r.document.id for r in results]
+TEXTS = [card.text for card in CARDS[:10]]
 
 
 async def test_retriever_service_and_adapter_agree_with_the_local_engine(shop: Path, local: LocalEngine) -> None:
@@ -111,31 +60,20 @@ async def test_retriever_service_and_adapter_agree_with_the_local_engine(shop: P
                 assert answer["trace"]["versions"]["engine"] == "vllm"
 
 
-async def test_sixty_four_searches_at_once(shop: Path) -> None:
-    texts = [f"{CARDS[i % 20].text} {i}" for i in range(64)]
+def test_clients_for_other_rerankers_reach_the_server(shop: Path) -> None:
+    """Texts that come with the call: compressed in `serve`, without the backbone, judged by vLLM."""
     with serving(shop) as served:
-        async with httpx.AsyncClient(base_url=served.url, timeout=500) as client:
-
-            async def search(text: str) -> tuple[float, httpx.Response]:
-                started, body = time.perf_counter(), {"query": text, "options": {"max_new_tokens": 24}}
-                answer = await client.post("/v1/search", json=body)
-                return time.perf_counter() - started, answer
-
-            answers = await asyncio.gather(*map(search, texts))
-    seconds = sorted(took for took, _ in answers)
-    print(f"64 searches at once: median {seconds[32]:.1f} s, p95 {seconds[60]:.1f} s")
-    assert {answer.status_code for _, answer in answers} == {200}
-    assert [answer.json()["reason"] for _, answer in answers if answer.json()["status"] == "fallback"] == []
-
-
-def as_json(query: Query) -> dict[str, object]:
-    image = query.content.image
-    assert image is None or isinstance(image, Image.Image)
-    shown = {} if image is None else {"image": _base64(image)}
-    return {"text": query.content.text, "instruction": query.instruction, **shown}
-
-
-def _base64(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
+        body = {"query": TEXTS[3], "documents": TEXTS, "return_trace": True}
+        answer = httpx.post(f"{served.url}/v1/rerank", json=body, timeout=200).json()
+        places = [r["index"] for r in answer["results"]]
+        client = cohere.ClientV2(api_key="any", base_url=served.url, timeout=200)
+        found = client.rerank(model="retrv-r1", query=TEXTS[3], documents=TEXTS, top_n=4)
+        stock = CohereRerank(model="retrv-r1", api_key="any", base_url=served.url, top_n=5, max_retries=1)
+        nodes = [NodeWithScore(node=TextNode(id_=str(i), text=text), score=0.1) for i, text in enumerate(TEXTS)]
+        kept = stock.postprocess_nodes(nodes, query_bundle=QueryBundle(TEXTS[3]))
+    assert answer["status"] in ("reranked", "partial"), answer["reason"]
+    assert answer["trace"]["versions"]["engine"] == "vllm"
+    assert sorted(places) == list(range(10))
+    assert [r.index for r in found.results] == places[:4]
+    assert [int(n.node.node_id) for n in kept] == places[:5]
+    assert [n.score for n in kept] == pytest.approx([1.0, 0.9, 0.8, 0.7, 0.6])

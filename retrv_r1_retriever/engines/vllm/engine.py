@@ -9,8 +9,9 @@ the whole sequence so far; the server's prefix cache makes the old part of it fr
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -31,7 +32,7 @@ from retrv_r1_retriever.types import Content
 
 @dataclass(eq=False, slots=True)
 class Handle:
-    """One sequence. parts: as sent; recent: the last two sampled ids, for verdict positions."""
+    """One sequence. parts: as sent; recent: the last two sampled ids, for verdict positions; session: its name, see `server.SESSION`."""
 
     prompt: Prompt
     prompt_tokens: int
@@ -39,6 +40,7 @@ class Handle:
     next_position: int
     recent: tuple[int, int] = (-1, -1)
     closed: bool = False
+    session: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
 class VllmEngine:
@@ -106,13 +108,7 @@ class VllmEngine:
 
     async def open(self, prompt: Prompt) -> Handle:
         """Compresses the candidates; nothing is sent yet."""
-        chunk = await asyncio.to_thread(self._processor.chunk, prompt.segments, prompt)
-        limit = self.max_context
-        if limit is not None and len(chunk) >= limit:
-            fix = "Shorten the query, or lower top_k."
-            raise InputError(explain("prompt", expected=f"fewer than {limit} tokens", got=len(chunk), fix=fix))
-        parts = await asyncio.to_thread(self.wire.parts, chunk)
-        return Handle(prompt, len(chunk), parts, chunk.next_position)
+        return await asyncio.to_thread(self._opened, prompt)
 
     async def append(self, handle: Handle, segments: Sequence[Segment]) -> None:
         if segments:
@@ -151,6 +147,13 @@ class VllmEngine:
         """Nothing is held on the server."""
         handle.closed = True
 
+    def _opened(self, prompt: Prompt) -> Handle:
+        chunk, limit = self._processor.chunk(prompt.segments, prompt), self.max_context
+        if limit is not None and len(chunk) >= limit:
+            fix = "Shorten the query, or lower top_k."
+            raise InputError(explain("prompt", expected=f"fewer than {limit} tokens", got=len(chunk), fix=fix))
+        return Handle(prompt, len(chunk), self.wire.parts(chunk), chunk.next_position)
+
     # -- sending -----------------------------------------------------------------------------------------------------
 
     async def _extend(self, handle: Handle, chunk: Chunk) -> None:
@@ -160,7 +163,7 @@ class VllmEngine:
     async def _complete(self, handle: Handle, parts: Sequence[Part], sampling: Sampling) -> Completion:
         if handle.closed:
             raise EngineError("handle: expected an open one, got a closed one. Open the prompt again.")
-        return await self._server.complete(parts, sampling)
+        return await self._server.complete(parts, sampling, handle.session)
 
     def _generation(
         self, handle: Handle, done: Completion, allowed: Sequence[int], stop: Mapping[int, str]

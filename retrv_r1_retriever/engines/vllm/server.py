@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,8 @@ TEMPLATE = (
     "{{ p['text'] if p['type'] == 'text' else '<|image_pad|>' }}"
     "{% endfor %}{% endfor %}"
 )
+#: Header that vLLM itself and routers before it know requests of one sequence by.
+SESSION = "X-Session-ID"
 _TOKEN = "token_id:"
 _MODELS_NAMED = 5
 
@@ -62,13 +65,16 @@ class VllmServer:
     def __init__(self, http: JsonHttp, model: str) -> None:
         self.http, self.model, self.traffic = http, model, Traffic()
 
-    async def complete(self, parts: Sequence[Part], sampling: Sampling) -> Completion:
-        """Raises `ServerError` for a refusal, `EngineError` for an answer that cannot be used."""
-        message = {"role": "user", "content": [as_json(part) for part in parts]}
-        body = {"model": self.model, "messages": [message], **_parameters(sampling)}
+    async def complete(self, parts: Sequence[Part], sampling: Sampling, session: str = "") -> Completion:
+        """session: the same for requests that continue one another, so that a router can send them where the prefix is kept
+
+        Raises `ServerError` for a refusal, `EngineError` for an answer that cannot be used.
+        """
+        body = _body(parts, {"model": self.model, **_parameters(sampling)})
         try:
             # Idempotent: the server keeps nothing of a completion but a cache.
-            answer = await self.http.post("chat/completions", body, idempotent=True)
+            headers = {SESSION: session} if session else {}
+            answer = await self.http.post("chat/completions", body, idempotent=True, headers=headers)
         except ServerError as error:
             raise await self._explained(error) from error
         done, sent = _completion(answer, sampling), sum(part.count for part in parts)
@@ -128,13 +134,19 @@ _FLAGS = (
 )  # fmt: skip
 
 
-def as_json(part: Part) -> dict[str, Any]:
-    """A part of a message as vLLM reads it."""
+def as_json(part: Part) -> bytes:
+    """A part of a message as vLLM reads it. Base64 needs no escaping: a megabyte of it is copied here, not walked through."""
     if isinstance(part, TextPart):
-        return {"type": "text", "text": part.text}
+        return json.dumps({"type": "text", "text": part.text}).encode()
     if isinstance(part, RowsPart):
-        return {"type": "prompt_embeds", "data": part.data}
-    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{part.png}"}}
+        return b'{"type":"prompt_embeds","data":"%b"}' % part.data
+    return b'{"type":"image_url","image_url":{"url":"data:image/png;base64,%b"}}' % part.png
+
+
+def _body(parts: Sequence[Part], parameters: Mapping[str, Any]) -> bytes:
+    """One message of these parts, and the parameters."""
+    content = b",".join(map(as_json, parts))
+    return b'{"messages":[{"role":"user","content":[%b]}],%b' % (content, json.dumps(parameters).encode()[1:])
 
 
 def _parameters(sampling: Sampling) -> dict[str, Any]:
@@ -176,6 +188,11 @@ def _completion(answer: Any, sampling: Sampling) -> Completion:
                 "chat/completions", expected=f"1 to {sampling.tokens} tokens", got=got, fix="Look at the server's log."
             )
         )
+    if sampling.allowed and not set(ids) <= set(sampling.allowed):
+        raise EngineError(
+            explain("chat/completions", expected=f"one of {len(sampling.allowed)} tokens", got="another one",
+                    fix="Is this a vLLM server that knows `allowed_token_ids`?")
+        )  # fmt: skip
     if any(not set(sampling.read) <= set(one) for one in read):
         raise EngineError(
             explain("chat/completions", expected=f"log-probabilities of {len(sampling.read)} tokens", got="not all of them",
