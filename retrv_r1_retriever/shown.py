@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from PIL import Image
 
-from retrv_r1_retriever.errors import ImageError
+from retrv_r1_retriever.errors import ImageError, explain
 from retrv_r1_retriever.images import ImageSource
-from retrv_r1_retriever.types import Document, RankedResult, RankedResults, Status
+from retrv_r1_retriever.types import Document, ImageInput, RankedResult, RankedResults, Status
 
 #: What vision models make of a picture is theirs to say; about this many pixels a token is what their vendors write. Ours.
 PIXELS_PER_TOKEN = 750
@@ -22,6 +23,10 @@ LIST_SIDE, FULL_SIDE = 512, 1568
 LEAST_TOKENS = 50
 TEXT_CHARS = 500  # of one document in a list
 _QUALITY = 90
+
+#: From what a model calls a picture to the picture itself: a model can name one, it cannot write one. None = it is unknown.
+PictureOf: TypeAlias = "Callable[[str], ImageInput | None]"
+PICTURE = "a picture to search with, by its name"  # the argument, for a model to read
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +107,17 @@ def _line(result: RankedResult) -> str:
     text = clipped(content.text) if content.text else None
     words = " ".join(filter(None, [text, None if content.image is None else "(with a picture)"]))
     return f"{result.rank}. [{result.document.id}] {words}"
+
+
+def named_picture(name: str | None, picture_of: PictureOf | None) -> ImageInput | None:
+    """Raises `ImageError` for a name that nothing is known of."""
+    if not name or picture_of is None:
+        return None
+    picture = picture_of(name)
+    if picture is None:
+        fix = "Use a name from this conversation."
+        raise ImageError(explain("image", expected="the name of a picture", got=repr(name[:80]), fix=fix))
+    return picture
 
 
 async def _loaded(document: Document, images: ImageSource, side: int, tokens: int) -> Picture | str:

@@ -14,7 +14,7 @@ from llama_index_retrv_r1.nodes import RankedNode
 from llama_index_retrv_r1.retriever import RetrvR1Retriever
 from retrv_r1_retriever._sync import run
 from retrv_r1_retriever.plain import artifact
-from retrv_r1_retriever.shown import Pictures, in_words, pictures_of
+from retrv_r1_retriever.shown import PICTURE, PictureOf, Pictures, in_words, named_picture, pictures_of
 from retrv_r1_retriever.types import RankedResults
 
 
@@ -22,21 +22,32 @@ class ToolInput(BaseModel):
     query: str = Field(description="what to look for")
 
 
+class PictureInput(BaseModel):
+    query: str = Field("", description="what to look for, in words; with an image, what should differ, or nothing")
+    image: str | None = Field(None, description=PICTURE)
+
+
 def create_retriever_tool(
-    retriever: RetrvR1Retriever, name: str, description: str, *, image_tokens: int = 0
+    retriever: RetrvR1Retriever,
+    name: str,
+    description: str,
+    *,
+    image_tokens: int = 0,
+    picture_of: PictureOf | None = None,
 ) -> FunctionTool:
     """A tool whose `ToolOutput.raw_output` is plain JSON: status, decisions, trace. LlamaIndex's own flattens nodes to text.
 
     image_tokens: what the pictures of one answer may cost the model that looks at them, an estimate; 0 = text only
+    picture_of: gives the tool an argument `image`; from a name that the model says to the picture, None = there is none
     The text says when nothing was reranked or nothing fits: an agent must be able to tell.
     """
 
-    def search(query: str) -> ToolOutput:
-        results = _results(retriever.retrieve(query))
+    def search(query: str = "", image: str | None = None) -> ToolOutput:
+        results = _results(retriever.retrieve(query, image=named_picture(image, picture_of)))
         return _output(name, query, results, run(_pictures(retriever, results, image_tokens)))
 
-    async def asearch(query: str) -> ToolOutput:
-        results = _results(await retriever.aretrieve(query))
+    async def asearch(query: str = "", image: str | None = None) -> ToolOutput:
+        results = _results(await retriever.aretrieve(query, image=named_picture(image, picture_of)))
         return _output(name, query, results, await _pictures(retriever, results, image_tokens))
 
     return FunctionTool.from_defaults(
@@ -44,7 +55,7 @@ def create_retriever_tool(
         async_fn=asearch,
         name=name,
         description=description,
-        fn_schema=ToolInput,
+        fn_schema=ToolInput if picture_of is None else PictureInput,
         callback=lambda output: output,  # or LlamaIndex wraps it into an output of its own, as a string
     )
 

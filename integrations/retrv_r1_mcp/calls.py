@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mcp_types import CallToolResult, ContentBlock, TextContent
@@ -45,7 +45,7 @@ class Calls:
         query, only = to_query(_query(asked), self.limits, to_image), to_filter(wire.FilterIn(must=asked.where))
         async with self._turn(asked) as options:
             results = await self.service.search(tenant, query, options, filter=only, progress=_progress(report))
-        return await self._ranked(results)
+        return await self._ranked(results, asked)
 
     async def rerank(self, tenant: str | None, asked: schema.RerankArguments, report: Report) -> CallToolResult:
         named = [asked.image, *(document.image for document in asked.documents)]
@@ -57,7 +57,7 @@ class Calls:
             raise InputError(explain(first, expected="text, image or id", got="none", fix="Give it one, or drop it."))
         async with self._turn(asked) as options:
             results = await self.service.rerank(tenant, query, documents, options, progress=_progress(report))
-        return await self._ranked(results)
+        return await self._ranked(results, asked)
 
     async def inspect(self, tenant: str | None, asked: schema.InspectArguments, report: Report) -> CallToolResult:
         document = await document_of(self.store(tenant), asked.id)
@@ -81,20 +81,25 @@ class Calls:
         """A place in the model; gives the options with what is left of the time."""
         given = wire.OptionsIn() if asked.think is None else wire.OptionsIn(think=asked.think)
         options = to_options(wire.Request(query="", options=given), self.service.options, self.limits)
-        options = options.with_options(top_n=min(asked.top_n or self.shown.max_results, self.shown.max_results))
         assert options.timeout_s is not None  # `to_options`
         with self.queue.admitted():
             async with self.queue.turn(options.timeout_s) as waited:
                 yield less_time(options, waited)
 
-    async def _ranked(self, results: RankedResults) -> CallToolResult:
+    async def _ranked(self, ranked: RankedResults, asked: schema.Asking) -> CallToolResult:
+        """The best of them; how many there are beside is said."""
+        most = self.shown.max_results
+        results = replace(ranked, results=ranked.results[: min(asked.top_n or most, most)])
+        left_out = len(ranked) - len(results)
         facts = schema.Answer(
             status=results.status,
             reason=results.reason,
             none_fits=results.none_chosen,
             results=[_result(result) for result in results],
+            left_out=left_out,
         )
-        return await self._result(in_words(results), facts, [result.document for result in results], LIST_SIDE)
+        words = in_words(results) + (f"\nRanked lower and not shown: {left_out} more." if left_out else "")
+        return await self._result(words, facts, [result.document for result in results], LIST_SIDE)
 
     async def _result(
         self, words: str, facts: schema.Answer | schema.Inspected, documents: Sequence[Document], side: int

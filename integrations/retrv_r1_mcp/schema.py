@@ -20,15 +20,8 @@ _IMAGE = (
     "A picture: `retrv://documents/<id>/picture` of an earlier result, a data URI, an http(s) URL, or the path of a file. URLs "
     "and paths only as far as this server allows them."
 )
-Image = Annotated[schema.Text, Field(description=_IMAGE)]
-Instruction = Annotated[
-    schema.Text, Field(description='The task in words, e.g. "Find the product in the picture, after this change."')
-]
-ThinkHow = Annotated[
-    Think,
-    Field(description="`never` is fast, `always` reasons and opens what it is unsure of, `auto` decides by itself."),
-]
-TopN = Annotated[int, Field(ge=1, description="How many results to return.")]
+#: Described as a whole, not inside a union with null, where clients and models overlook it.
+Image = Annotated[schema.Text | None, Field(description=_IMAGE)]
 
 
 class Arguments(BaseModel):
@@ -38,23 +31,38 @@ class Arguments(BaseModel):
 
 
 class Asking(Arguments):
-    query: Annotated[schema.Text, Field(description="What to look for, in words.")] | None = None
-    image: Image | None = None
-    instruction: Instruction | None = None
-    top_n: TopN | None = None
-    think: ThinkHow | None = None
+    query: Annotated[schema.Text | None, Field(description="What to look for, in words.")] = None
+    image: Image = None
+    instruction: Annotated[
+        schema.Text | None,
+        Field(description='The task in words, e.g. "Find the product in the picture, after this change."'),
+    ] = None
+    top_n: Annotated[
+        int | None,
+        Field(ge=1, description="How many results to return. A server has a limit; `left_out` says what is missing."),
+    ] = None
+    think: Annotated[
+        Think | None,
+        Field(
+            description="`never` is fast, `always` reasons and opens what it is unsure of, `auto` decides by itself."
+        ),
+    ] = None
 
 
 class SearchArguments(Asking):
     where: Annotated[
-        list[schema.Condition], Field(description="Conditions on the documents' metadata; all of them must hold.")
+        list[schema.Condition],
+        Field(
+            description="Conditions on the metadata that results show; all of them must hold. E.g. "
+            '[{"field": "color", "equals": "red"}, {"field": "price", "lt": 50}].'
+        ),
     ] = []
 
 
 class DocumentIn(schema.DocumentIn):
     """Text, image or both; or the id alone of a document of the collection."""
 
-    image: Image | None = None
+    image: Image = None
 
 
 class RerankArguments(Asking):
@@ -91,6 +99,7 @@ class Answer(BaseModel):
     reason: Annotated[str | None, Field(description="Why the status is not `reranked`.")]
     none_fits: Annotated[bool, Field(description="Nothing answers the query; these are the nearest.")]
     results: list[ResultOut]
+    left_out: Annotated[int, Field(description="Further ones, ranked lower and not returned.")]
 
 
 class Inspected(BaseModel):

@@ -6,12 +6,17 @@ import argparse
 import os
 import sys
 import webbrowser
+from collections import deque
 from pathlib import Path
 
 from retrv_r1_retriever import config as settings
 from retrv_r1_retriever.cli.search import check_output, load_config
 from retrv_r1_retriever.cli.terminal import print_json
 from retrv_r1_retriever.errors import InputError, explain
+from retrv_r1_retriever.types import RankedResults
+
+#: Calls on one page, some 10 MB of it; a file of many weeks would stop a browser. Ours.
+LAST = 1000
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +24,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="PAGE.html", help="the page (default: beside the first file; opened)"
     )
-    parser.add_argument("--last", type=int, metavar="N", help="only the last N calls")
+    parser.add_argument("--last", type=int, default=LAST, metavar="N", help=f"the last N calls (default: {LAST:,})")
     parser.set_defaults(run=main)
 
 
@@ -30,19 +35,23 @@ def main(args: argparse.Namespace) -> int:
     config = load_config(args)
     page = args.out or args.files[0].with_suffix(".html")
     check_output(page)
-    if args.last is not None and args.last < 1:
-        raise InputError(explain("--last", expected="at least 1", got=args.last, fix="Leave it out to see all."))
-    stored = [results for path in args.files for results in read_traces(path)]
-    shown = stored[-args.last :] if args.last else stored
+    if args.last < 1:
+        raise InputError(explain("--last", expected="at least 1", got=args.last, fix="Say how many."))
+    shown, stored = deque[RankedResults](maxlen=args.last), 0
+    for path in args.files:
+        for results in read_traces(path):
+            shown.append(results)
+            stored += 1
     if not shown:
         fix = "Write some: retrv-r1 search --traces FILE."
         raise InputError(explain(str(args.files[0]), expected="at least one trace", got="none", fix=fix))
     title = ", ".join(path.name for path in args.files)
     write_report(page, [ReportEntry(results) for results in shown], title=title, images=settings.open_images(config))
     if args.json:
-        print_json({"report": str(page), "calls": len(shown)})
+        print_json({"report": str(page), "calls": len(shown), "stored": stored})
         return 0
-    print(f"{len(shown):,} calls: {page}")
+    beside = f" of {stored:,}, --last N shows more" if stored > len(shown) == LAST else ""
+    print(f"{len(shown):,} calls{beside}: {page}")
     if args.out is None and sys.stdout.isatty() and _has_a_screen():
         webbrowser.open(page.resolve().as_uri())
     return 0

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 from langchain_core.messages import HumanMessage, ToolMessage
+from langchain_retrv_r1 import RetrvR1Retriever as LangRetriever
+from langchain_retrv_r1 import create_retriever_tool as create_langchain_tool
 from langgraph.checkpoint.memory import InMemorySaver
 from llama_index.core.agent.workflow import FunctionAgent, ToolCallResult
 from llama_index.core.base.llms.types import (
@@ -29,7 +31,7 @@ from llama_index.core.llms.llm import ToolSelection
 from llama_index_retrv_r1 import RetrvR1Retriever as LlamaRetriever
 from llama_index_retrv_r1 import create_retriever_tool
 
-from retrv_r1_retriever import ReasoningTrace, RerankOptions
+from retrv_r1_retriever import InputError, ReasoningTrace, RerankOptions
 from retrv_r1_retriever.demo.catalogue import TASKS
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "langgraph_agent.py"
@@ -128,3 +130,33 @@ async def test_llama_index(parts: tuple[Any, list[str], Any]) -> None:
     outputs = [event.tool_output async for event in running.stream_events() if isinstance(event, ToolCallResult)]
     assert str(await running) == f"That is [card-{ASKED}]."
     check(outputs[0].raw_output)
+
+
+def test_a_picture_is_searched_with_by_its_name_and_a_wrong_name_is_told_to_the_model(
+    parts: tuple[Any, list[str], Any],
+) -> None:
+    _, texts, pipeline = parts
+    given: dict[str, Any] = {
+        "picture_of": {"upload-1": f"{ASKED}.png"}.get
+    }  # as `LocalImages` of the pipeline reads it
+    options = RerankOptions(top_k=20, timeout_s=None)
+    lang = create_langchain_tool(LangRetriever(base=pipeline, options=options), "find_cards", "Finds cards.", **given)
+    llama = create_retriever_tool(LlamaRetriever(pipeline, options=options), "find_cards", "Finds cards.", **given)
+
+    def ask(**arguments: str) -> ToolMessage:
+        message = lang.invoke({"type": "tool_call", "id": "1", "name": "find_cards", "args": arguments})
+        assert isinstance(message, ToolMessage)
+        return message
+
+    for arguments in ({"image": "upload-1"}, {"image": "upload-1", "query": texts[ASKED]}):
+        for asked in (ask(**arguments).artifact, llama.call(**arguments).raw_output):
+            assert asked["query"]["image"] == f"{ASKED}.png"
+            assert asked["query"]["text"] == arguments.get("query")
+            check(asked)
+    for wrong, message in (({"image": "upload-2"}, "got 'upload-2'. Use a name"), ({}, "expected a text")):
+        told = ask(**wrong)
+        assert (told.status, message in told.text) == ("error", True), told.text
+        with pytest.raises(InputError, match=re.escape(message)):  # LlamaIndex's agents tell it to the model themselves
+            llama.call(**wrong)
+    plain = create_langchain_tool(LangRetriever(base=pipeline), "find_cards", "Finds cards.")
+    assert set(plain.args) == {"query"}

@@ -24,8 +24,8 @@ def slow(seconds: float) -> ScriptedEngine:
     return ScriptedEngine(slots=FALLING.slots, delay_s=seconds)
 
 
-async def wait_for(condition: Any) -> None:
-    until = time.monotonic() + 10
+async def wait_for(condition: Any, seconds: float = 10.0) -> None:
+    until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until
         await asyncio.sleep(0.01)

@@ -45,8 +45,7 @@ async def test_the_tools_say_what_they_take_and_give(whole: EdgeStore) -> None:
         assert tool.output_schema
         assert tool.input_schema["additionalProperties"] is False
         assert "tenant" not in json.dumps(tool.input_schema)
-    for name in ("search", "rerank"):
-        assert all("description" in json.dumps(field) for field in tools[name].input_schema["properties"].values())
+        assert all("description" in field for field in tool.input_schema["properties"].values()), "not inside a union"
 
 
 async def test_a_search_gives_ids_to_cite_and_pictures_within_the_budget(whole: EdgeStore) -> None:
@@ -116,6 +115,17 @@ async def test_rerank_takes_texts_pictures_and_ids(whole: EdgeStore, tmp_path: P
     async with Client(make_server(make_calls(whole, files=files))) as client:
         answer = await client.call_tool("rerank", {"query": "q", "documents": documents, "top_n": 3})
     assert [one["id"] for one in answer.structured_content["results"]] == ["#0", "#1", "blue"]
+    assert answer.structured_content["left_out"] == 1
+    assert "\nRanked lower and not shown: 1 more." in text(answer)
+
+
+async def test_more_than_the_server_gives_is_said_to_be_left_out(whole: EdgeStore) -> None:
+    async with Client(make_server(make_calls(whole, shown={"max_results": 2}))) as client:
+        for top_n, shown in ((None, 2), (3, 2), (1, 1)):
+            answer = await client.call_tool("search", {"query": "card", "top_n": top_n})
+            facts = answer.structured_content
+            assert (len(facts["results"]), facts["left_out"]) == (shown, 3 - shown)
+            assert f"not shown: {3 - shown} more." in text(answer)
 
 
 OUTSIDE = "expected a file below .*pictures, got .*, outside root"

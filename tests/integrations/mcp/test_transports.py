@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import sys
 from typing import Any
 
 import anyio
@@ -15,7 +16,7 @@ from mcp import Client
 from mcp_types import CallToolResult
 from PIL import Image
 
-from tests.integrations.mcp.conftest import COMMAND, ENVIRONMENT, Reached, Running, Shop
+from tests.integrations.mcp.conftest import ENVIRONMENT, Reached, Running, Shop
 from tests.integrations.mcp.parts import pictures, text
 from tests.serving.test_running import wait_for
 
@@ -137,12 +138,28 @@ async def test_a_client_that_hangs_up_leaves_the_server_up(http: Running) -> Non
         assert ids(await client.call_tool("search", {"query": "a card", "think": "never"}))
 
 
-async def test_stdout_is_protocol_only(shop: Shop) -> None:
+NOISY = """
+import os, subprocess, sys, warnings
+from retrv_r1_retriever import config
+from retrv_r1_retriever.cli import main
+
+def open_retriever(*arguments, original=config.open_retriever):
+    print("noise: print")
+    warnings.warn("noise: warn")
+    os.write(1, b"noise: write\\n")
+    subprocess.run(["echo", "noise: echo"], check=True)
+    return original(*arguments)
+
+config.open_retriever = open_retriever
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+async def test_stdout_is_protocol_only_whatever_a_library_prints(shop: Shop) -> None:
     """Line by line, without a client that would forgive."""
     config = shop.config("plain", "[store]\ntenant_field = 'tenant'\ntenant_value = 'alpha'\n")
-    process = await asyncio.create_subprocess_exec(
-        *COMMAND, "--config", str(config), env=ENVIRONMENT, stdin=-1, stdout=-1, stderr=-1
-    )
+    argv = [sys.executable, "-c", NOISY, "mcp", "--config", str(config)]
+    process = await asyncio.create_subprocess_exec(*argv, env=ENVIRONMENT, stdin=-1, stdout=-1, stderr=-1)
     assert process.stdin
     lines = [HELLO, {"jsonrpc": "2.0", "method": "notifications/initialized"}, call("search", query="x")]
     process.stdin.write("".join(json.dumps(line) + "\n" for line in lines).encode() + b"this is no JSON\n")
@@ -159,3 +176,4 @@ async def test_stdout_is_protocol_only(shop: Shop) -> None:
     assert process.returncode == 0
     assert [json.loads(line)["jsonrpc"] for line in rest.splitlines()] == ["2.0"] * len(rest.splitlines())
     assert b"Traceback" not in log
+    assert all(f"noise: {way}".encode() in log for way in ("print", "warn", "write", "echo"))
