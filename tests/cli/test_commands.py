@@ -185,8 +185,9 @@ def test_searching_without_an_index_says_what_to_do(workplace: Path, run: Run, n
     assert "spec=" not in ran.err
     as_json = run("search", "--text", "x", "--json").json["error"]
     assert as_json["message"] == ran.err.strip().removeprefix("retrv-r1: ")
-    assert "retrv-r1 index SOURCE (" in run("doctor").out
-    assert "spec=" not in run("doctor").out
+    doctor = " ".join(run("doctor").out.split())
+    assert "Run: retrv-r1 index SOURCE (" in doctor
+    assert "spec=" not in doctor
 
 
 @pytest.fixture
