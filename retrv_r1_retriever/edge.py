@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from retrv_r1_retriever.errors import NotIndexedError, SchemaError, StoreError, explain, missing_extra
+from retrv_r1_retriever.errors import SchemaError, StoreError, explain, missing_extra, not_indexed
 from retrv_r1_retriever.filters import FilterTranslator
 from retrv_r1_retriever.points import MEMORY, CollectionSpec, Encoded, Found, PointCodec
 from retrv_r1_retriever.sidecar import Sidecars, join
@@ -52,12 +52,9 @@ class EdgeStore:
         where = f"index {self.path}"
         if not (self.path / _SPEC_FILE).exists():
             if spec is None or read_only:
-                raise NotIndexedError(
-                    explain(
-                        where, expected="an index made by this package", got="none there",
-                        fix="Run `retrv-r1 index SOURCE` first, or fix the path: [store] in retrv.toml, --config for another "
-                        "one. In Python, pass spec=CollectionSpec(...) without read_only to make one.",
-                    )
+                raise not_indexed(
+                    where, expected="an index made by this package", got="none there",
+                    fix="Run `retrv-r1 index SOURCE` first, fix the path, or pass spec=CollectionSpec(...) without read_only.",
                 )  # fmt: skip
             with self._errors():
                 _write_spec(self.path, spec)
@@ -98,8 +95,8 @@ class EdgeStore:
         )
         found = await self._call(lambda: found_points(self._shard.query(request)))
         if not found and await self.count() == 0:
-            raise NotIndexedError(
-                explain(f"index {self.path}", expected="documents", got="an empty collection", fix="Index some first.")
+            raise not_indexed(
+                f"index {self.path}", expected="documents", got="an empty collection", fix="Index some first."
             )
         return self._codec.decode(await self._joined(found) if beside else found)
 

@@ -32,7 +32,20 @@ class StoreError(RetrvR1Error, RuntimeError):
 
 
 class NotIndexedError(StoreError):
-    """There is no collection of that name or in that folder, or it is empty: nothing was indexed yet, or elsewhere."""
+    """There is no collection of that name or in that folder, or it is empty: nothing was indexed yet, or elsewhere.
+
+    found: the message without its advice, for a caller whose users have another way to index
+    """
+
+    def __init__(self, message: str, *, found: str = "") -> None:
+        super().__init__(message)
+        self.found = found
+
+
+def not_indexed(where: str, *, expected: str, got: str, fix: str) -> NotIndexedError:
+    return NotIndexedError(
+        explain(where, expected=expected, got=got, fix=fix), found=f"{where}: expected {expected}, got {got}"
+    )
 
 
 class StaleMemoryError(RetrvR1Error, RuntimeError):

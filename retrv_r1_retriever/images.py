@@ -187,17 +187,17 @@ class LocalImages:
     def _opened(self, data: bytes, shown: str) -> Image.Image:
         try:
             return Image.open(io.BytesIO(data), formats=FORMATS)
-        except Image.DecompressionBombError as error:
-            limit = min(self.max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or self.max_pixels))
-            named = re.search(r"\d+", str(error))  # the only place where Pillow says it
-            got = f"a header that names {int(named[0]):,}" if named else "a header that names more"
-            raise _too_large(shown, got, f"{limit:,} pixels", "max_pixels") from None
+        except Image.DecompressionBombError as error:  # Pillow keeps the size to itself, but for its words
+            size = re.search(r"\d+", str(error))
+            got = f"{int(size[0]):,} pixels in its header" if size else f"more in its header ({error})"
+            pillows = 2 * (Image.MAX_IMAGE_PIXELS or self.max_pixels)
+            option = "max_pixels" if self.max_pixels <= pillows else "PIL.Image.MAX_IMAGE_PIXELS"
+            raise _too_large(shown, got, f"{min(self.max_pixels, pillows):,} pixels", option) from None
 
     def _check_size(self, image: Image.Image, shown: str) -> None:
-        if image.width * image.height > self.max_pixels:
-            raise _too_large(
-                shown, f"{image.width} x {image.height} pixels", f"{self.max_pixels:,} pixels", "max_pixels"
-            )
+        if (pixels := image.width * image.height) > self.max_pixels:
+            got = f"{image.width} x {image.height} = {pixels:,} pixels"
+            raise _too_large(shown, got, f"{self.max_pixels:,} pixels", "max_pixels")
 
 
 async def load_content(source: ImageSource, content: Content) -> tuple[Content, str | None]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from retrv_r1_retriever.errors import InputError, NotIndexedError, OptionsError, StoreError, explain, missing_extra
+from retrv_r1_retriever.errors import InputError, OptionsError, StoreError, explain, missing_extra, not_indexed
 from retrv_r1_retriever.filters import FilterTranslator
 from retrv_r1_retriever.points import MEMORY, CollectionSpec, Found, PointCodec, is_number, native_id
 from retrv_r1_retriever.qdrant_opening import Call, Opening
@@ -122,9 +122,7 @@ class QdrantStore:
             with_vectors=_memory_of(codec, with_memory and not beside),
         )
         if not answer.points and (await self._call("count", exact=False)).count == 0:
-            raise NotIndexedError(
-                explain(self._where, expected="documents", got="an empty collection", fix="Index some first.")
-            )
+            raise not_indexed(self._where, expected="documents", got="an empty collection", fix="Index some first.")
         found = found_points(answer.points)
         await self._scales.weigh(found)
         return codec.decode(await self._joined(codec, found) if beside else found)

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
-from retrv_r1_retriever.errors import NotIndexedError, SchemaError, StoreError, explain
+from retrv_r1_retriever.errors import SchemaError, StoreError, explain, not_indexed
 from retrv_r1_retriever.points import MEMORY, CollectionSpec, PointCodec
 from retrv_r1_retriever.schema import OWN_SCHEMA, PayloadSchema, found_fields, lookup
 from retrv_r1_retriever.store import Scalar
@@ -33,11 +33,9 @@ class Opening:
     async def __call__(self) -> PointCodec:
         if not await self.call("collection_exists"):
             if self.asked is None or self.read_only:
-                raise NotIndexedError(
-                    explain(
-                        self.where, expected="an existing collection", got="none of that name",
-                        fix="Run `retrv-r1 index SOURCE`, fix the name, or pass spec=CollectionSpec(...) without read_only.",
-                    )
+                raise not_indexed(
+                    self.where, expected="an existing collection", got="none of that name",
+                    fix="Run `retrv-r1 index SOURCE`, fix the name, or pass spec=CollectionSpec(...) without read_only.",
                 )  # fmt: skip
             await self.call("create_collection", **_creation(self.models, self.asked))
         config = (await self.call("get_collection")).config

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 from retrv_r1_retriever import __version__
 from retrv_r1_retriever.cli import compare, demo, doctor, evaluate, evaluate_mbeir, index, memory, search, serve, view
+from retrv_r1_retriever.cli.findings import INDEX_FIRST
 from retrv_r1_retriever.cli.terminal import printable
 from retrv_r1_retriever.config import FILE_NAME
 from retrv_r1_retriever.errors import InputError, NotIndexedError, OptionsError, RetrvR1Error, SchemaError
@@ -104,6 +105,8 @@ def _report_error(error: Exception, as_json: bool) -> int:
     message = str(error)
     if not isinstance(error, RetrvR1Error):
         message = f"unexpected {type(error).__name__}: {message}. Run again with --debug and report the traceback."
+    elif isinstance(error, NotIndexedError) and error.found:
+        message = f"{error.found}. {INDEX_FIRST}"
     if as_json:
         print(json.dumps({"error": {"type": type(error).__name__, "message": message}}, ensure_ascii=False))
     else:

@@ -6,7 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from retrv_r1_retriever.errors import RetrvR1Error
+from retrv_r1_retriever.errors import NotIndexedError, RetrvR1Error
+
+#: What a person at a terminal does about a `NotIndexedError`; its own words also speak to programmers.
+INDEX_FIRST = (
+    "Run: retrv-r1 index SOURCE (a folder of pictures and texts, or a JSONL). Was it indexed elsewhere? Then name the "
+    "settings of that place: --config FILE"
+)
 
 Level = Literal["ok", "warn", "fail"]
 
@@ -25,5 +31,7 @@ def guarded(name: str, look: Callable[[], Any]) -> tuple[Any, Finding | None]:
     """What `look` finds, or a finding in place of an error: one broken part must not hide the others."""
     try:
         return look(), None
+    except NotIndexedError as error:
+        return None, Finding("fail", name, error.found, INDEX_FIRST)
     except (RetrvR1Error, ImportError, OSError) as error:
         return None, Finding("fail", name, str(error))

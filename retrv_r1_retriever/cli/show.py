@@ -41,7 +41,7 @@ def status_line(results: RankedResults) -> str:
         if trace.usage.uncompressed_tokens:
             line += f", {trace.usage.prompt_tokens:,} prompt tokens (all in full: {trace.usage.uncompressed_tokens:,})"
         if "total" in trace.timings:
-            line += f", {1000 * trace.timings['total']:.0f} ms"
+            line += f", {1000 * trace.timings['total']:.0f} ms from question to list"
         if left_out := _left_out(trace):
             line += f"\n{left_out}"
     if results.none_chosen:
@@ -84,7 +84,7 @@ def _print_ranking(results: RankedResults, limit: int | None, positives: frozens
         print(f"... and {hidden} more")
     marks = [f"{CHOSEN} chosen", f"{OPENED} opened in full"] + (["✓ right answer"] if positives else [])
     print_wrapped("   ".join(marks))
-    if not narrow and any(r.signals.verdict for r in results.results):
+    if not narrow and any(r.signals.verdict for r in results.results[:limit]):
         print_wrapped(VERDICTS)
 
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib import resources
 
-from retrv_r1_retriever.report.entry import STATUS_WORDS, STOP_WORDS, ReportEntry, headline, render_body
+from retrv_r1_retriever.report.entry import STATUS_WORDS, STOP_WORDS, ReportEntry, asked, headline, render_body
 from retrv_r1_retriever.report.markup import EMPTY, Html, html, join
 from retrv_r1_retriever.report.pictures import Pictures
 from retrv_r1_retriever.types import RankedResults, Status, StopReason
@@ -73,7 +73,7 @@ def _row(entry: ReportEntry, number: int, pictures: Pictures) -> Html:
         " ".join(changes(results)),
         number,
         html("<span class='kind'>{}</span> ", entry.kind) if entry.kind else EMPTY,
-        html("<b>{}</b>", results.query.content.text or results.query.id or "a picture"),
+        html("<b>{}</b>", asked(results.query)),
         headline(entry),
         results.status.value,
         results.status.value,

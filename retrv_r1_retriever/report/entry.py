@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from os import PathLike
+from pathlib import PurePath
 
+from retrv_r1_retriever.images import is_data_uri
 from retrv_r1_retriever.parser import Check, Thought, parse, readable
 from retrv_r1_retriever.prompt import KEEP, LABELS
 from retrv_r1_retriever.report.markup import EMPTY, Html, html, join
 from retrv_r1_retriever.report.pictures import Pictures
 from retrv_r1_retriever.trace import ReasoningTrace
-from retrv_r1_retriever.types import RankedResult, RankedResults, Status, StopReason
+from retrv_r1_retriever.types import Query, RankedResult, RankedResults, Status, StopReason
 
 STATUS_WORDS = {
     Status.RERANKED: "reranked by the model",
@@ -24,6 +27,7 @@ STOP_WORDS = {
     StopReason.CONTEXT_OVERFLOW: "answer forced: context full",
     StopReason.ENGINE_ERROR: "engine failed",
 }
+VERDICT_WORDS = f"The word beside a candidate is the model's first reason against it; {KEEP} means none was found."
 ROWS_SHOWN = 10  # the rest is folded
 TEXT_SHOWN = 220  # characters of a candidate's text in a row; the whole text is in its tooltip
 
@@ -64,6 +68,13 @@ def headline(entry: ReportEntry) -> str:
     if selected is not None:
         return f"Answered with candidate #{selected.candidate.rank}{effort}."
     return f"Reordered{effort}."
+
+
+def asked(query: Query) -> str:
+    """A query in a few words: its text; without one, its picture's file or its id."""
+    image = query.content.image
+    file = PurePath(image).name if isinstance(image, str | PathLike) and not is_data_uri(str(image)) else None
+    return query.content.text or file or query.id or "a picture"
 
 
 def _rise(right: RankedResult) -> str:
@@ -181,7 +192,8 @@ def _elimination(thought: Thought, trace: ReasoningTrace, shown: Mapping[int, Ra
         )
     kept = sum(v.text == KEEP for v in verdicts)
     name = f"Eliminates {len(verdicts) - kept} of {len(verdicts)} from their compressed tokens"
-    return _step(name, html("<p class='chips'>{}</p>", join(chips)))
+    legend = html("<p class='note'>{}</p>", VERDICT_WORDS) if kept < len(verdicts) else EMPTY
+    return _step(name, html("<p class='chips'>{}</p>{}", join(chips), legend))
 
 
 def _checks(thought: Thought, trace: ReasoningTrace) -> list[Check]:

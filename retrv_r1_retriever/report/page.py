@@ -11,7 +11,7 @@ from pathlib import Path
 from retrv_r1_retriever import __version__
 from retrv_r1_retriever.images import ImageSource, LocalImages
 from retrv_r1_retriever.report.browse import MANY, policy, render_many, script
-from retrv_r1_retriever.report.entry import ReportEntry, headline, render_entry
+from retrv_r1_retriever.report.entry import ReportEntry, asked, headline, render_entry
 from retrv_r1_retriever.report.markup import EMPTY, Html, html, join
 from retrv_r1_retriever.report.pictures import Pictures, loader
 from retrv_r1_retriever.trace import ReasoningTrace
@@ -96,7 +96,7 @@ def _tiles(queries: int, traces: Sequence[ReasoningTrace]) -> Html:
 def _table(table: ReportTable) -> Html:
     head = join(html("<th scope='col'>{}</th>", cell) for cell in table.header)
     rows = join(
-        html("<tr><th scope='row'>{}</th>{}</tr>", row[0], join(html("<td>{}</td>", cell) for cell in row[1:]))
+        html("<tr><th scope='row'>{}</th>{}</tr>", row[0], join(_cells(table.header, row)))
         for row in table.rows
     )
     note = html("<p class='note'>{}</p>", table.note) if table.note else EMPTY
@@ -107,6 +107,11 @@ def _table(table: ReportTable) -> Html:
     )  # fmt: skip
 
 
+def _cells(header: Sequence[str], row: Sequence[str]) -> list[Html]:
+    """Each with its column's name, which stands over it where the table is too wide for the screen."""
+    return [html("<td data-name='{}'>{}</td>", name, cell) for name, cell in zip(header[1:], row[1:], strict=True)]
+
+
 def _few(entries: Sequence[ReportEntry], pictures: Pictures) -> Html:
     contents = _contents(entries, pictures) if len(entries) > 1 else EMPTY
     return join([contents, *(render_entry(entry, number, pictures) for number, entry in enumerate(entries, 1))])
@@ -115,11 +120,12 @@ def _few(entries: Sequence[ReportEntry], pictures: Pictures) -> Html:
 def _contents(entries: Sequence[ReportEntry], pictures: Pictures) -> Html:
     items = join(
         html(
-            "<li><a href='#q{}'><span class='kind'>{}</span> {}<span><b>{}</b> {}</span></a></li>",
+            "<li><a href='#q{}'><span class='number'>{}</span><span class='kind'>{}</span>{}<span><b>{}</b> {}</span></a></li>",
+            number,
             number,
             entry.kind or "query",
             pictures.thumbnail(entry.results.query.content.image, "the query's picture"),
-            entry.results.query.content.text or "",
+            asked(entry.results.query),
             headline(entry),
         )
         for number, entry in enumerate(entries, 1)

@@ -181,7 +181,13 @@ def test_wrong_input_is_one_message_and_exit_code_2(
 def test_searching_without_an_index_says_what_to_do(workplace: Path, run: Run, no_model: None) -> None:
     ran = run("search", "--text", "x")
     assert ran.code == 2
-    assert "expected an index made by this package, got none there. Run `retrv-r1 index SOURCE` first" in ran.err
+    assert "expected an index made by this package, got none there. Run: retrv-r1 index SOURCE (" in ran.err
+    assert "spec=" not in ran.err
+    as_json = run("search", "--text", "x", "--json").json["error"]
+    assert as_json["message"] == ran.err.strip().removeprefix("retrv-r1: ")
+    doctor = " ".join(run("doctor").out.split())
+    assert "Run: retrv-r1 index SOURCE (" in doctor
+    assert "spec=" not in doctor
 
 
 @pytest.fixture

@@ -31,6 +31,12 @@ def test_what_a_thought_left_out_is_in_the_summary(capsys: pytest.CaptureFixture
     assert "keeps #2 rejects #1 blue opens" in out, "neither the unknown label nor the one without a word"
 
 
+def test_words_of_the_verdict_column_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    thought = Thought("x", (Verdict(0, "blue"), Verdict(1, "keep")), (), 1)
+    assert "verdict: keep, or the model's first reason against it" in shown(ScriptedEngine(thought, slots=SLOTS), capsys)
+    assert "verdict:" not in shown(ScriptedEngine(slots=SLOTS), capsys, FAST), "a direct read has no words"
+
+
 def test_checks_are_shown_without_labels_and_short(capsys: pytest.CaptureFixture[str]) -> None:
     noise = f"a4 same differs{label(0)}{NONE * 30} " + "x y " * 200
     out = shown(ScriptedEngine(Thought("x", (), (Check(3, noise, None),), 3), slots=SLOTS), capsys)

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from retrv_r1_retriever.report import write_report
+from retrv_r1_retriever.cli.demo import HEADER
+from retrv_r1_retriever.report import ReportTable, write_report
 from tests.browser import SIZES, opened
 from tests.report.samples import fallback, many, rescued, text_list
 
@@ -103,9 +104,16 @@ async def test_a_link_to_a_query_opens_it(large: Path) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 async def test_a_few_queries_are_all_unfolded(tmp_path: Path, size: str) -> None:
-    path = write_report(tmp_path / "few.html", [rescued(), text_list(), fallback()])
+    table = ReportTable("All queries", HEADER, (("coarse", *["0.123"] * 6), ("all", "", *["0.123"] * 5)), "A note.")
+    settings = ReportTable("Configuration", ("", ""), (("checkpoint", "/a/long/path/without/spaces" * 4),))
+    entries = [rescued(), text_list(), fallback()]
+    path = write_report(tmp_path / "few.html", entries, tables=[table, settings])
     async with opened(path.as_uri(), size) as page:
         tab = page.tab
+        wide = "[...document.querySelectorAll('.scroll')].filter((box) => box.scrollWidth > box.clientWidth).length"
+        assert await tab.evaluate(wide) == 0, "a table is cut at the side"
+        over = await tab.evaluate("getComputedStyle(document.querySelectorAll('td')[1], '::before').content")
+        assert await tab.is_visible("th:text-is('first stage R@1')") or over == '"first stage R@1"'
         assert await tab.locator("form, script").count() == 0
         assert await tab.evaluate("[...document.images].every((image) => image.naturalWidth > 0)")
         await shoot(tab, tmp_path, f"few-{size}")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from retrv_r1_retriever.images import LocalImages
+from retrv_r1_retriever.images import LocalImages, image_reference
 from retrv_r1_retriever.parser import Check, Thought, Verdict
 from retrv_r1_retriever.parser import render as render_turn
 from retrv_r1_retriever.prompt import NONE, build_prompt, label
@@ -149,6 +149,35 @@ def test_none_fits_is_said_of_what_the_reranker_returns() -> None:
     assert "no candidate fits after opening 1 candidate in full. The right answer stayed at rank 2." in known
     cut = Elements(render_report([replace(entry, results=replace(ranked, none_chosen=False))])).text
     assert "No answer was given." in cut
+
+
+def test_queries_in_the_contents_can_be_told_apart() -> None:
+    """Pictures alone have no words, and the same may have happened to them."""
+    entry = text_list()
+
+    def pictured(image: object, id: str | None = None) -> ReportEntry:
+        return replace(entry, results=replace(entry.results, query=Query.of(None, image, None, id)))  # type: ignore[arg-type]
+
+    uri = image_reference(card(1))
+    asked = [pictured("a/query1.png"), pictured(Path("a/query2.png"), "q"), pictured(card(0), "id-7"), pictured(uri)]
+    source = render_report([*asked, pictured(card(2))])
+    items = re.findall(r"<li><a href='#q\d'>.*?</li>", source)
+    named = [re.findall(r"<b>(.*?)</b>", item)[0] for item in items]
+    assert named == ["query1.png", "query2.png", "id-7", "a picture", "a picture"]
+    assert ["<img" in item for item in items] == [False, False, True, True, True], "no file is read here"
+    assert len(set(items)) == 5
+    folded = render_report([*asked] * 3)
+    assert re.findall(r"<span class='asked'>.*?<b>(.*?)</b>", folded)[:4] == named[:4]
+
+
+def test_a_reason_against_a_candidate_is_said_to_be_one() -> None:
+    assert "the model&#x27;s first reason against it; keep means none was found" in render_report([rescued()])
+
+
+def test_cells_carry_their_columns_name() -> None:
+    table = ReportTable("t", ("", "R@1", "R@5"), (("all", "0.1", "0.5"),))
+    source = render_report([], tables=[table])
+    assert "<td data-name='R@1'>0.1</td><td data-name='R@5'>0.5</td>" in source
 
 
 def test_checks_are_shown_without_labels() -> None:
