@@ -6,6 +6,8 @@ import asyncio
 import copy
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,16 +18,19 @@ import numpy as np
 
 from retrv_r1_retriever.errors import SchemaError, StoreError, explain, missing_extra, not_indexed
 from retrv_r1_retriever.filters import FilterTranslator
-from retrv_r1_retriever.points import MEMORY, CollectionSpec, Encoded, Found, PointCodec
+from retrv_r1_retriever.memory_file import MemoryFile
+from retrv_r1_retriever.points import CollectionSpec, Encoded, Found, PointCodec
 from retrv_r1_retriever.sidecar import Sidecars, join
-from retrv_r1_retriever.sidecar_edge import EdgeBackend, found_points, memory_params, open_shard
+from retrv_r1_retriever.sidecar_edge import EdgeBackend
 from retrv_r1_retriever.store import Filter, Point, Scalar
 from retrv_r1_retriever.types import Candidate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_SPEC_FILE, _SHARD_FOLDER = "retrv.json", "shard"
+_SPEC_FILE, _SHARD_FOLDER, _MEMORY_FILE = "retrv.json", "shard", "memory.sqlite"
+#: Version of the folder: 2 keeps memory in a file beside the shard, 1 had it among the shard's vectors.
+FOLDER_VERSION = 2
 _T = TypeVar("_T")
 
 
@@ -65,7 +70,8 @@ class EdgeStore:
         self._native = FilterTranslator(self._edge, self._edge.RangeFloat, own=True)
         self._closed = False
         with self._errors():
-            self._shard = open_shard(self._edge, self.path / _SHARD_FOLDER, self._config())
+            self._shard = _open_shard(self._edge, self.path / _SHARD_FOLDER, self._config())
+        self._memory = MemoryFile(self.path / _MEMORY_FILE) if self.spec.memory_width is not None else None
         self._beside = EdgeBackend(self.path, self._edge, self._shard, self._codec, self._call)
         self.sidecars = Sidecars(self._beside)
 
@@ -91,9 +97,8 @@ class EdgeStore:
             query=self._edge.Query.Nearest(query, using=self._codec.schema.vector),
             filter=self._native(self._codec.filter(filter)),
             with_payload=True,
-            with_vector=[MEMORY] if self._has_memory(with_memory and not beside) else False,
         )
-        found = await self._call(lambda: found_points(self._shard.query(request)))
+        found = await self._call(lambda: self._found(self._shard.query(request), with_memory and not beside))
         if not found and await self.count() == 0:
             raise not_indexed(
                 f"index {self.path}", expected="documents", got="an empty collection", fix="Index some first."
@@ -115,6 +120,9 @@ class EdgeStore:
         def write() -> None:
             encoded = self._codec.encode(points)  # in the thread too: pictures may have to be encoded
             with self._errors():
+                # Memory first: a point without it would look finished. A kill in between leaves rows that their own note tells apart.
+                if self._memory is not None:
+                    self._memory.replace({one.id: one.memory for one in encoded})
                 self._shard.update(self._edge.UpdateOperation.upsert_points([self._point(one) for one in encoded]))
                 self._shard.flush()
 
@@ -131,7 +139,7 @@ class EdgeStore:
         request = self._edge.ScrollRequest(
             limit=limit, filter=self._native(self._codec.filter(None)), with_payload=True, with_vector=False
         )
-        return self._codec.decode(await self._call(lambda: found_points(self._shard.scroll(request)[0])))
+        return self._codec.decode(await self._call(lambda: self._found(self._shard.scroll(request)[0], False)))
 
     async def count(self) -> int:
         request = self._edge.CountRequest(exact=True, filter=self._native(self._codec.filter(None)))
@@ -149,6 +157,8 @@ class EdgeStore:
 
         def close() -> None:
             self._beside.close()
+            if self._memory is not None:
+                self._memory.close()
             self._shard.flush()
             self._shard.close()
 
@@ -158,8 +168,15 @@ class EdgeStore:
         return await join(found, self.sidecars, lambda ids: self._retrieve(ids, True, True))
 
     async def _retrieve(self, ids: Sequence[str], payload: bool | list[str], with_memory: bool) -> list[Found]:
-        vectors = [MEMORY] if self._has_memory(with_memory) else False
-        return await self._call(lambda: found_points(self._shard.retrieve(list(ids), payload, vectors)))
+        return await self._call(lambda: self._found(self._shard.retrieve(list(ids), payload, False), with_memory))
+
+    def _found(self, points: Sequence[Any], with_memory: bool) -> list[Found]:
+        ids = [str(point.id) for point in points]
+        memories = self._memory.read(ids) if with_memory and self._memory is not None else {}
+        return [
+            Found(id, point.payload or {}, getattr(point, "score", None), memory=memories.get(id))
+            for id, point in zip(ids, points, strict=True)
+        ]
 
     async def _call(self, work: Callable[[], _T]) -> _T:
         def guarded() -> _T:
@@ -168,20 +185,13 @@ class EdgeStore:
 
         return await asyncio.to_thread(guarded)
 
-    def _has_memory(self, with_memory: bool) -> bool:
-        return with_memory and self.spec.memory_width is not None
-
     def _point(self, encoded: Encoded) -> Any:
         return self._edge.Point(encoded.id, encoded.vectors, encoded.payload)
 
     def _config(self) -> Any:
         edge = self._edge
-        vectors = {
-            self._codec.schema.vector: edge.EdgeVectorParams(size=self.spec.vector_size, distance=edge.Distance.Cosine)
-        }
-        if self.spec.memory_width is not None:
-            vectors[MEMORY] = memory_params(edge, self.spec.memory_width)
-        return edge.EdgeConfig(vectors=vectors)
+        params = edge.EdgeVectorParams(size=self.spec.vector_size, distance=edge.Distance.Cosine)
+        return edge.EdgeConfig(vectors={self._codec.schema.vector: params})
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -212,20 +222,41 @@ class EdgeStore:
 def _write_spec(path: Path, spec: CollectionSpec) -> None:
     path.mkdir(parents=True, exist_ok=True)
     aside = path / f".{_SPEC_FILE}.{os.getpid()}"
-    aside.write_text(json.dumps(spec.to_json(), indent=2), "utf-8")
+    aside.write_text(json.dumps({**spec.to_json(), "folder": FOLDER_VERSION}, indent=2), "utf-8")
     aside.replace(path / _SPEC_FILE)
 
 
 def _read_spec(path: Path) -> CollectionSpec:
     try:
         values = json.loads((path / _SPEC_FILE).read_text("utf-8"))
-        return CollectionSpec.from_json(values, f"index {path}")
+        spec = CollectionSpec.from_json(values, f"index {path}")
+        if values.get("folder", 1) != FOLDER_VERSION:
+            raise SchemaError(
+                explain(
+                    f"index {path}", expected=f"folder version {FOLDER_VERSION}", got=values.get("folder", 1),
+                    fix="Index again into a new folder, or use the package version it was made with: memory has another place now.",
+                )
+            )  # fmt: skip
+        return spec
     except (OSError, ValueError, AttributeError) as error:
         if isinstance(error, SchemaError):
             raise
         raise StoreError(
             explain(f"{path / _SPEC_FILE}", expected="JSON", got=error, fix="Restore it from a backup, or index again.")
         ) from error
+
+
+def _open_shard(edge: Any, folder: Path, config: Any) -> Any:
+    """Loaded; made first if there is none."""
+    if not folder.exists():  # made aside and moved here in one step: a kill in between leaves no half-made shard
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = tempfile.mkdtemp(prefix=".new-", dir=folder.parent)
+        try:
+            edge.EdgeShard.create(aside, config).close()
+            os.rename(aside, folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    return edge.EdgeShard.load(str(folder))
 
 
 def _import_edge() -> Any:

@@ -21,7 +21,7 @@ from retrv_r1_retriever.schema import OWN_SCHEMA, RESERVED, PayloadSchema, looku
 from retrv_r1_retriever.store import Equals, Filter, Point, Scalar
 from retrv_r1_retriever.types import Candidate, Content, Document, Memory
 
-#: Name of the candidate memory among a collection's vectors.
+#: Name of the candidate memory among a server collection's vectors.
 MEMORY = "memory"
 #: Version of ids, payload keys and vectors as laid out below.
 LAYOUT_VERSION = 1
@@ -73,18 +73,20 @@ class CollectionSpec:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One point as a store takes it. vectors: name -> list of floats, or list of rows for the memory."""
+    """One point as a store takes it. vectors: name -> list of floats; memory: checked, laid out by the store"""
 
     id: str
-    vectors: dict[str, Any]
+    vectors: dict[str, list[float]]
     payload: dict[str, Any]
+    memory: Memory | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
     """One point as a store gives it back.
 
-    rows: its own memory as nested lists or array, None if not there or not asked for; memory: from a sidecar
+    rows: its own memory as a server sends it, to be read with the payload's note; None if not there or not asked for
+    memory: the same from a file or a sidecar, which bring their own note
     """
 
     id: str
@@ -202,12 +204,9 @@ class PointCodec:
             raise InputError(
                 explain("document id", expected="a non-empty str", got=repr(document.id), fix="Use str(id).")
             )
-        vectors: dict[str, Any] = {
-            self.schema.vector: self._vector(point.vector, f"vector of document {document.id!r}")
-        }
-        if point.memory is not None:
-            vectors[MEMORY] = memory_rows(point.memory, self.spec.memory_width, document.id)
-        return Encoded(self.point_id(document.id), vectors, self._payload(point))
+        vectors = {self.schema.vector: self._vector(point.vector, f"vector of document {document.id!r}")}
+        memory = point.memory and checked_memory(point.memory, self.spec.memory_width, document.id)
+        return Encoded(self.point_id(document.id), vectors, self._payload(point), memory)
 
     def _payload(self, point: Point) -> dict[str, Any]:
         document = point.document
@@ -270,8 +269,8 @@ class PointCodec:
         return Candidate(document, point.score, 1, memory)
 
 
-def memory_rows(memory: Memory, width: int | None, id: str) -> list[list[float]]:
-    """As both stores take it. width: columns the collection has for it, None = it has no memory. Raises if it does not fit."""
+def checked_memory(memory: Memory, width: int | None, id: str) -> Memory:
+    """Its rows as float16. width: columns the collection has for it, None = it has no memory. Raises if it does not fit."""
     rows = np.asarray(memory.rows, dtype=np.float16)
     if width is None or rows.ndim != 2 or len(rows) == 0 or rows.shape[1] != width:
         expected = "no memory (the collection was made without)" if width is None else f"(1 or more, {width})"
@@ -283,7 +282,12 @@ def memory_rows(memory: Memory, width: int | None, id: str) -> list[list[float]]
         )  # fmt: skip
     if not np.isfinite(rows).all():
         raise InputError(explain(f"memory of document {id!r}", expected="finite", got="NaN or inf", fix="Check it."))
-    listed: list[list[float]] = rows.astype(np.float32).tolist()
+    return replace(memory, rows=rows)
+
+
+def memory_rows(memory: Memory) -> list[list[float]]:
+    """As a Qdrant client takes it."""
+    listed: list[list[float]] = memory.rows.astype(np.float32).tolist()
     return listed
 
 

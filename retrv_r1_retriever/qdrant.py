@@ -14,7 +14,16 @@ import numpy as np
 
 from retrv_r1_retriever.errors import InputError, OptionsError, StoreError, explain, missing_extra, not_indexed
 from retrv_r1_retriever.filters import FilterTranslator
-from retrv_r1_retriever.points import MEMORY, CollectionSpec, Found, PointCodec, is_number, native_id
+from retrv_r1_retriever.points import (
+    MEMORY,
+    CollectionSpec,
+    Encoded,
+    Found,
+    PointCodec,
+    is_number,
+    memory_rows,
+    native_id,
+)
 from retrv_r1_retriever.qdrant_opening import Call, Opening
 from retrv_r1_retriever.qdrant_transport import Scales, connect
 from retrv_r1_retriever.schema import PayloadSchema
@@ -141,7 +150,7 @@ class QdrantStore:
                 explain(self._where, expected="no writes", got=f"upsert ({what})", fix="Index into one of our own.")
             )
         encoded = await asyncio.to_thread(codec.encode, points)  # pictures may have to be encoded
-        structs = [self._models.PointStruct(id=one.id, vector=one.vectors, payload=one.payload) for one in encoded]
+        structs = [self._models.PointStruct(id=e.id, vector=_vectors_of(e), payload=e.payload) for e in encoded]
         if structs:
             await self._call("upsert", points=structs, wait=True)
 
@@ -253,6 +262,10 @@ class QdrantStore:
                 fix="Check that the server runs, its url and the api key.",
             )
         )  # fmt: skip
+
+
+def _vectors_of(encoded: Encoded) -> dict[str, Any]:
+    return encoded.vectors if encoded.memory is None else {**encoded.vectors, MEMORY: memory_rows(encoded.memory)}
 
 
 def _memory_of(codec: PointCodec, with_memory: bool) -> bool | list[str]:

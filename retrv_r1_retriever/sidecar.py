@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from retrv_r1_retriever.errors import SchemaError, StoreError, explain
-from retrv_r1_retriever.points import MEMORY, Encoded, Found, PointCodec, memory_note, memory_rows, noted_memory
+from retrv_r1_retriever.points import Found, PointCodec, checked_memory
 from retrv_r1_retriever.schema import RESERVED
 from retrv_r1_retriever.types import Document, Memory
 
@@ -48,13 +48,19 @@ class Backend(Protocol):
     async def page(self, place: str, after: str | None, limit: int) -> Page:
         """Of the collection only what the store's tenant may see."""
 
-    async def points(self, place: str, ids: Sequence[str], payload: bool | list[str], rows: bool) -> list[Found]:
-        """Those that are there, in no particular order, whatever tenant they belong to."""
+    async def points(self, ids: Sequence[str], payload: bool) -> list[Found]:
+        """Those of the collection that are there, in no particular order, whatever tenant they belong to; without memory."""
 
     async def by_document(self, ids: Sequence[str]) -> list[Found]:
         """Points of the collection by document ids, with payload; one document id may have several."""
 
-    async def write(self, digest: str, points: Sequence[Encoded]) -> None: ...
+    async def memories(self, ids: Sequence[str]) -> dict[str, Memory]:
+        """From the sidecar in use, by point id."""
+
+    async def hashes(self, digest: str, ids: Sequence[str]) -> dict[str, str]:
+        """Point id -> hash of the content that its memory was made of."""
+
+    async def write(self, digest: str, memories: Mapping[str, Memory]) -> None: ...
 
     async def delete(self, digest: str, ids: Sequence[str]) -> None: ...
 
@@ -93,8 +99,7 @@ class Sidecars:
 
     async def fetch(self, point_ids: Sequence[str]) -> dict[str, Memory]:
         """From the sidecar in use; point id -> memory, for those that have any."""
-        found = await self._backend.points(IN_USE, point_ids, True, True) if point_ids else []
-        return {point.id: noted_memory(point.rows, point.payload[RESERVED]) for point in found}
+        return await self._backend.memories(point_ids) if point_ids else {}
 
     # -- the collection
 
@@ -104,7 +109,7 @@ class Sidecars:
     async def documents(self, point_ids: Sequence[str]) -> dict[str, Document | SchemaError]:
         """Point id -> document as the model will read it, or why it cannot be read."""
         codec = await self._backend.codec()
-        found = await self._backend.points(COLLECTION, point_ids, True, False) if point_ids else []
+        found = await self._backend.points(point_ids, True) if point_ids else []
         return {point.id: _document(codec, point) for point in found}
 
     async def locate(self, ids: Sequence[str]) -> list[tuple[str, Document]]:
@@ -130,18 +135,13 @@ class Sidecars:
 
     async def hashes(self, digest: str, point_ids: Sequence[str]) -> dict[str, str]:
         """Point id -> hash of the content that its memory was made of."""
-        field = f"{RESERVED}.content_hash"
-        found = await self._backend.points(digest, point_ids, [field], False) if point_ids else []
-        return {point.id: point.payload[RESERVED]["content_hash"] for point in found}
+        return await self._backend.hashes(digest, point_ids) if point_ids else {}
 
     async def write(self, digest: str, memories: Mapping[str, Memory]) -> None:
         """Durable when this returns."""
-        points = [
-            Encoded(id, {MEMORY: memory_rows(m, m.rows.shape[-1], id)}, {RESERVED: memory_note(m)})
-            for id, m in memories.items()
-        ]
-        if points:
-            await self._backend.write(digest, points)
+        if memories:
+            checked = {id: checked_memory(m, m.rows.shape[-1], id) for id, m in memories.items()}
+            await self._backend.write(digest, checked)
 
     async def switch(self, digest: str) -> None:
         """Use this sidecar from now on, in one step. Readers notice with their next query."""
@@ -152,7 +152,7 @@ class Sidecars:
     async def orphans(self, digest: str, after: str | None, limit: int) -> tuple[list[str], str | None]:
         """One page of a sidecar: points whose document is gone from the collection; where the next page starts."""
         page = await self._backend.page(digest, after, limit)
-        there = {point.id for point in await self._backend.points(COLLECTION, page.ids, False, False)}
+        there = {point.id for point in await self._backend.points(page.ids, False)}
         return [id for id in page.ids if id not in there], page.next
 
     async def forget(self, digest: str, point_ids: Sequence[str]) -> None:
@@ -184,13 +184,15 @@ async def join(
     """
     memories = await sidecars.fetch([point.id for point in found])
     behind = [p.id for p in found if own is not None and not _current(p, memories.get(p.id))]
-    rows = {point.id: point.rows for point in await own(behind)} if own is not None and behind else {}
-    return [
-        replace(point, rows=rows[point.id])
-        if rows.get(point.id) is not None
-        else replace(point, memory=memories.get(point.id))
-        for point in found
-    ]
+    ours = {point.id: point for point in await own(behind)} if own is not None and behind else {}
+
+    def joined(point: Found) -> Found:
+        mine = ours.get(point.id)
+        if mine is not None and (mine.rows is not None or mine.memory is not None):
+            return replace(point, rows=mine.rows, memory=mine.memory)
+        return replace(point, memory=memories.get(point.id))
+
+    return [joined(point) for point in found]
 
 
 def _current(point: Found, memory: Memory | None) -> bool:

@@ -211,7 +211,7 @@ class MemoryBuilder:
 
 
 def _json_bytes(memory: Memory) -> int:
-    return json_bytes(memory_rows(memory, memory.rows.shape[1], "sample"))
+    return json_bytes(memory_rows(memory))
 
 
 def _stored_bytes(memory: Memory) -> int:

@@ -1,23 +1,23 @@
-"""Sidecars of an embedded index: one shard per memory digest below `memory/`, the one in use named in `memory.json`."""
+"""Sidecars of an embedded index: one file per memory digest below `memory/`, the one in use named in `memory.json`."""
 
 from __future__ import annotations
 
 import copy
 import json
 import os
-import shutil
-import tempfile
 import threading
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from retrv_r1_retriever.errors import StoreError, explain
 from retrv_r1_retriever.filters import FilterTranslator
-from retrv_r1_retriever.points import MEMORY, Encoded, Found, PointCodec
-from retrv_r1_retriever.sidecar import COLLECTION, IN_USE, Page
+from retrv_r1_retriever.memory_file import MemoryFile
+from retrv_r1_retriever.points import Found, PointCodec
+from retrv_r1_retriever.sidecar import COLLECTION, Page
+from retrv_r1_retriever.types import Memory
 
-_FOLDER, _POINTER = "memory", "memory.json"
+_FOLDER, _POINTER, _SUFFIX = "memory", "memory.json", ".sqlite"
 
 
 class EdgeBackend:
@@ -31,13 +31,13 @@ class EdgeBackend:
         codec: PointCodec,
         call: Callable[[Callable[[], Any]], Awaitable[Any]],
     ) -> None:
-        self._path, self._edge, self._call, self._codec = path, edge, call, codec
-        self._shards: dict[str, Any] = {COLLECTION: shard}
-        self._loading = threading.Lock()  # a shard can be loaded once only, and queries run in many threads
+        self._path, self._edge, self._shard, self._call, self._codec = path, edge, shard, call, codec
+        self._files: dict[str, MemoryFile] = {}
+        self._loading = threading.Lock()  # queries run in many threads, and a file shall be opened once
         self._tenant = FilterTranslator(edge, edge.RangeFloat, own=True)(codec.filter(None))
 
     def seen_with(self, codec: PointCodec) -> EdgeBackend:
-        """The same open shards, another tenant's view."""
+        """The same open files, another tenant's view."""
         view = copy.copy(self)
         view._codec = codec
         view._tenant = FilterTranslator(self._edge, self._edge.RangeFloat, own=True)(codec.filter(None))
@@ -48,60 +48,66 @@ class EdgeBackend:
 
     async def page(self, place: str, after: str | None, limit: int) -> Page:
         def work() -> Page:
+            if place != COLLECTION:
+                ids, following = self._file(place).page(after, limit)
+                return Page(tuple(ids), following)
             request = self._edge.ScrollRequest(
-                limit=limit, offset=after, filter=self._tenant if place == COLLECTION else None,
-                with_payload=False, with_vector=False,
-            )  # fmt: skip
-            records, following = self._shard(place).scroll(request)
+                limit=limit, offset=after, filter=self._tenant, with_payload=False, with_vector=False
+            )
+            records, following = self._shard.scroll(request)
             return Page(tuple(str(r.id) for r in records), None if following is None else str(following))
 
         page: Page = await self._call(work)
         return page
 
-    async def points(self, place: str, ids: Sequence[str], payload: bool | list[str], rows: bool) -> list[Found]:
+    async def points(self, ids: Sequence[str], payload: bool) -> list[Found]:
         def work() -> list[Found]:
-            return found_points(self._shard(place).retrieve(list(ids), payload, [MEMORY] if rows else False))
+            return [
+                Found(str(point.id), point.payload or {}) for point in self._shard.retrieve(list(ids), payload, False)
+            ]
 
         found: list[Found] = await self._call(work)
         return found
 
     async def by_document(self, ids: Sequence[str]) -> list[Found]:
-        return await self.points(COLLECTION, [self._codec.point_id(id) for id in dict.fromkeys(ids)], True, False)
+        return await self.points([self._codec.point_id(id) for id in dict.fromkeys(ids)], True)
 
-    async def write(self, digest: str, points: Sequence[Encoded]) -> None:
-        operation = self._edge.UpdateOperation.upsert_points(
-            [self._edge.Point(one.id, one.vectors, one.payload) for one in points]
-        )
-        await self._update(digest, operation)
+    async def memories(self, ids: Sequence[str]) -> dict[str, Memory]:
+        found: dict[str, Memory] = await self._call(lambda: self._file(str(self._pointer())).read(ids))
+        return found
+
+    async def hashes(self, digest: str, ids: Sequence[str]) -> dict[str, str]:
+        found: dict[str, str] = await self._call(lambda: self._file(digest).content_hashes(ids))
+        return found
+
+    async def write(self, digest: str, memories: Mapping[str, Memory]) -> None:
+        await self._call(lambda: self._file(digest).replace(memories))
 
     async def delete(self, digest: str, ids: Sequence[str]) -> None:
-        await self._update(digest, self._edge.UpdateOperation.delete_points(list(ids)))
+        await self._call(lambda: self._file(digest).replace(dict.fromkeys(ids)))
 
     async def sizes(self) -> dict[str, int]:
         def work() -> dict[str, int]:
-            folder = self._path / _FOLDER
-            names = [one.name for one in folder.iterdir() if not one.name.startswith(".")] if folder.is_dir() else []
-            return {name: int(self._shard(name).count(self._edge.CountRequest(exact=True))) for name in names}
+            digests = [path.stem for path in (self._path / _FOLDER).glob(f"*{_SUFFIX}")]
+            return {digest: self._file(digest).count() for digest in digests}
 
         sizes: dict[str, int] = await self._call(work)
         return sizes
 
     async def create(self, digest: str, width: int) -> None:
-        config = self._edge.EdgeConfig(vectors={MEMORY: memory_params(self._edge, width)})
-
         def work() -> None:
             with self._loading:
-                if digest not in self._shards:
-                    self._shards[digest] = open_shard(self._edge, self._path / _FOLDER / digest, config)
+                if digest not in self._files:
+                    self._files[digest] = MemoryFile(self._where(digest))
 
         await self._call(work)
 
     async def remove(self, digest: str) -> None:
         def work() -> None:
-            self._shard(digest).close()
+            self._file(digest).close()
             with self._loading:
-                del self._shards[digest]
-            shutil.rmtree(self._path / _FOLDER / digest)
+                del self._files[digest]
+            self._where(digest).unlink()
 
         await self._call(work)
 
@@ -118,17 +124,11 @@ class EdgeBackend:
         await self._call(work)
 
     def close(self) -> None:
-        """All but the collection's own shard, which the store closes."""
-        for digest in [name for name in self._shards if name != COLLECTION]:
-            self._shards.pop(digest).close()
+        for digest in list(self._files):
+            self._files.pop(digest).close()
 
-    async def _update(self, digest: str, operation: Any) -> None:
-        def work() -> None:
-            shard = self._shard(digest)
-            shard.update(operation)
-            shard.flush()
-
-        await self._call(work)
+    def _where(self, digest: str) -> Path:
+        return self._path / _FOLDER / f"{digest}{_SUFFIX}"
 
     def _pointer(self) -> str | None:
         path = self._path / _POINTER
@@ -141,47 +141,13 @@ class EdgeBackend:
                 explain(f"{path}", expected='{"memory_digest": ...}', got=error, fix="Run `retrv-r1 memory switch`.")
             ) from error
 
-    def _shard(self, place: str) -> Any:
-        digest = str(self._pointer()) if place == IN_USE else place
+    def _file(self, digest: str) -> MemoryFile:
         with self._loading:
-            if digest not in self._shards:
-                folder = self._path / _FOLDER / digest
-                if not folder.is_dir():
+            if digest not in self._files:
+                if not self._where(digest).is_file():
                     raise StoreError(
-                        explain(f"memory {digest}", expected=f"the folder {folder}", got="none",
+                        explain(f"memory {digest}", expected=f"the file {self._where(digest)}", got="none",
                                 fix="Run `retrv-r1 memory build`, then `retrv-r1 memory switch`.")
                     )  # fmt: skip
-                self._shards[digest] = self._edge.EdgeShard.load(str(folder))
-            return self._shards[digest]
-
-
-def open_shard(edge: Any, folder: Path, config: Any) -> Any:
-    """Loaded; made first if there is none."""
-    if not folder.exists():  # made aside and moved here in one step: a kill in between leaves no half-made shard
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = tempfile.mkdtemp(prefix=".new-", dir=folder.parent)
-        try:
-            edge.EdgeShard.create(aside, config).close()
-            os.rename(aside, folder)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    return edge.EdgeShard.load(str(folder))
-
-
-def memory_params(edge: Any, width: int) -> Any:
-    """Fetched by id, never searched: no graph."""
-    return edge.EdgeVectorParams(
-        size=width,
-        distance=edge.Distance.Dot,
-        datatype=edge.VectorStorageDatatype.Float16,
-        multivector_config=edge.MultiVectorConfig(edge.MultiVectorComparator.MaxSim),
-        hnsw_config=edge.HnswIndexConfig(m=0, ef_construct=4, full_scan_threshold=10),
-    )
-
-
-def found_points(points: Iterable[Any]) -> list[Found]:
-    found = []
-    for point in points:
-        vectors = point.vector or {}
-        found.append(Found(str(point.id), point.payload or {}, getattr(point, "score", None), vectors.get(MEMORY)))
-    return found
+                self._files[digest] = MemoryFile(self._where(digest))
+            return self._files[digest]

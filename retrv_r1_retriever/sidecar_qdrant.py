@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from retrv_r1_retriever.errors import StoreError, explain
 from retrv_r1_retriever.filters import FilterTranslator
-from retrv_r1_retriever.points import LAYOUT_VERSION, MEMORY, Encoded, Found, PointCodec, native_id
+from retrv_r1_retriever.points import (
+    LAYOUT_VERSION,
+    MEMORY,
+    Found,
+    PointCodec,
+    memory_note,
+    memory_rows,
+    native_id,
+    noted_memory,
+)  # fmt: skip
 from retrv_r1_retriever.qdrant_opening import MARK, Call, memory_vector
+from retrv_r1_retriever.schema import RESERVED
 from retrv_r1_retriever.sidecar import COLLECTION, IN_USE, Page
+from retrv_r1_retriever.types import Memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +61,19 @@ class QdrantBackend:
         )
         return Page(tuple(str(record.id) for record in records), None if following is None else str(following))
 
-    async def points(self, place: str, ids: Sequence[str], payload: bool | list[str], rows: bool) -> list[Found]:
+    async def points(self, ids: Sequence[str], payload: bool) -> list[Found]:
+        return await self._retrieve(COLLECTION, ids, payload, rows=False)
+
+    async def memories(self, ids: Sequence[str]) -> dict[str, Memory]:
+        found = await self._retrieve(IN_USE, ids, True, rows=True)
+        await self.weigh(found)
+        return {point.id: noted_memory(point.rows, point.payload[RESERVED]) for point in found}
+
+    async def hashes(self, digest: str, ids: Sequence[str]) -> dict[str, str]:
+        found = await self._retrieve(digest, ids, [f"{RESERVED}.content_hash"], rows=False)
+        return {point.id: point.payload[RESERVED]["content_hash"] for point in found}
+
+    async def _retrieve(self, place: str, ids: Sequence[str], payload: bool | list[str], *, rows: bool) -> list[Found]:
         records = await self.call(
             "retrieve",
             collection_name=self._name(place),
@@ -58,15 +81,18 @@ class QdrantBackend:
             with_payload=payload,
             with_vectors=[MEMORY] if rows else False,
         )
-        found = found_points(records)
-        await self.weigh(found)
-        return found
+        return found_points(records)
 
     async def by_document(self, ids: Sequence[str]) -> list[Found]:
         return await self.found_by_document(ids)
 
-    async def write(self, digest: str, points: Sequence[Encoded]) -> None:
-        structs = [self.models.PointStruct(id=native_id(p.id), vector=p.vectors, payload=p.payload) for p in points]
+    async def write(self, digest: str, memories: Mapping[str, Memory]) -> None:
+        structs = [
+            self.models.PointStruct(
+                id=native_id(id), vector={MEMORY: memory_rows(m)}, payload={RESERVED: memory_note(m)}
+            )
+            for id, m in memories.items()
+        ]
         await self.call("upsert", collection_name=self._name(digest), points=structs, wait=True)
 
     async def delete(self, digest: str, ids: Sequence[str]) -> None:
