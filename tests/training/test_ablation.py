@@ -50,7 +50,7 @@ def test_the_shipped_rows_and_what_each_shares_with_full(tmp_path):
     full = made.recipe_of(rows["full"], 0)
     up_to = {slug: (shared(full, made.recipe_of(row, 0)) or ["-"])[-1] for slug, row in rows.items()}
     assert up_to == {
-        "full": "grpo", "no-rl": "sft", "fixed-lambda-0.5": "sft", "no-sft": "align", "no-inspection": "eliminate",
+        "full": "grpo", "no-rl": "polish", "fixed-lambda-0.5": "polish", "no-sft": "align", "no-inspection": "eliminate",
         "no-icm-all-full": "align", "no-content-token": "embedder", "no-relation-token": "embedder",
         "no-self-alignment": "embedder", "memory-not-frozen": "align", "preset-paper": "embedder",
         "pointwise": "align",

@@ -32,6 +32,7 @@ READS: dict[str, tuple[str, ...]] = {
     "direct": ("candidates", "freeze_memory", "rehearsal"),
     "eliminate": ("direct_weight",),
     "sft": ("max_inspections",),
+    "polish": (),
     "grpo": (),
 }
 

@@ -1,6 +1,6 @@
 """All stages of the miniature in order, each resumable: a finished stage leaves its weights and is not run again.
 
-captions -> episodes -> embedder -> align -> direct -> eliminate -> sft -> [grpo] -> export     (grpo: if the recipe has it)
+captions -> episodes -> embedder -> align -> direct -> eliminate -> sft -> [polish] -> [grpo] -> export     ([...]: if the recipe has it)
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from retrv_r1_training.backbone import build_model, build_processor, build_token
 from retrv_r1_training.card import write_card
 from retrv_r1_training.data import Pool, encode_pool, load_pool
 from retrv_r1_training.lists import Contrast, ListConfig, Lists, make_lists
+from retrv_r1_training.loss import TokenWeights
 from retrv_r1_training.memory_training import learn_memory
 from retrv_r1_training.quality import Quality, plain, quality
 from retrv_r1_training.recipe import Recipe
@@ -34,7 +35,7 @@ from retrv_r1_training.teacher import TeacherStyle
 
 log = logging.getLogger(__name__)
 TRAIN = ("train0", "train1", "train2")
-STAGES = ("captions", "episodes", "embedder", "align", "direct", "eliminate", "sft", "grpo")
+STAGES = ("captions", "episodes", "embedder", "align", "direct", "eliminate", "sft", "polish", "grpo")
 
 
 class Miniature:
@@ -130,10 +131,19 @@ class Miniature:
     def sft(self) -> RetrvR1ForConditionalGeneration:
         return self._sft("eliminate", "sft", TeacherStyle(max_inspections=self.recipe.max_inspections))
 
+    def polish(self) -> RetrvR1ForConditionalGeneration:
+        """Thoughts that stop at the match, and labels that weigh as much as words.
+
+        What `sft` gets wrong shows only where the model writes on its own: a label skipped, an inspection asked for in the middle of
+        the elimination, an answer that is not the candidate that matched (docs/experiments.md).
+        """
+        style = TeacherStyle(extra=0.15, exhaustive=0.0, max_inspections=self.recipe.max_inspections)
+        return self._sft("sft", "polish", style, TokenWeights(list_label=1.0), seed=8)
+
     def grpo(self) -> RetrvR1ForConditionalGeneration:
         config, top_k = self.recipe.stages.grpo, self.recipe.top_k
         assert config is not None
-        model = self._start("sft")
+        model = self._start(self.supervised)
         if not config.steps:
             return model
         from retrv_r1_training.grpo import train_grpo  # TRL: only this stage needs it
@@ -161,8 +171,13 @@ class Miniature:
         return found
 
     @property
+    def supervised(self) -> str:
+        """The last stage before reinforcement."""
+        return "polish" if self.recipe.stages.polish else "sft"
+
+    @property
     def last(self) -> str:
-        return "grpo" if self.recipe.stages.grpo else "sft"
+        return "grpo" if self.recipe.stages.grpo else self.supervised
 
     def export(self, out: Path) -> None:
         model, first_stage = self._load(self.last), self._load("embedder")
@@ -210,12 +225,14 @@ class Miniature:
         model, full = self._start("align"), self.recipe.candidates != "compressed"
         return [make_lists(model, self.processor, p, r, full) for p, r in zip(self.pools, self.ranked, strict=True)]
 
-    def _sft(self, start: str, name: str, style: TeacherStyle | None) -> RetrvR1ForConditionalGeneration:
+    def _sft(
+        self, start: str, name: str, style: TeacherStyle | None, tokens: TokenWeights = TokenWeights(), seed: int = 6
+    ) -> RetrvR1ForConditionalGeneration:
         model, recipe = self._start(start), self.recipe
         schedule = getattr(recipe.stages, name)
         sft.train_sft(
             model, self.processor, self.lists[:-1], self.lists[-1], ListConfig(recipe.top_k), style, schedule,
-            recipe.rehearsal, recipe.direct_weight, recipe.seed + 6, self.log_file, name,
+            recipe.rehearsal, recipe.direct_weight, recipe.seed + seed, self.log_file, name, tokens,
         )  # fmt: skip
         return model
 

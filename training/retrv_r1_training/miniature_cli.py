@@ -48,7 +48,7 @@ def _main(args: argparse.Namespace) -> int:
     runs = [Miniature(replace(recipe, seed=seed), args.run / f"seed-{seed}") for seed in args.seeds]
     for run in runs:
         run.train(run.run / "checkpoint")
-    stages = [stage for stage in ("sft", "grpo") if getattr(recipe.stages, stage)]
+    stages = [stage for stage in (runs[0].supervised, "grpo") if getattr(recipe.stages, stage)]
     table = by_seed({stage: [run.quality(stage) for run in runs] for stage in stages})
     (args.run / "seeds.md").write_text(table + "\n", encoding="utf-8")
     log.info("%s\n\nwritten to %s", table, args.run / "seeds.md")

@@ -23,6 +23,7 @@ class Stages:
     direct: Schedule
     eliminate: Schedule
     sft: Schedule
+    polish: Schedule | None = None
     grpo: GrpoConfig | None = None
 
 

@@ -209,12 +209,12 @@ def direct_read_loss(
 def train_sft(
     model: RetrvR1ForConditionalGeneration, processor: Processor, lists: Sequence[Lists], held_out: Lists,
     config: ListConfig, style: TeacherStyle | None, schedule: Schedule, rehearsal: int, direct_weight: float, seed: int,
-    log_file: Path, name: str,
+    log_file: Path, name: str, tokens: TokenWeights = TokenWeights(),
 ) -> None:  # fmt: skip
     """rehearsal: text-only comparison sequences beside every batch, or the comparison is forgotten."""
     rng = random.Random(seed)
     captions = [item.caption for part in lists for item in part.pool.items]
-    weights = SftLoss(direct=direct_weight, relation=0.0 if held_out.full else 1.0)
+    weights = SftLoss(tokens, direct=direct_weight, relation=0.0 if held_out.full else 1.0)
     freeze_for_sft(model)
 
     def loss_fn(step: int) -> tuple[Tensor, dict[str, float]]:
