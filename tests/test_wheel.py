@@ -74,15 +74,47 @@ def test_the_command_line_names_the_missing_extra(python):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(("extra", "page"), [("langchain", "langchain.md"), ("llamaindex", "llama-index.md")])
-def test_an_extra_alone_runs_the_first_example_of_its_page(wheel, tmp_path, extra, page):
-    run([sys.executable, "-m", "venv", str(tmp_path / "venv")])
-    python = str(tmp_path / "venv" / "bin" / "python")
+def bare(wheel: Path, extra: str, folder: Path) -> str:
+    """The Python of an environment with this extra and nothing else."""
+    run([sys.executable, "-m", "venv", str(folder)])
+    python = str(folder / "bin" / "python")
     run(
         [python, "-m", "pip", "install", "--quiet", os.environ.get("TORCH", "torch==2.13.0")]
     )  # a CPU build, first and alone
     run([python, "-m", "pip", "install", "--quiet", f"{wheel}[{extra}]"])
+    return python
+
+
+@pytest.mark.parametrize(("extra", "page"), [("langchain", "langchain.md"), ("llamaindex", "llama-index.md")])
+def test_an_extra_alone_runs_the_first_example_of_its_page(wheel, tmp_path, extra, page):
+    python = bare(wheel, extra, tmp_path / "venv")
     code = re.search(r"^```python\n(.*?)^```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.S | re.M)
     assert code
     (tmp_path / "first.py").write_text(code[1])
     assert subprocess.run([python, "first.py"], check=True, capture_output=True, text=True, cwd=tmp_path).stdout.strip()
+
+
+AGENT = """
+import asyncio, sys
+from mcp import Client, StdioServerParameters
+
+async def main(command, config):
+    async with Client(StdioServerParameters(command=command, args=["mcp", "--config", config])) as client:
+        answer = await client.call_tool("search", {"query": "a red ring"})
+        print(answer.structured_content["status"], len(answer.structured_content["results"]))
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+def test_the_mcp_extra_alone_serves_an_agent(wheel, tmp_path):
+    """What `uvx --from 'retrv-r1-retriever[mcp]' retrv-r1 mcp` makes of it."""
+    python = bare(wheel, "mcp", tmp_path / "venv")
+    command = str(Path(python).with_name("retrv-r1"))
+    (tmp_path / "items").mkdir()
+    for name in ("two red ring", "one blue square"):
+        (tmp_path / "items" / f"{name}.txt").write_text(name)
+    subprocess.run([command, "index", "items"], check=True, capture_output=True, cwd=tmp_path)
+    argv = [python, "-c", AGENT, command, str(tmp_path / "retrv.toml")]
+    done = subprocess.run(argv, check=True, capture_output=True, text=True, cwd=tmp_path.parent)
+    assert done.stdout == "reranked 2\n"

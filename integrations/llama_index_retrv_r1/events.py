@@ -11,6 +11,7 @@ from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRan
 from llama_index_retrv_r1.nodes import NodeCandidate, to_nodes
 from retrv_r1_retriever.errors import OptionsError, explain
 from retrv_r1_retriever.images import ImageSource, LocalImages
+from retrv_r1_retriever.observe import Observers
 from retrv_r1_retriever.options import BALANCED, RerankOptions
 from retrv_r1_retriever.progress import ProgressFn
 from retrv_r1_retriever.remote import RemoteReranker
@@ -38,6 +39,12 @@ class AnnouncedReranker:
             fix = "Pass RetrvR1Reranker(engine)."
             raise OptionsError(explain("reranker", expected="a Reranker", got=type(reranker).__name__, fix=fix))
         return cls(reranker, LocalImages(), options or BALANCED)
+
+    @property
+    def observers(self) -> Observers:
+        """Those of the reranker itself, so that they also watch the search around it."""
+        found: Observers = getattr(self.reranker, "observers", ())
+        return found
 
     @dispatcher.span
     async def arerank(

@@ -60,6 +60,7 @@ class RetrvR1Retriever(BaseRetriever):
         else:
             self._reranker = AnnouncedReranker.of(reranker, options)
         self._source = _source(base, embed_model, query_mode, metadata_mode)
+        self._observers = base.observers if isinstance(base, Pipeline) else self._reranker.observers
         self.options, self.instruction = self._reranker.options, instruction
         found = getattr(base, "similarity_top_k", None)
         if isinstance(found, int) and found < self.options.top_k:
@@ -111,7 +112,12 @@ class RetrvR1Retriever(BaseRetriever):
 
         query, options = to_query(bundle, self.instruction), options_of(bundle) or self.options
         check_reach("top_n", options)
-        pipeline = Pipeline(first_stage=first_stage, reranker=self._reranker, images=self._reranker.images)
+        pipeline = Pipeline(
+            first_stage=first_stage,
+            reranker=self._reranker,
+            images=self._reranker.images,
+            observers=self._observers,
+        )
         return to_nodes(await pipeline.aretrieve(query, options=options), unread, options.top_n)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -16,6 +18,7 @@ from llama_index_retrv_r1 import RetrvR1Retriever as LlamaIndex
 
 from retrv_r1_retriever import FAST, EngineError, OptionsError, RerankOptions, RetrvR1Reranker
 from retrv_r1_retriever.engines.scripted import ScriptedEngine
+from retrv_r1_retriever.observe import Step, Tell
 from tests.integrations.langchain.parts import Fixed, prefer
 from tests.integrations.llama_index.parts import Fixed as FixedNodes
 
@@ -45,6 +48,34 @@ def test_the_same_marks_on_the_same_documents(status: str) -> None:
     again: list[Any] = LlamaIndex(FixedNodes(nodes), reranker=reranker(**engine)).retrieve("q")
     assert [n.metadata for n in again] == [d.metadata for d in LangChain(
         base=Fixed(found=documents), reranker=reranker(**engine)).invoke("q")]  # fmt: skip
+
+
+class Heard:
+    """Steps as they nest: `retrieve/search` is a search inside a retrieval."""
+
+    def __init__(self) -> None:
+        self.paths: list[str] = []
+        self._inside: list[str] = []
+
+    @contextmanager
+    def watch(self, step: Step) -> Iterator[Tell]:
+        self._inside.append(step.name)
+        self.paths.append("/".join(self._inside))
+        yield lambda found: None
+        self._inside.pop()
+
+
+def test_an_observer_of_the_reranker_also_sees_the_search_around_it() -> None:
+    documents = [Document(text, id=text) for text in ("one", "two")]
+    nodes = [NodeWithScore(node=TextNode(text=text)) for text in ("one", "two")]
+    for framework in ("langchain", "llama_index"):
+        heard = Heard()
+        watched = RetrvR1Reranker(ScriptedEngine(slots=prefer("two")), options=FAST, observers=(heard,))
+        if framework == "langchain":
+            LangChain(base=Fixed(found=documents), reranker=watched).invoke("q")
+        else:
+            LlamaIndex(FixedNodes(nodes), reranker=watched).retrieve("q")
+        assert heard.paths == ["retrieve", "retrieve/search", "retrieve/rerank"], framework
 
 
 def test_no_option_of_the_core_is_spelled_again() -> None:
