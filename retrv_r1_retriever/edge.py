@@ -71,7 +71,11 @@ class EdgeStore:
         self._closed = False
         with self._errors():
             self._shard = _open_shard(self._edge, self.path / _SHARD_FOLDER, self._config())
-        self._memory = MemoryFile(self.path / _MEMORY_FILE) if self.spec.memory_width is not None else None
+            try:
+                self._memory = MemoryFile(self.path / _MEMORY_FILE) if self.spec.memory_width is not None else None
+            except StoreError:
+                self._shard.close()  # or the folder stays locked as long as the error is looked at
+                raise
         self._beside = EdgeBackend(self.path, self._edge, self._shard, self._codec, self._call)
         self.sidecars = Sidecars(self._beside)
 

@@ -18,7 +18,7 @@ from retrv_r1_retriever.errors import StoreError, explain
 from retrv_r1_retriever.points import memory_note, noted_memory
 from retrv_r1_retriever.types import Memory
 
-_TABLE = "CREATE TABLE IF NOT EXISTS memory (id TEXT PRIMARY KEY, note TEXT NOT NULL, width INTEGER NOT NULL, rows BLOB NOT NULL)"
+_TABLE = "CREATE TABLE IF NOT EXISTS memory (id TEXT NOT NULL PRIMARY KEY, note TEXT NOT NULL, width INTEGER NOT NULL, rows BLOB NOT NULL)"
 _TYPE = np.dtype("<f2")
 
 

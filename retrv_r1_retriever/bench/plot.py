@@ -62,3 +62,37 @@ def _tidy(axes: Axes, names: list[str], widest: float) -> None:
     axes.set_xlabel("milliseconds", fontsize=8)
     axes.tick_params(axis="x", labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_quality(report: dict[str, Any], file: Path) -> None:
+    """PNG: R@1 against milliseconds, one line per checkpoint; its first stage is a dashed line, as it is not timed."""
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    axes = figure.subplots()
+    names = list(dict.fromkeys(row["checkpoint"] for row in report["rows"]))
+    for name, colour in zip(
+        names, [BLUE, "#c2571a", "#3f8f4f", "#7a52a3", "#8a6d1f", "#555"] * len(names), strict=False
+    ):
+        rows = [r for r in report["rows"] if r["checkpoint"] == name]
+        timed = sorted((r for r in rows if r["ms"]), key=lambda r: r["ms"])
+        axes.axhline(rows[0]["R@1"], color=colour, linestyle="--", linewidth=1, label=f"{name}: first stage")
+        axes.plot([r["ms"] for r in timed], [r["R@1"] for r in timed], "o-", color=colour, label=name)
+        for row in timed:
+            axes.annotate(
+                f"{row['mode']}\n{row['R@1']:.3f}, {row['ms']:,.0f} ms", (row["ms"], row["R@1"]),
+                xytext=(6, -22), textcoords="offset points", fontsize=8, color=colour,
+            )  # fmt: skip
+    axes.set_xscale("log")
+    axes.margins(x=0.25)
+    axes.set_ylim(0, 1)
+    axes.set_xlabel("milliseconds per query, median (first stage not included)", fontsize=8)
+    axes.set_ylabel("R@1", fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper left", fontsize=8, frameon=False)
+    machine = report["machine"]
+    axes.set_title(
+        f"Demo catalogue, {report['split']}, {report['rows'][0]['queries']} queries, K = {report['K']}; "
+        f"{machine['processor']}, {machine['threads']} thread(s), torch {machine['torch']}",
+        loc="left", fontsize=9, color="#555",
+    )  # fmt: skip
+    figure.savefig(file, dpi=110)

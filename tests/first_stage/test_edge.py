@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,10 @@ import pytest
 
 from retrv_r1_retriever.edge import EdgeStore
 from retrv_r1_retriever.errors import SchemaError, StoreError
+from retrv_r1_retriever.memory_file import MemoryFile
+from retrv_r1_retriever.types import Memory
 
-from .conftest import SPEC, point
+from .conftest import SPEC, WIDTH, point
 
 HOLD = """
 import sys
@@ -80,6 +84,7 @@ async def test_a_kill_while_it_is_made_leaves_nothing_half_made(tmp_path: Path) 
         ("{", StoreError, "expected JSON"),
         ("[]", StoreError, "expected JSON"),
         (json.dumps({"layout": 99}), SchemaError, "expected layout version 1, got 99"),
+        (json.dumps(SPEC.to_json()), SchemaError, "expected folder version 2, got 1. Index again into a new folder"),
     ],
 )
 def test_a_damaged_note(tmp_path: Path, text: str, error: type[Exception], message: str) -> None:
@@ -93,3 +98,63 @@ def test_a_path_that_is_no_folder(tmp_path: Path) -> None:
     for path in (tmp_path / "file", tmp_path / "file" / "index"):
         with pytest.raises(StoreError, match=r"expected a folder that can be written to, got .*Check the path"):
             EdgeStore(path, spec=SPEC)
+
+
+async def test_memory_says_itself_what_it_is_of(tmp_path: Path) -> None:
+    """A kill between the two writes of `upsert` leaves memory of another model or content than the point says."""
+    store = EdgeStore(tmp_path, spec=SPEC)
+    await store.upsert([point("a")])
+    (before,) = await store.search(np.eye(4)[0], 1)
+    assert before.memory is not None
+    newer = replace(before.memory, rows=np.ones((2, WIDTH), np.float16), digest="digest-2", content_hash="other")
+    (id,) = [store._codec.point_id("a")]
+    store._memory.replace({id: newer})  # type: ignore[union-attr]
+    (after,) = await store.search(np.eye(4)[0], 1)
+    assert after.memory is not None
+    assert (after.memory.digest, after.memory.content_hash) == ("digest-2", "other")
+    assert await store.content_hashes(["a"], memory_digest="digest-1") == {"a": before.memory.content_hash}
+    await store.close()
+
+
+async def test_a_point_written_without_memory_has_none_left(tmp_path: Path) -> None:
+    store = EdgeStore(tmp_path, spec=SPEC)
+    await store.upsert([point("a"), point("b")])
+    await store.upsert([point("a", memory=False)])
+    got = {c.document.id: c.memory is not None for c in await store.get(["a", "b"])}
+    assert got == {"a": False, "b": True}
+    assert store._memory is not None
+    assert store._memory.count() == 1
+    await store.close()
+
+
+async def test_many_searches_at_once_beside_a_write(tmp_path: Path) -> None:
+    store = EdgeStore(tmp_path, spec=SPEC)
+    await store.upsert([point(str(i)) for i in range(40)])
+    writes = [store.upsert([point(str(i))]) for i in range(40, 60)]
+    found = await asyncio.gather(*(store.search(np.eye(4)[0], 30) for _ in range(30)), *writes)
+    assert all(c.memory is not None and c.memory.rows.shape == (2, WIDTH) for one in found[:30] for c in one or [])
+    await store.close()
+
+
+async def test_a_damaged_file_of_memory(tmp_path: Path) -> None:
+    await EdgeStore(tmp_path, spec=SPEC).close()
+    (tmp_path / "memory.sqlite").write_bytes(b"no database" * 100)
+    with pytest.raises(StoreError, match=r"memory\.sqlite: expected a file of memory, got .*restore it from a backup"):
+        EdgeStore(tmp_path)
+    (tmp_path / "memory.sqlite").unlink()
+    await EdgeStore(tmp_path).close()  # the failed one let go of the folder
+
+
+def test_a_write_that_fails_half_way_changes_nothing(tmp_path: Path) -> None:
+    file = MemoryFile(tmp_path / "m.sqlite")
+    whole = Memory(np.arange(6, dtype=np.float16).reshape(2, 3), "d", "c", 5, None)
+    file.replace({"a": whole})
+    with pytest.raises(StoreError):
+        file.replace({"b": whole, None: whole})  # type: ignore[dict-item]
+    assert file.count() == 1
+    got = file.read(["a", "b"])["a"]
+    assert np.array_equal(got.rows, whole.rows)
+    assert (got.digest, got.content_hash, got.full_tokens, got.image_hash) == ("d", "c", 5, None)
+    file.close()
+    with pytest.raises(StoreError, match="closed"):
+        file.count()
