@@ -15,7 +15,7 @@ help:
 	@echo "make docs       the documentation site, in build/site"
 	@echo "make pages      the site in a browser, and the notebooks from top to bottom"
 	@echo "make notebooks  run the notebooks of examples/ and store what they print (after a change of the code or the miniature)"
-	@echo "make slow       the tests that take minutes"
+	@echo "make slow       the tests that take minutes; those under load on vLLM only where vllm-env was made"
 	@echo "make test-vllm  the tests against a real vLLM server on this CPU (vllm-env installs it, 3 GB, once)"
 	@echo "make lowest     the adapters' tests on the lowest versions of LangChain, LlamaIndex and qdrant-client"
 	@echo "make wheel      the built wheel in bare virtual environments, each framework's extra with its docs' first example"

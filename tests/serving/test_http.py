@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -97,6 +98,31 @@ async def test_nobody_there() -> None:
     with pytest.raises(ServerError, match="Is the server running") as caught:
         await JsonHttp(stub.url, limits=QUICK).get("x")
     assert caught.value.unsent
+
+
+async def test_a_host_that_takes_no_connection_is_left_in_time() -> None:
+    """A full backlog: the kernel drops what knocks, as a firewall does."""
+    with socket.socket() as deaf, socket.socket() as guest:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen(0)
+        guest.connect(deaf.getsockname())
+        impatient = replace(QUICK, connect_s=0.2, retries=1)
+        started = time.monotonic()
+        with pytest.raises(ServerError, match=r"no connection within 0\.2 s") as caught:
+            await JsonHttp(f"http://127.0.0.1:{deaf.getsockname()[1]}", limits=impatient).get("x")
+        assert 0.4 <= time.monotonic() - started < 20  # two tries: nothing was sent
+    assert caught.value.unsent
+
+
+def test_pauses_grow_and_no_two_clients_keep_step() -> None:
+    http = JsonHttp("http://127.0.0.1:9", limits=HttpLimits(retries=3, pause_s=1.0))
+    broken = ServerError("x", status=503)
+    for attempt, middle in enumerate((1.0, 2.0, 4.0)):
+        pauses = [http._pause(broken, attempt, False) or 0.0 for _ in range(200)]
+        assert min(pauses) >= middle / 2
+        assert max(pauses) <= middle * 1.5
+        assert max(pauses) - min(pauses) > middle / 2
+    assert http._pause(broken, 3, False) is None
 
 
 @pytest.mark.parametrize(
