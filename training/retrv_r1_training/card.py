@@ -31,7 +31,7 @@ serves demos and tests. It knows nothing but these cards: for real data, train o
 
 
 def write_card(folder: Path, run: Path, recipe: Recipe, manifest: Manifest, parameters: int) -> None:
-    stages = _rows(run / "stages.jsonl")
+    stages = [row for row in _rows(run / "stages.jsonl") if row["steps"]]  # 0: left out, and not in the log
     last = {row["stage"]: row for row in _rows(run / "log.jsonl")}
     text = _HEAD.format(
         parameters=f"{parameters / 1e6:.1f}", seed=recipe.seed, top_k=recipe.top_k, dim=recipe.embedder_dim,
