@@ -21,7 +21,7 @@ ROWS_SHOWN = 5
 HONESTY = (
     "The rescued queries shown are picked: per kind, the first one of a fixed list that is wrong in the first stage, wrong "
     "without an inspection and right with it. The others are the first of their kind, whatever came out. The table is over the whole list. "
-    f"Times are from question to list; {demo.BATCH} queries share each pass of the model, so each waits for the others."
+    f"Times are from question to list; up to {demo.BATCH} queries share each pass of the model, so each waits for the others."
 )
 
 

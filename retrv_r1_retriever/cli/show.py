@@ -41,7 +41,7 @@ def status_line(results: RankedResults) -> str:
         if trace.usage.uncompressed_tokens:
             line += f", {trace.usage.prompt_tokens:,} prompt tokens (all in full: {trace.usage.uncompressed_tokens:,})"
         if "total" in trace.timings:
-            line += f", {1000 * trace.timings['total']:.0f} ms from question to list"
+            line += f", {1000 * trace.timings['total']:.0f} ms in all"
         if left_out := _left_out(trace):
             line += f"\n{left_out}"
     if results.none_chosen:
