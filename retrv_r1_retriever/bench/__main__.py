@@ -80,8 +80,9 @@ def bench_shape(name: str, args: argparse.Namespace) -> dict[str, Any]:
             head: Row = {"task": label, "K": str(k)}
             out["modes"] += [head | row for row in run(time_modes(checkpoint, engine, task, args))]
             found = [asdict(s) for s in stages(checkpoint, task, ceiling, args.rounds)]
-            rows = task.stored[0].memory.rows  # type: ignore[union-attr]  # made above
-            fetch = fetch_seconds(k, *rows.shape, args.rounds)
+            memory = task.stored[0].memory
+            assert memory is not None
+            fetch = fetch_seconds(k, len(memory.rows), memory.rows.shape[1], args.rounds)
             found.append({"name": "fetch with memory (Edge)", "seconds": fetch, "floor": None})
             out["stages"] += [head | stage for stage in found]
     say(table(out["modes"]))
