@@ -3,14 +3,22 @@ answer as the grammar forces it to, and end in the right status."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import openai
 import pytest
 
 from retrv_r1_retriever.engines.chat import ChatEngine
+from retrv_r1_retriever.engines.chat.replies import reading_schema
+from retrv_r1_retriever.errors import EngineError
 from retrv_r1_retriever.options import RerankOptions
+from retrv_r1_retriever.reranker import RetrvR1Reranker
+from retrv_r1_retriever.types import Content, Document, Query, RankedResults, Status
+from tests.tiny import picture
+from tests.vllm.server import MODEL, Running
 
 pytestmark = pytest.mark.vllm
 
