@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -80,7 +81,7 @@ class MemoryFile:
         with self._errors():
             self._db.close()
 
-    def _select(self, query: str, ids: Sequence[str]) -> list[tuple[str, ...]]:
+    def _select(self, query: str, ids: Sequence[str]) -> list[tuple[Any, ...]]:
         with self._errors():
             return self._db.execute(query, (json.dumps(list(ids)),)).fetchall()
 

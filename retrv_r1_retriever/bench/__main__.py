@@ -50,6 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=7, help="timed passes through all modes (default: 7)")
     parser.add_argument("--steps", type=int, default=100, help="decoded tokens of a thought (default: 100; 0 = none)")
     parser.add_argument("--concurrency", type=int, nargs="*", default=[1, 8])
+    parser.add_argument("--modes", nargs="+", help="only these, U and F among them (default: all)")
+    parser.add_argument(
+        "--stages", action=argparse.BooleanOptionalAction, default=True, help="also time the stages of a query"
+    )
     parser.add_argument("--out", type=Path, help="folder for bench.json and bench.png")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -79,9 +83,10 @@ def bench_shape(name: str, args: argparse.Namespace) -> dict[str, Any]:
             task = Task.of(engine, query, candidates)
             head: Row = {"task": label, "K": str(k)}
             out["modes"] += [head | row for row in run(time_modes(checkpoint, engine, task, args))]
-            found = [asdict(s) for s in stages(checkpoint, task, ceiling, args.rounds)]
-            rows = task.stored[0].memory.rows  # type: ignore[union-attr]  # made above
-            fetch = fetch_seconds(k, *rows.shape, args.rounds)
+            found = [asdict(s) for s in stages(checkpoint, task, ceiling, args.rounds)] if args.stages else []
+            memory = task.stored[0].memory
+            assert memory is not None
+            fetch = fetch_seconds(k, len(memory.rows), memory.rows.shape[1], args.rounds)
             found.append({"name": "fetch with memory (Edge)", "seconds": fetch, "floor": None})
             out["stages"] += [head | stage for stage in found]
     say(table(out["modes"]))
@@ -92,7 +97,7 @@ def bench_shape(name: str, args: argparse.Namespace) -> dict[str, Any]:
 async def time_modes(checkpoint: Checkpoint, engine: LocalEngine, task: Task, args: argparse.Namespace) -> list[Row]:
     """One row a mode: what it reads, milliseconds of the direct read alone, with a thought, and queries per second."""
     device, counts = checkpoint.model.device, Counts(checkpoint.model.config, checkpoint.model.dtype.itemsize)
-    calls = modes(engine, task)
+    calls = {name: call for name, call in modes(engine, task).items() if not args.modes or name in args.modes}
     reads = await counted(calls, checkpoint.model.model.visual)
     seconds = await interleaved(calls, args.rounds, device)
     full, compressed = build_full_prompt(task.query, task.cached), build_prompt(task.query, task.stored)

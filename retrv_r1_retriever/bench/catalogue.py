@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,9 +54,8 @@ class Remembering:
 
     def __init__(self, embedder: Embedder) -> None:
         self._embedder, self._known = embedder, dict[str, NDArray[np.float32]]()
-        self.dim = embedder.dim
 
-    async def embed(self, items: list[Query | Content]) -> NDArray[np.float32]:
+    async def embed(self, items: Sequence[Query | Content]) -> NDArray[np.float32]:
         key = repr([item.id if isinstance(item, Query) else item for item in items])
         if key not in self._known:
             self._known[key] = await embed(self._embedder, items)

@@ -87,7 +87,8 @@ class Clusters:
         around = self._centres[rng.integers(len(self._centres), size=count)]
         latent = around + 0.4 * rng.standard_normal((count, LATENT), dtype=np.float32)
         rows: Floats = (latent * self._scale) @ self._turn + 0.01 * rng.standard_normal((count, DIM), dtype=np.float32)
-        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        return rows
 
 
 def share_of(row: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -194,13 +195,12 @@ def _request(query: Floats, setting: Setting, shares: list[int]) -> Any:
 
 
 def _config(setting: Setting) -> Any:
-    quantization = {
-        "int8": lambda: edge.ScalarQuantizationConfig(edge.ScalarType.Int8, quantile=0.99, memory=edge.Memory.Pinned),
-        "turbo4": lambda: edge.TurboQuantQuantizationConfig(
-            bits=edge.TurboQuantBitSize.Bits4, memory=edge.Memory.Pinned
-        ),
-        "": lambda: None,
-    }[setting.quantization]()
+    quantization: Any = None
+    if setting.quantization == "int8":
+        quantization = edge.ScalarQuantizationConfig(edge.ScalarType.Int8, quantile=0.99, memory=edge.Memory.Pinned)
+    elif setting.quantization == "turbo4":
+        bits = edge.TurboQuantBitSize.Bits4
+        quantization = edge.TurboQuantQuantizationConfig(bits=bits, memory=edge.Memory.Pinned)
     params = edge.EdgeVectorParams(size=DIM, distance=edge.Distance.Cosine, quantization_config=quantization)
     return edge.EdgeConfig(vectors={"dense": params}, max_search_threads=1)
 

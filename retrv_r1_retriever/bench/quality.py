@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -34,7 +34,7 @@ from retrv_r1_retriever.store import VectorFirstStage
 from retrv_r1_retriever.types import Candidate
 
 #: Name of a mode -> a call that gives the id it puts first.
-Call = Callable[[Asked], Awaitable[str]]
+Call = Callable[[Asked], Coroutine[Any, Any, str]]
 MODES = {
     "logits, think=never": RerankOptions(think="never", ranking="logits", timeout_s=None, on_failure="raise"),
     "hybrid, think=always": RerankOptions(think="always", timeout_s=None, on_failure="raise"),
