@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from retrv_r1_retriever.trace import Full, ReasoningTrace, Segment
 from retrv_r1_training.candidate_reader import CandidateReader
 from retrv_r1_training.examples import Source
 from retrv_r1_training.mbeir_tasks import Folder, Tasks, checkpoint_folder
+from retrv_r1_training.processes import world
 from retrv_r1_training.rollout import RolloutRunner, Sampling, Task
 from retrv_r1_training.sft import Example, example_of
 from retrv_r1_training.sft_recipe import DistillRecipe, Thinking
@@ -180,7 +180,7 @@ def _sources(
 
 
 def _one_process(file: Path, wanted: int) -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and (not file.exists() or len(list(_read(file))) < wanted):
+    if world() > 1 and (not file.exists() or len(list(_read(file))) < wanted):
         fix = "Run the same command without a launcher and `--think-only` first."
         raise OptionsError(
             explain(

@@ -13,13 +13,15 @@ from typing import Any
 
 from retrv_r1_retriever.errors import InputError, explain
 from retrv_r1_retriever.model.checkpoint import Checkpoint, load_checkpoint
+from retrv_r1_training.adapters import onto
 from retrv_r1_training.calibrate import calibrate, measurements, table, write_thresholds
 from retrv_r1_training.candidate_reader import CandidateReader
 from retrv_r1_training.data_config import DataConfig
-from retrv_r1_training.grpo import sampling_of, train_grpo
+from retrv_r1_training.grpo import dtype_of, sampling_of, train_grpo
 from retrv_r1_training.grpo_config import GrpoConfig
 from retrv_r1_training.mbeir_tasks import Folder, Tasks, checkpoint_folder
 from retrv_r1_training.overrides import dump, keep, load
+from retrv_r1_training.processes import device, from_all, is_first
 from retrv_r1_training.rollout import RolloutRunner, Task
 from retrv_r1_training.stage_checkpoint import save_stage
 
@@ -53,15 +55,16 @@ class _Opened:
 
     @classmethod
     def of(cls, recipe: GrpoRecipe, folder: Path) -> _Opened:
-        checkpoint = load_checkpoint(folder)
+        checkpoint = load_checkpoint(folder, device=device(), dtype=dtype_of(recipe.grpo))
         data = Folder(recipe.data, folder, recipe.seed)
         return cls(folder, checkpoint, data, CandidateReader(checkpoint, data.images, recipe.data.cache_gb))
 
 
 def run_grpo(args: argparse.Namespace) -> None:
     recipe = load(GrpoRecipe, args.recipe, args.overrides)
-    keep(recipe, args.run)
-    log.info("%s", dump(recipe))
+    if is_first():
+        keep(recipe, args.run)
+        log.info("%s", dump(recipe))
     opened = _Opened.of(recipe, checkpoint_folder(recipe.checkpoint))
     tasks = opened.data.training(opened.reader, recipe.shuffle, recipe.grpo.missing)
     if recipe.hard:
@@ -72,9 +75,13 @@ def run_grpo(args: argparse.Namespace) -> None:
         opened.checkpoint, tasks, held_out, recipe.grpo, recipe.seed, args.run / "states", args.run / "log.jsonl",
         opened.reader,
     )  # fmt: skip
-    out = args.out or args.run / "checkpoint"
-    saved = save_stage(opened.folder, out, replace(opened.checkpoint, model=model))
-    log.info("checkpoint %s in %s, memory %s", saved.checkpoint_digest, out, saved.memory_digest)
+    if is_first():
+        out = args.out or args.run / "checkpoint"
+        start = load_checkpoint(opened.folder, device="cpu", dtype="float32")
+        merged = replace(start, model=onto(start.model, model, start.processor))
+        saved = save_stage(opened.folder, out, merged, top_k=recipe.data.top_k)
+        log.info("checkpoint %s in %s, memory %s", saved.checkpoint_digest, out, saved.memory_digest)
+    from_all(None)  # the first process is done, too
 
 
 def run_passrate(args: argparse.Namespace) -> None:

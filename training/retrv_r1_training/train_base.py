@@ -23,8 +23,9 @@ from retrv_r1_training.backbone import build_model, build_processor, build_token
 from retrv_r1_training.base import DESCRIBE, FRAME, caption_chunk, caption_loss
 from retrv_r1_training.draws import Captioned, Draws, Opened, Source
 from retrv_r1_training.loss import accuracy
+from retrv_r1_training.processes import is_first
 from retrv_r1_training.stage_recipe import BaseRecipe
-from retrv_r1_training.stage_run import Figures, Work, begin, is_first, train
+from retrv_r1_training.stage_run import Figures, Work, begin, train
 from retrv_r1_training.trl_sft import SftModel
 
 log = logging.getLogger(__name__)
