@@ -136,7 +136,9 @@ def test_a_loss_that_is_not_finite_stops_with_a_saved_state(loaded, tmp_path, mo
         return inner(self, model, {**inputs, "advantages": inputs["advantages"] * next(advantages)})
 
     monkeypatch.setattr(GRPOTrainer, "_compute_loss", broken)
-    with pytest.raises(NotFiniteError, match=r"grpo: loss at step 1, queries \[.*: expected a finite number, got \[nan\]"):
+    with pytest.raises(
+        NotFiniteError, match=r"grpo: loss at step 1, queries \[.*: expected a finite number, got \[nan\]"
+    ):
         train_grpo(miniature(), loaded[1], [], CONFIG, 0, tmp_path / "states", tmp_path / "log.jsonl")
     saved = tmp_path / "states" / "stopped" / "checkpoint-1"
     assert (saved / "optimizer.pt").exists()
@@ -184,6 +186,20 @@ def test_trained_weights_are_float32_beside_frozen_ones_in_bfloat16(loaded, tmp_
     before = {n: p.detach().clone() for n, p in learnt.items()}
     trainer.train()
     assert sum(not torch.equal(before[n], p) for n, p in learnt.items()) > len(learnt) / 2
+
+
+def test_lora_starts_from_the_seed(loaded, tmp_path):
+    config = replace(CONFIG, lora_rank=4)
+    one, same, other = (
+        {
+            n: p
+            for n, p in make_trainer(miniature(), loaded[1], config, seed, tmp_path).model.named_parameters()
+            if "lora_A" in n
+        }
+        for seed in (1, 1, 2)
+    )
+    assert all(torch.equal(one[n], same[n]) for n in one)
+    assert not any(torch.equal(one[n], other[n]) for n in one)
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])

@@ -75,13 +75,14 @@ def make_trainer(
         "TRL_EXPERIMENTAL_SILENCE", "1"
     )  # `rollout_func` is experimental in TRL, which is why we guard it
     model, processor = checkpoint.model, checkpoint.processor
+    torch.manual_seed(seed)  # LoRA's start
     full = config.lora_rank == 0
+    if config.deepspeed:
+        prepare_deepspeed(model)
     reference = copy.deepcopy(model).requires_grad_(False) if full and config.beta else None
     if full:
         freeze_for_sft(model)
         train_slot_rows_only(model, processor)
-    if config.deepspeed:
-        prepare_deepspeed(model)
     order = prompt_order(len(tasks), config.steps * config.batch_size, seed)
     trainer = _Trainer(
         held_out, config, model=model, args=_arguments(config, seed, run), reward_funcs=_reward_function(config),

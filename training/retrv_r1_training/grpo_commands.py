@@ -16,9 +16,8 @@ from retrv_r1_retriever.model.checkpoint import Checkpoint, load_checkpoint
 from retrv_r1_training.adapters import onto
 from retrv_r1_training.calibrate import calibrate, measurements, table, write_thresholds
 from retrv_r1_training.candidate_reader import CandidateReader
-from retrv_r1_training.data_config import DataConfig
 from retrv_r1_training.grpo import dtype_of, sampling_of, train_grpo
-from retrv_r1_training.grpo_config import GrpoConfig
+from retrv_r1_training.grpo_config import GrpoRecipe
 from retrv_r1_training.mbeir_tasks import Folder, Tasks, checkpoint_folder
 from retrv_r1_training.overrides import dump, keep, load
 from retrv_r1_training.processes import device, from_all, is_first
@@ -26,22 +25,6 @@ from retrv_r1_training.rollout import RolloutRunner, Task
 from retrv_r1_training.stage_checkpoint import save_stage
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class GrpoRecipe:
-    """checkpoint: "miniature" or a folder, after SFT
-
-    hard: a file of `passrate`; only its queries with a pass rate strictly between 0 and 1 are trained on
-    shuffle: share of the training lists in random order; 0 = as served
-    """
-
-    checkpoint: str
-    data: DataConfig
-    grpo: GrpoConfig
-    seed: int = 0
-    hard: str | None = None
-    shuffle: float = 0.0
 
 
 @dataclass(frozen=True)

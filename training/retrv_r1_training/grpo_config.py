@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from retrv_r1_retriever.errors import OptionsError, explain
+from retrv_r1_training.data_config import DataConfig
 from retrv_r1_training.processes import world
+from retrv_r1_training.sft_recipe import Hardware
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,3 +59,24 @@ class GrpoConfig:
             raise OptionsError(
                 explain("penalty", expected='"progress" or a number', got=repr(self.penalty), fix="Fix it.")
             )
+
+
+@dataclass(frozen=True, slots=True)
+class GrpoRecipe:
+    """checkpoint: "miniature" or a folder, after SFT
+
+    hard: a file of `passrate`; only its queries with a pass rate strictly between 0 and 1 are trained on
+    shuffle: share of the training lists in random order; 0 = as served
+    hardware, backbone, length, thought: for the estimate, as in `SftRecipe`
+    """
+
+    checkpoint: str
+    data: DataConfig
+    grpo: GrpoConfig
+    seed: int = 0
+    hard: str | None = None
+    shuffle: float = 0.0
+    hardware: Hardware = field(default_factory=Hardware)
+    backbone: str = ""
+    length: int = 2048
+    thought: int = 600
