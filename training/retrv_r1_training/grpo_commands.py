@@ -18,11 +18,12 @@ from retrv_r1_training.calibrate import calibrate, measurements, table, write_th
 from retrv_r1_training.candidate_reader import CandidateReader
 from retrv_r1_training.grpo import dtype_of, sampling_of, train_grpo
 from retrv_r1_training.grpo_config import GrpoRecipe
-from retrv_r1_training.mbeir_tasks import Folder, Tasks, checkpoint_folder
-from retrv_r1_training.overrides import dump, keep, load
+from retrv_r1_training.mbeir_tasks import Folder, checkpoint_folder
+from retrv_r1_training.overrides import dump, keep, load, same_as_before
 from retrv_r1_training.processes import device, from_all, is_first
 from retrv_r1_training.rollout import RolloutRunner, Task
 from retrv_r1_training.stage_checkpoint import save_stage
+from retrv_r1_training.waiting import counted
 
 log = logging.getLogger(__name__)
 
@@ -49,9 +50,8 @@ def run_grpo(args: argparse.Namespace) -> None:
         keep(recipe, args.run)
         log.info("%s", dump(recipe))
     opened = _Opened.of(recipe, checkpoint_folder(recipe.checkpoint))
-    tasks = opened.data.training(opened.reader, recipe.shuffle, recipe.grpo.missing)
-    if recipe.hard:
-        tasks = keep_hard(tasks, Path(recipe.hard))
+    only = hard_queries(Path(recipe.hard)) if recipe.hard else None
+    tasks = opened.data.training(opened.reader, recipe.shuffle, recipe.grpo.missing, only)
     held_out = opened.data.validation(opened.reader)
     log.info("grpo: %d training lists, %d for validation", len(tasks), len(held_out))
     model = train_grpo(
@@ -73,10 +73,16 @@ def run_passrate(args: argparse.Namespace) -> None:
     tasks = opened.data.training(opened.reader, recipe.shuffle, recipe.grpo.missing)
     if args.limit:
         tasks = tasks.sample(min(args.limit, len(tasks)), recipe.seed)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    solvable = 0
-    with args.out.open("w", encoding="utf-8") as out:
-        for row in pass_rates(RolloutRunner(opened.checkpoint, opened.reader), tasks, recipe, args.samples):
+    same_as_before(args.out.with_suffix(".yaml"), f"samples: {args.samples}\nlimit: {args.limit}\n{dump(recipe)}",
+                   "what this file was started with", "Choose another --out, or remove both files.")  # fmt: skip
+    known = read_rates(args.out) if args.out.exists() else []
+    args.out.write_text(
+        "".join(json.dumps(row) + "\n" for row in known), encoding="utf-8"
+    )  # without a half-written line
+    solvable, left = sum(row["hard"] for row in known), tasks[len(known) :]
+    rows = pass_rates(RolloutRunner(opened.checkpoint, opened.reader), left, recipe, args.samples)
+    with args.out.open("a", encoding="utf-8") as out:
+        for row in counted(rows, "pass rates", len(left)):
             solvable += row["hard"]
             out.write(json.dumps(row) + "\n")
             out.flush()
@@ -98,16 +104,32 @@ def pass_rates(
                    "pass_rate": solved / samples, "hard": 0 < solved < samples}  # fmt: skip
 
 
-def keep_hard(tasks: Tasks, file: Path) -> Tasks:
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+def hard_queries(file: Path) -> frozenset[str]:
+    """Ids of the queries that are solved sometimes, not always."""
+    rows = read_rates(file)
     hard = frozenset(row["id"] for row in rows if row["hard"])
-    kept = tasks.only(hard)
-    if not len(kept):
-        got = f"none of {len(hard)} hard ids among {len(tasks)} lists"
+    if not hard:
+        fix = "Take more --samples, a larger --limit, or a checkpoint that is neither perfect nor helpless."
         raise InputError(
-            explain(str(file), expected="queries of this recipe's data", got=got, fix="Run passrate again.")
+            explain(str(file), expected="queries solved sometimes, not always", got=f"none among {len(rows)}", fix=fix)
         )
-    return kept
+    return hard
+
+
+def read_rates(file: Path) -> list[dict[str, Any]]:
+    """The rows of a file of `passrate`; a last one that a kill cut off is left out."""
+    rows = []
+    try:
+        for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n"):
+                rows.append(json.loads(line))
+                assert {"id", "hard"} <= rows[-1].keys()
+    except (OSError, ValueError, AttributeError, AssertionError) as error:
+        got = str(error) or "rows without id and hard"
+        raise InputError(
+            explain(str(file), expected="rows of `retrv-r1-train passrate`", got=got, fix="Run it, or fix the path.")
+        ) from error
+    return rows
 
 
 def run_calibrate(args: argparse.Namespace) -> None:

@@ -7,7 +7,6 @@ import asyncio
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -31,9 +30,8 @@ from retrv_r1_training.synthesize import (
     synthesize,
 )
 from retrv_r1_training.teacher import TeacherStyle
+from retrv_r1_training.waiting import every
 from retrv_r1_training.words_teacher import Wording, WordsTeacher
-
-_PROGRESS_EVERY_S = 5.0
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -191,12 +189,10 @@ def _confirmed() -> bool:
 
 def _progress(total: int) -> Callable[[Report], None]:
     """A line on standard error every few seconds."""
-    last = time.monotonic()
+    due = every()
 
     def show(now: Report) -> None:
-        nonlocal last
-        if time.monotonic() - last >= _PROGRESS_EVERY_S:
-            last = time.monotonic()
+        if due():
             failed = sum(now.failed.values())
             sys.stderr.write(f"{now.admitted} of {total} admitted, {now.answers} answers, {failed} failed\n")
 

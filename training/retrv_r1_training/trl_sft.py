@@ -78,6 +78,7 @@ class SftOnTrl(SFTTrainer):
         super().__init__(processing_class=processor.tokenizer, **kwargs)
         self.processor, self.parts = processor, loss
         self.loss_is_scaled_for_ga = True  # `Totals` of the whole step already do it
+        self._hits: dict[int, float] = {}  # of an evaluation: number of the example -> its direct read is right
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         """`Totals` of an optimiser step, over its micro-batches and all processes."""
@@ -93,10 +94,19 @@ class SftOnTrl(SFTTrainer):
     ) -> Tensor:
         totals = None if num_items_in_batch is None else Totals(*num_items_in_batch.tolist())
         examples: Sequence[Example] = inputs["examples"]
-        loss, metrics, _ = model(objective=lambda net: losses(net, self.processor, examples, self.parts, totals))
+        loss, metrics, hits = model(objective=lambda net: losses(net, self.processor, examples, self.parts, totals))
         self.observe(loss, metrics, inputs["numbers"])
+        if not self.model.training:
+            rows = torch.stack([torch.tensor(inputs["numbers"], device=hits.device), hits.long()], dim=1)
+            self._hits |= {number: float(hit) for number, hit in self.accelerator.gather(rows).tolist()}
         # gradients are averaged over processes, and `totals` already are of all of them
         return loss if totals is None else loss * self.accelerator.num_processes
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._hits:  # batches differ in size, and processes fill theirs up with examples seen before
+            self._metrics["eval"]["direct"] = [sum(self._hits.values()) / len(self._hits)]
+            self._hits = {}
+        super().log(logs, start_time)
 
     def observe(self, loss: Tensor, metrics: dict[str, float], numbers: Sequence[int]) -> None:
         """Note the metrics for the next log line; stop if the loss of any process is not finite."""
