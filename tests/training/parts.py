@@ -89,3 +89,12 @@ def data_block(root: Path, top_k: int, prepare=with_thoughts, tasks=("t2i", "cir
         "root": str(root), "top_k": top_k, "train": parts["train0"], "validation": parts["val"], "validation_queries": 0,
         "max_bad_share": 0.5,
     }  # fmt: skip
+
+
+def stage_part(split: str, task: str) -> dict[str, str]:
+    """As `embedder`, `align` and `base` name a part."""
+    name = f"mbeir_cards_{task}_{split}"
+    return {
+        "queries": f"query/{split}/{name}.jsonl", "pool": f"cand_pool/local/mbeir_cards_{split}_cand_pool.jsonl",
+        "qrels": f"qrels/{split}/{name}_qrels.txt", "lists": f"{name}_run.txt",
+    }  # fmt: skip

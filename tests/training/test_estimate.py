@@ -1,32 +1,46 @@
-"""The arithmetic of `estimate` holds against known sizes and against itself."""
+"""The arithmetic of `estimate` holds against known sizes and against itself, for every stage; docs/training.md quotes it."""
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from retrv_r1_training.cli import RECIPES, main
-from retrv_r1_training.estimate import estimate, size_of
-from retrv_r1_training.overrides import load
-from retrv_r1_training.sft_recipe import SftRecipe
+from retrv_r1_training.estimate import estimate
+from retrv_r1_training.sft_command import load_any
+from retrv_r1_training.sizes import size_of
 
 from retrv_r1_retriever.errors import OptionsError
 
+STAGES = ("embedder", "align", "sft", "grpo", "distill")
+SIZES = ("3b", "7b")
+PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+
 
 def recipe(name, *sets):
-    return load(SftRecipe, RECIPES / f"{name}.yaml", sets)
+    return load_any(RECIPES / f"{name}.yaml", sets)
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("sft-3b", 3_754_622_976), ("sft-7b", 8_292_166_656)])
-def test_backbones_have_their_released_size(name, parameters):
-    size = size_of(recipe(name))
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("backbone", "parameters"), [("3b", 3_754_622_976), ("7b", 8_292_166_656)])
+def test_backbones_have_their_released_size(stage, backbone, parameters):
+    size = size_of(recipe(f"{stage}-{backbone}"))
     assert size.total - size.module == parameters
+    assert size.tower == pytest.approx(0.67e9, rel=0.02)
 
 
 @pytest.mark.parametrize("gpus", [1, 8])
-@pytest.mark.parametrize("name", ["sft-3b", "sft-7b"])
-def test_lora_recipes_fit_one_gpu_and_eight(name, gpus):
-    result = estimate(recipe(name, f"hardware.gpus={gpus}"))
-    assert result.total_gb < 80
-    assert result.gpu_hours > 1
+@pytest.mark.parametrize("backbone", SIZES)
+@pytest.mark.parametrize("stage", STAGES)
+def test_recipes_fit_one_gpu_and_eight_and_the_page_says_what_they_cost(stage, backbone, gpus):
+    result = estimate(recipe(f"{stage}-{backbone}", f"hardware.gpus={gpus}"))
+    assert result.fits
+    row = next(line for line in PAGE.splitlines() if line.startswith(f"| `{stage}-{backbone}.yaml`"))
+    _, one, eight, hours = (cell.strip() for cell in row.strip("|").split("|"))
+    assert f"{max(result.total_gb, result.job.before):.0f}" == {1: one, 8: eight}[gpus]
+    if gpus == 1:
+        assert f"{result.gpu_hours:.0f}" == hours
 
 
 def test_zero_shards_what_it_says():
@@ -36,23 +50,58 @@ def test_zero_shards_what_it_says():
     two, three = parts("zero2", 8), parts("zero3", 8)
     assert three["weights"] == pytest.approx(two["weights"] / 8)
     assert three["optimiser"] == two["optimiser"] == pytest.approx(parts("zero3", 1)["optimiser"] / 8)
-    assert estimate(recipe("sft-7b-full", "hardware.gpus=1")).total_gb > 80, "the whole 7B does not fit one GPU"
+    assert not estimate(recipe("sft-7b-full", "hardware.gpus=1")).fits, "the whole 7B does not fit one GPU"
 
 
-def test_checkpointing_trades_memory_for_time():
-    on, off = (estimate(recipe("sft-7b", f"run.checkpointing={value}")) for value in ("true", "false"))
+@pytest.mark.parametrize(("name", "key"), [("sft-7b", "run.checkpointing"), ("grpo-7b", "grpo.gradient_checkpointing")])
+def test_checkpointing_trades_memory_for_time(name, key):
+    on, off = (estimate(recipe(name, f"{key}={value}")) for value in ("true", "false"))
     assert on.gb["activations"] < off.gb["activations"] / 5
-    assert on.gpu_hours == pytest.approx(off.gpu_hours * 6 / 4)
+    passes = 4 / 3 if name == "grpo-7b" else 3 / 2  # of the former, the reference is one more
+    assert on.hours["training"] == pytest.approx(off.hours["training"] * passes)
 
 
-def test_command_prints_parts_and_assumptions(capsys):
-    assert main(["estimate", str(RECIPES / "sft-7b-full.yaml"), "--set", "hardware.gpus=1"]) == 0
+def test_what_a_stage_does_besides_training_is_counted():
+    grpo = estimate(recipe("grpo-7b"))
+    slower = estimate(recipe("grpo-7b", "hardware.bandwidth=0.335"))
+    assert slower.hours["rollouts"] > 2 * grpo.hours["rollouts"], "a step of decoding reads all weights"
+    assert slower.hours["training"] == grpo.hours["training"]
+    full = estimate(recipe("grpo-7b", "grpo.lora_rank=0"))
+    assert full.gb["reference"] == pytest.approx(16.6, rel=0.01)
+    assert "reference" not in grpo.gb, "an adapter's base is its reference"
+    more = estimate(recipe("grpo-7b", "grpo.group_size=16"))
+    assert more.gb["KV cache"] == pytest.approx(2 * grpo.gb["KV cache"])
+    wide, narrow = (estimate(recipe("align-7b", f"top_k={k}")).hours["tower"] for k in (20, 10))
+    assert wide == pytest.approx(2 * narrow)
+    embedder = [estimate(recipe("embedder-7b", f"hardware.gpus={n}")).gb["pictures"] for n in (1, 8)]
+    assert embedder[0] == pytest.approx(8 * embedder[1])
+    thinking = [estimate(recipe("distill-7b", f"thinking.queries={n}")).hours["thinking"] for n in (1000, 2000)]
+    assert thinking[1] == pytest.approx(2 * thinking[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["base", "sft-7b-full", "miniature-grpo"])
+def test_command_prints_parts_and_assumptions(name, capsys):
+    sets = ["hardware.gpus=1"] if name == "sft-7b-full" else []
+    assert main(["estimate", str(RECIPES / f"{name}.yaml"), *(part for text in sets for part in ("--set", text))]) == 0
     out = capsys.readouterr().out
-    assert "DOES NOT FIT 80 GB" in out
-    assert "GPU-hours" in out
+    assert ("DOES NOT FIT 80 GB" in out) == (name == "sft-7b-full")
+    assert re.search(r"^GPU-hours:\n  \w", out, re.M)
     assert "assumed, not measured" in out
+    assert f"stage {'sft' if name.startswith('sft') else 'base' if name == 'base' else 'grpo'}, " in out
 
 
-def test_an_unknown_backbone_is_named():
+def test_a_checkpoint_that_is_there_is_counted_itself(material):
+    size = size_of(load_any(material / "recipe.yaml", []))
+    assert size.layers == 2
+    assert size.hidden == 64
+
+
+def test_what_cannot_be_estimated_is_named(tmp_path, capsys):
     with pytest.raises(OptionsError, match=r"expected one of Qwen2\.5-VL-3B, Qwen2\.5-VL-7B .*got Qwen9"):
         size_of(recipe("sft-7b", "backbone=Qwen9"))
+    (tmp_path / "x.yaml").write_text("steps: 3\n")
+    assert main(["estimate", str(tmp_path / "x.yaml")]) == 1
+    assert (
+        "expected stage: one of base, embedder, align, sft, grpo, distill; or the block grpo, got neither"
+        in capsys.readouterr().err
+    )

@@ -13,7 +13,7 @@ import yaml
 
 pytest.importorskip("trl")
 
-from retrv_r1_training import cli
+from retrv_r1_training import cli, grpo_commands
 from retrv_r1_training.calibrate import Measured, NoneThreshold, calibrate
 from retrv_r1_training.grpo_commands import GrpoRecipe
 from retrv_r1_training.overrides import load
@@ -65,10 +65,38 @@ def test_passrate_names_the_solvable_hard_queries(recipe, capsys):
     for row in rows:
         assert row["pass_rate"] == row["solved"] / 3
         assert row["hard"] == (0 < row["solved"] < 3)
-    out.write_text("".join(json.dumps(r | {"hard": False}) + "\n" for r in rows))
-    argv = ["grpo", str(recipe), "--run", str(recipe.parent / "no"), "--threads", "1", "--set", f"hard={out}"]
-    assert cli.main(argv) == 1
-    assert "none of 0 hard ids among 16 lists" in capsys.readouterr().err
+    lines = out.read_text().splitlines(keepends=True)
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        inner = grpo_commands.pass_rates
+        patch.setattr(grpo_commands, "pass_rates", lambda runner, t, *a: asked.append(len(t)) or inner(runner, t, *a))
+        out.write_text("".join(lines[:3]) + lines[3][:20])  # a kill
+        assert cli.main(argv) == 0
+    assert asked == [2]
+    assert out.read_text() == "".join(lines)
+    assert cli.main([*argv, "--set", "seed=1"]) == 1
+    assert "what this file was started with" in capsys.readouterr().err
+    grpo = ["grpo", str(recipe), "--run", str(recipe.parent / "no"), "--threads", "1", "--set", f"hard={out}"]
+    for hard, message in (
+        (False, "expected queries solved sometimes, not always, got none among 5"),
+        (True, "expected queries with candidates"),
+    ):
+        out.write_text("".join(json.dumps(r | {"hard": hard, "id": "90:gone"}) + "\n" for r in rows))
+        assert cli.main(grpo) == 1
+        assert message in capsys.readouterr().err
+        shutil.rmtree(recipe.parent / "no")
+    out.write_text("no JSON\n")
+    assert cli.main(grpo) == 1
+    assert "expected rows of `retrv-r1-train passrate`" in capsys.readouterr().err
+
+
+def test_only_hard_queries_become_lists(recipe, tmp_path):
+    opened = grpo_commands._Opened.of(load(GrpoRecipe, recipe), _miniature())
+    every = opened.data.training(opened.reader, 0.0, "none")
+    ids = frozenset(every[n].id for n in (1, 4))
+    few = opened.data.training(opened.reader, 0.0, "none", ids)
+    assert [few[n].id for n in range(len(few))] == [every[n].id for n in (1, 4)]
+    assert [c.document.id for c in few[1].prompt.candidates] == [c.document.id for c in every[4].prompt.candidates]
 
 
 def test_calibrate_writes_both_thresholds_and_no_digest_changes(recipe):

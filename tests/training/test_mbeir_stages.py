@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from retrv_r1_training import train_embedder
 from retrv_r1_training.cli import main
 from retrv_r1_training.data import Item
@@ -23,8 +18,8 @@ from retrv_r1_retriever.model.checkpoint import load_checkpoint, load_embedder_c
 from retrv_r1_retriever.model.embedding import embed_chunks, embedding_chunk
 from retrv_r1_retriever.types import Query
 from tests.tiny import contents
+from tests.training.parts import stage_part as part
 
-ROOT = Path(__file__).parents[2]
 LM = "model.language_model.layers.0.self_attn.q_proj.weight"
 
 
@@ -36,48 +31,6 @@ def stage(name, recipe, run, *sets):
 def logged(run, key="loss"):
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [row[key] for row in rows if key in row]
-
-
-def part(split, task):
-    name = f"mbeir_cards_{task}_{split}"
-    return {
-        "queries": f"query/{split}/{name}.jsonl", "pool": f"cand_pool/local/mbeir_cards_{split}_cand_pool.jsonl",
-        "qrels": f"qrels/{split}/{name}_qrels.txt", "lists": f"{name}_run.txt",
-    }  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def recipes(material, tmp_path_factory):
-    """Recipes of all three stages on the catalogue's files; the first stage's lists are the pool in its order."""
-    folder, out = material / "catalogue", tmp_path_factory.mktemp("recipes")
-    parts = {split: [part(split, task) for task in ("t2i", "i2t", "cir")] for split in ("train0", "val")}
-    for entry in (entry for entries in parts.values() for entry in entries):
-        ids = [json.loads(line)["did"] for line in (folder / entry["pool"]).read_text().splitlines()]
-        queries = [json.loads(line)["qid"] for line in (folder / entry["queries"]).read_text().splitlines()]
-        lines = [f"{q} Q0 {did} {n} {-n} x\n" for q in queries for n, did in enumerate(ids, 1)]
-        entry["lists"] = str(folder / entry["lists"])
-        Path(entry["lists"]).write_text("".join(lines))
-    wordless = {split: [{**entry, "pool": f"plain_{split}.jsonl"} for entry in parts[split]] for split in parts}
-    for split in parts:
-        rows = [json.loads(line) for line in (folder / parts[split][0]["pool"]).read_text().splitlines()]
-        lines = [json.dumps({k: v for k, v in row.items() if k != "src_content"}) + "\n" for row in rows]
-        (folder / f"plain_{split}.jsonl").write_text("".join(lines))
-    common = {
-        "data": {"root": str(folder), "train": parts["train0"], "validation": parts["val"], "validation_queries": 4, "top_k": 3},
-        "optim": {"steps": 4, "batch_size": 4, "per_device": 2, "lr": 0.003},
-        "run": {"dtype": "float32", "every": 1, "save": 2, "evaluate": 2, "checkpointing": False, "report_to": ["tensorboard"]},
-    }  # fmt: skip
-    start = {"start": {"path": str(material / "start")}}
-    kinds = {
-        "embedder": {**start, "temperature": 0.1, "dim": 8, "pool": 12, "lora": {"rank": 4, "alpha": 8}},
-        "align": {**start, "described": 2, "tokens": 6},
-        "base": {"vocab": 600, "backbone": {"hidden": 64, "layers": 2, "heads": 2, "kv_heads": 1, "intermediate": 96,
-                                            "tower_hidden": 32, "tower_depth": 1}, "icm": {"width": 32, "heads": 2}},
-    }  # fmt: skip
-    kinds["align"]["data"] = {**common["data"], "train": wordless["train0"], "validation": wordless["val"]}
-    for name, kind in kinds.items():
-        (out / f"{name}.yaml").write_text(yaml.safe_dump({**common, **kind}))
-    return out
 
 
 @pytest.fixture(scope="session", params=["embedder", "align", "base"])
@@ -317,26 +270,3 @@ def test_a_loss_that_is_not_finite_stops_with_a_saved_state(recipes, tmp_path, m
 def test_a_recipe_that_cannot_run_says_why(recipes, tmp_path, capsys, name, sets, message):
     assert stage(name, recipes / f"{name}.yaml", tmp_path / "run", *sets) == 1
     assert message in capsys.readouterr().err
-
-
-def launch(name, recipes, run, processes, *sets):
-    """By torchrun, as `accelerate launch` does for GPUs. Losses and gradient norms."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone", "-m"]
-    command += ["retrv_r1_training.cli", name, str(recipes / f"{name}.yaml"), "--folder", str(run), "--threads", "1"]
-    command += [part for text in ("data.validation_queries=0", *sets) for part in ("--set", text)]
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "training"), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return logged(run), logged(run, "grad_norm")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["embedder", "align"])
-def test_two_processes_agree_with_one(recipes, tmp_path, name):
-    """The embedder's negatives of the other process count, with their gradients; align's rows are of equal length here."""
-    want = launch(name, recipes, tmp_path / "one", 1)
-    got = launch(name, recipes, tmp_path / "two", 2)
-    assert len(want[0]) == 4
-    for mine, theirs in zip(got, want, strict=True):
-        assert mine == pytest.approx(theirs, rel=5e-3)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -105,7 +107,7 @@ def test_direct_share_mutes_the_direct_read_of_some(source):
     flags = [some[n].direct for n in range(40)]
     assert 8 < sum(flags) < 32
     examples = [train[0], train[1]]
-    muted = [trl_sft.replace(examples[0], direct=False), examples[1]]
+    muted = [replace(examples[0], direct=False), examples[1]]
     only = SftLoss(PLAIN.tokens, answer=0, direct=1, relation=0)
     plain = [losses(start.model, start.processor, e, PLAIN)[0].item() for e in (examples, muted)]
     both, one = (losses(start.model, start.processor, e, only)[0].item() - plain[0] for e in (examples, muted))
@@ -200,6 +202,25 @@ def test_run_leaves_logs_and_the_resolved_recipe(material, done):
     assert list(done.rglob("events.out.tfevents.*"))
 
 
+def test_the_direct_reads_recall_counts_every_held_out_list_once(source, material, tmp_path, monkeypatch):
+    """Three lists in batches of two: two right and one wrong are two thirds, not the mean of 1 and 0."""
+    recipe = load(SftRecipe, material / "recipe.yaml", ["data.validation_queries=3", "optim.per_device=2"])
+    start, train, held_out = source
+    few = [held_out[n] for n in range(3)]
+    trainer = trl_sft.build(recipe, tmp_path, replace(start, model=copy.deepcopy(start.model)), train, few)
+
+    def judged(net, processor, examples, *more):
+        loss, metrics, _ = losses(net, processor, examples, *more)
+        hits = torch.tensor([e is not few[2] for e in examples])
+        return loss, metrics | {"direct": hits.float().mean().item()}, hits
+
+    monkeypatch.setattr(trl_sft, "losses", judged)
+    logged = []
+    monkeypatch.setattr(trl_sft.SFTTrainer, "log", lambda self, logs, *a: logged.append(dict(self._metrics["eval"])))
+    trainer.evaluate()
+    assert logged[0]["direct"] == [pytest.approx(2 / 3)]
+
+
 @pytest.mark.parametrize(("tune", "dtype"), [("full", "float32"), ("full", "bfloat16"), ("lora", "bfloat16")])
 def test_memory_stays_valid_in_every_mode(material, tmp_path, tune, dtype):
     assert sft(material, tmp_path / "run", f"tune={tune}", f"run.dtype={dtype}", "run.checkpointing=true") == 0
@@ -231,7 +252,7 @@ def test_a_loss_that_is_not_finite_stops_with_a_saved_state(material, tmp_path, 
 def test_pixels_under_zero3_are_refused(source):
     start, train, held_out = source
     example = train[0]
-    raw = trl_sft.replace(example, prompt=trl_sft.replace(example.prompt, pictures=(picture(0),)))
+    raw = replace(example, prompt=replace(example.prompt, pictures=(picture(0),)))
     collator = trl_sft.Collator(start.processor, PLAIN, [raw], held_out, True)
     with pytest.raises(InputError, match="pictures under ZeRO-3: expected tower tokens"):
         collator([{"number": 0, "held_out": False}])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ from retrv_r1_training.teacher import TeacherStyle
 from retrv_r1_training.words_teacher import Wording, WordsTeacher
 
 from retrv_r1_retriever.errors import InputError, OptionsError
+from retrv_r1_retriever.evaluation.mbeir import Limits
 from retrv_r1_retriever.evaluation.runs import write_qrels, write_run
 from retrv_r1_retriever.images import LocalImages
 from retrv_r1_retriever.prompt import KEEP, NONE_INDEX
@@ -116,7 +118,7 @@ def test_lists_come_twice_the_same_and_count_what_is_missing(files):
     source = lists(files, options={"shuffle": 1.0})
     first = list(source)
     assert list(source) == first
-    assert source.counts == {"without a first-stage list": 1, "answer none": 1}
+    assert +source.counts == {"without a first-stage list": 1, "answer none": 1}
     assert [t.right == () for t in first] == [False, True]
     assert first[1].target == "from source", "the answer's words are known though it is not in the list"
     assert sorted(c.rank for c in first[0].candidates) == [1, 2, 3]
@@ -137,13 +139,56 @@ def test_qrels_and_captions_replace_what_the_rows_say(files):
     assert one.captions == ("better words", "from source", "t2")
 
 
+def test_the_teacher_is_asked_as_the_model_will_be(files):
+    """The task in words: of the row itself, else of the table of instructions, as every other stage takes it."""
+    rows = [json.loads(line) | {"query_modality": "text"} for line in (files / "q.jsonl").read_text().splitlines()]
+    rows[1]["instruction"] = "By hand."
+    put(files / "q.jsonl", [{**row, "qid": f"7:{row['qid']}", "pos_cand_list": ["1"]} for row in rows])
+    write_run(files / "run", {f"7:{q}": ["0", "1"] for q in "abc"}, "t")
+    (files / "instructions").mkdir()
+    (files / "instructions/query_instructions.tsv").write_text("q\tc\tname\tid\tprompt\ntext\ttext\tx\t7\tFind it.\n")
+    assert [t.query.instruction for t in lists(files, root=files)] == ["Find it.", "By hand.", "Find it."]
+    own = lists(files, root=files, options={"instruction": "Mine."})
+    assert {t.query.instruction for t in own} == {"Mine."}
+
+
+def put(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_lists_are_read_in_memory_that_does_not_grow_with_the_files(tmp_path):
+    """Ten times the pool and the queries: what Python holds while the lists pass by stays as it was."""
+    peaks = []
+    for count in (300, 3000):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        put(folder / "pool.jsonl", [{"did": f"d{i}", "txt": f"{i} " + "word " * 100} for i in range(count)])
+        put(
+            folder / "q.jsonl",
+            [{"qid": f"q{i}", "query_txt": f"{i}", "pos_cand_list": [f"d{i}"]} for i in range(count)],
+        )
+        write_run(folder / "run", {f"q{i}": [f"d{(i + n) % count}" for n in range(5)] for i in range(count)}, "t")
+        source = lists(folder)
+        next(iter(source))  # the indexes are made
+        tracemalloc.start()
+        assert sum(1 for _ in source) == count
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.3 * peaks[0], peaks
+
+
 def test_files_that_do_not_fit_together_are_named(files):
-    write_run(files / "run", {"a": ["77"]}, "t")
-    with pytest.raises(InputError, match="candidate 77 in the pool"):
+    write_run(files / "run", {"a": ["77", "1"], "b": ["3"]}, "t")
+    with pytest.raises(
+        InputError, match=r"run: expected at most 1\.0% bad rows, got 1 of 3; query a: candidate 77 is in no pool"
+    ):
         list(lists(files))
-    (files / "q.jsonl").write_text("{}\n")
-    with pytest.raises(InputError, match=r"q\.jsonl:1"):
+    assert [t.ids for t in lists(files, limits=Limits(max_bad_share=0.5))] == [("1",), ("3",)]
+    with (files / "q.jsonl").open("a") as file:
+        file.write("{}\n")
+    with pytest.raises(InputError, match=r"q\.jsonl: expected at most 1\.0% bad rows, got 1 of 4; q\.jsonl:4: qid"):
         list(lists(files))
+    assert len(list(lists(files, limits=Limits(max_bad_share=0.5)))) == 2, "a bad row is left out below the share"
     with pytest.raises(OptionsError, match="top_k"):
         ListOptions(top_k=128)
 

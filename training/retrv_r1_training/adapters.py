@@ -144,6 +144,24 @@ def load_trained(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         parameter.copy_(state[name].reshape(parameter.shape))
 
 
+@torch.no_grad()
+def onto(
+    start: RetrvR1ForConditionalGeneration, trained: RetrvR1ForConditionalGeneration, processor: Processor
+) -> RetrvR1ForConditionalGeneration:
+    """`start` with what `trained` has learnt. What stored memory is made of stays bit by bit, whatever dtype it was trained in."""
+    rows, values = slot_rows(processor), dict(trained.named_parameters())
+    tables = {id(start.get_input_embeddings().weight), id(start.get_output_embeddings().weight)}
+    for name, parameter in start.named_parameters():
+        if ".visual." in name or ".in_proj." in name:
+            continue
+        value = values[name].to(parameter).reshape(parameter.shape)  # DeepSpeed's scalars have a dimension
+        if id(parameter) in tables:
+            parameter[rows] = value[rows]
+        else:
+            parameter.copy_(value)
+    return start
+
+
 def merged(model: PeftModel | RetrvR1ForConditionalGeneration) -> RetrvR1ForConditionalGeneration:
     """A plain model: LoRA and slot rows written into the weights they belong to."""
     return model.merge_and_unload() if isinstance(model, PeftModel) else model

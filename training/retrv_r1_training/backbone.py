@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -71,11 +71,15 @@ def build_model(
     tokenizer: PreTrainedTokenizerFast, size: BackboneSize, icm: IcmConfig, seed: int
 ) -> RetrvR1ForConditionalGeneration:
     torch.manual_seed(seed)
+    vocab = -(-(len(tokenizer) + 1) // 64) * 64  # larger than the tokenizer, as real Qwen: vLLM needs a spare id
+    return RetrvR1ForConditionalGeneration(model_config(size, icm, vocab, tokenizer.convert_tokens_to_ids))
+
+
+def model_config(size: BackboneSize, icm: IcmConfig, vocab: int, token: Callable[[str], int]) -> RetrvR1Config:
+    """token: id of one of the special tokens"""
     half = size.hidden // size.heads // 2
     third = half // 3
-    token = tokenizer.convert_tokens_to_ids
-    vocab = -(-(len(tokenizer) + 1) // 64) * 64  # larger than the tokenizer, as real Qwen: vLLM needs a spare id
-    config = RetrvR1Config(
+    return RetrvR1Config(
         text_config={
             "vocab_size": vocab, "hidden_size": size.hidden, "intermediate_size": size.intermediate,
             "num_hidden_layers": size.layers, "num_attention_heads": size.heads, "num_key_value_heads": size.kv_heads,
@@ -96,4 +100,3 @@ def build_model(
         vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"),
         tie_word_embeddings=True, icm=asdict(icm),
     )  # fmt: skip
-    return RetrvR1ForConditionalGeneration(config)

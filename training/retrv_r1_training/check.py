@@ -26,6 +26,7 @@ from retrv_r1_retriever.evaluation.mbeir import (
 from retrv_r1_retriever.evaluation.offsets import LineIndex, Skipped
 from retrv_r1_retriever.images import FORMATS
 from retrv_r1_retriever.types import Content, Document
+from retrv_r1_training.waiting import counted
 
 _SEED = 0
 _EXAMPLES = 3
@@ -80,7 +81,7 @@ def _check_pool(root: Path, file: str, pool: Pool, config: CheckConfig) -> FileR
     modalities: Counter[str] = Counter()
     pictures = _Pictures(root, config.pictures)
     characters = 0
-    for number in range(len(pool)):
+    for number in counted(range(len(pool)), file, len(pool)):
         document = pool[number]
         modalities[modality_of(document)] += 1
         characters += len(document.content.text or "")
@@ -138,7 +139,7 @@ class _QueryCheck:
         self.notes: defaultdict[str, _Tally] = defaultdict(_Tally)
 
     def report(self) -> FileReport:
-        for query in iterate(self.queries):
+        for query in counted(iterate(self.queries), self.file.file, len(self.queries)):
             self._query(query)
             self.pictures.offer(query.query.content.image)
         report = self.file

@@ -23,6 +23,7 @@ from retrv_r1_retriever.evaluation.offsets import MAX_BAD_SHARE, Skipped, scratc
 from retrv_r1_retriever.types import Content
 from retrv_r1_training.pictures import Pictures
 from retrv_r1_training.sources import SourceRow, read_rows
+from retrv_r1_training.waiting import counted
 
 CANDIDATE_FIELDS = ("id", "text", "image")
 QUERY_FIELDS = ("id", "text", "image", "instruction", "positives", "grades", "negatives")
@@ -295,7 +296,7 @@ def _converted(
             skip(row, str(error))
 
     with ThreadPoolExecutor(workers) as pool:
-        for row in rows:
+        for row in counted(rows, "rows"):
             skip.total += 1
             if row.problem is not None:
                 skip(row, row.problem)
@@ -324,7 +325,7 @@ def _grades(table: Table, row: SourceRow) -> dict[str, int]:
 
 def _load_judgements(judgements: Table, scratch: sqlite3.Connection, skip: _Skips) -> None:
     scratch.execute("CREATE TABLE judged(query TEXT, candidate TEXT, grade INTEGER)")
-    for row in judgements.rows():
+    for row in counted(judgements.rows(), "judgements"):
         skip.total += 1
         try:
             if row.problem is not None:

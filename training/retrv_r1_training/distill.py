@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,10 +22,12 @@ from retrv_r1_retriever.trace import Full, ReasoningTrace, Segment
 from retrv_r1_training.candidate_reader import CandidateReader
 from retrv_r1_training.examples import Source
 from retrv_r1_training.mbeir_tasks import Folder, Tasks, checkpoint_folder
+from retrv_r1_training.processes import world
 from retrv_r1_training.rollout import RolloutRunner, Sampling, Task
 from retrv_r1_training.sft import Example, example_of
 from retrv_r1_training.sft_recipe import DistillRecipe, Thinking
 from retrv_r1_training.trl_sft import keep_recipe, load_start, train_on
+from retrv_r1_training.waiting import counted
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,8 @@ def think_ahead(runner: RolloutRunner, tasks: Sequence[Task], thinking: Thinking
     sampling = Sampling(0.0, thinking.max_inspections, thinking.max_new_tokens)
     left = tasks[rest.start :] if known else tasks
     with file.open("a", encoding="utf-8") as out:
-        for number, (task, reading) in zip(rest, runner.readings(left, [0] * len(left), sampling), strict=True):
+        readings = counted(runner.readings(left, [0] * len(left), sampling), "thoughts", len(left))
+        for number, (task, reading) in zip(rest, readings, strict=True):
             if reading.outcome is None:
                 raise InputError(
                     explain(f"query {task.id!r}", expected="a thought", got=reading.problem, fix="See there.")
@@ -180,7 +182,7 @@ def _sources(
 
 
 def _one_process(file: Path, wanted: int) -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and (not file.exists() or len(list(_read(file))) < wanted):
+    if world() > 1 and (not file.exists() or len(list(_read(file))) < wanted):
         fix = "Run the same command without a launcher and `--think-only` first."
         raise OptionsError(
             explain(

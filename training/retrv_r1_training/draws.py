@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import random
 from collections import Counter
@@ -18,13 +17,13 @@ import numpy as np
 from retrv_r1_retriever import _sync
 from retrv_r1_retriever.errors import ImageError, InputError, explain
 from retrv_r1_retriever.evaluation.mbeir import Dataset, JudgedQuery, Limits, RunFile, modality_of
-from retrv_r1_retriever.evaluation.offsets import MAX_BAD_SHARE, LineFormat, LineIndex
+from retrv_r1_retriever.evaluation.offsets import MAX_BAD_SHARE
 from retrv_r1_retriever.images import LocalImages, load_content
 from retrv_r1_retriever.types import Content, Document, Query
 from retrv_r1_training.data import Item
 from retrv_r1_training.data_config import DataConfig, Part
 from retrv_r1_training.klists import hard_negatives
-from retrv_r1_training.labelled import source_caption
+from retrv_r1_training.labelled import Captions
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -95,19 +94,6 @@ class Draws(Generic[T]):
             self._order = np.random.default_rng((self._seed, epoch)).permutation(total)
             self._epoch = epoch
         return self._order
-
-
-class Captions:
-    """What a candidate shows, in words: from a JSONL file {"id", "caption"}, else from its `src_content`; "" where nobody knows."""
-
-    def __init__(self, file: Path | None) -> None:
-        self._lines = file and LineIndex(file, LineFormat("captions-1", lambda line: str(json.loads(line)["id"])))
-
-    def of(self, document: Document) -> str:
-        found = self._lines.find(document.id) if self._lines else []
-        if found:
-            return str(json.loads(found[0]).get("caption") or "")
-        return source_caption(document.metadata.get("src_content"))
 
 
 @dataclass(frozen=True)

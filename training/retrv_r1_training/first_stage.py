@@ -18,6 +18,7 @@ from retrv_r1_retriever.evaluation.mbeir import Dataset, Limits
 from retrv_r1_retriever.evaluation.offsets import MAX_BAD_SHARE, Skipped
 from retrv_r1_retriever.images import ImageSource, LocalImages, load_content
 from retrv_r1_retriever.store import FirstStage, VectorFirstStage
+from retrv_r1_training.waiting import counted
 
 TAG = "first-stage"
 
@@ -60,7 +61,8 @@ async def write_run(
     part = out.with_name(f".{out.name}.part")
     try:
         with part.open("w", encoding="utf-8") as file:
-            for start in range(0, len(data), batch):
+            starts = range(0, len(data), batch)
+            for start in counted(starts, f"searches of {batch}", len(starts)):
                 numbers = range(start, min(start + batch, len(data)))
                 for problem in await asyncio.gather(*(_search(data, n, search, images, top_k, seed) for n in numbers)):
                     if isinstance(problem, str):

@@ -6,7 +6,6 @@ Frozen: tower, embedding table (slot rows excepted) and the module's in_proj, so
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import os
 import random
@@ -20,7 +19,6 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch import nn
-from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig
 
@@ -29,13 +27,17 @@ from retrv_r1_retriever.model.checkpoint import Checkpoint
 from retrv_r1_retriever.model.modeling import RetrvR1ForConditionalGeneration
 from retrv_r1_retriever.model.processing import Processor
 from retrv_r1_retriever.prompt import ADDED_TOKENS, NONE_INDEX
-from retrv_r1_retriever.ranking import rank
+from retrv_r1_retriever.ranking import rank as ranked
 from retrv_r1_retriever.types import StopReason
+from retrv_r1_training.adapters import TARGETS, prepare_deepspeed, raise_precision
 from retrv_r1_training.grpo_config import GrpoConfig
+from retrv_r1_training.processes import from_all, rank, world
 from retrv_r1_training.reward import penalty_at, progress, reward
 from retrv_r1_training.rollout import Rollout, RolloutRunner, Sampling, Task
+from retrv_r1_training.run_log import RunLog
 from retrv_r1_training.sft import freeze_for_sft
 from retrv_r1_training.trl_private import RolloutTrainer
+from retrv_r1_training.trl_sft import deepspeed_config
 
 log = logging.getLogger(__name__)
 
@@ -46,10 +48,10 @@ def train_grpo(
 ) -> RetrvR1ForConditionalGeneration:  # fmt: skip
     """Train `checkpoint.model`; returns the merged model. `run` keeps the states to resume from: call it again and it goes on.
 
-    images: see `RolloutRunner`
+    images: see `RolloutRunner`. Every process of a launch calls this.
     """
-    trainer = make_trainer(checkpoint, tasks, config, seed, run, images)
-    trainer.add_callback(_Log(log_file, trainer, held_out, config))
+    trainer = make_trainer(checkpoint, tasks, config, seed, run, images, held_out)
+    RunLog(log_file, "grpo", _SHOWN).watch(trainer)
     last = get_last_checkpoint(str(run)) if run.is_dir() else None
     if last:
         log.info("grpo: going on from %s", last)
@@ -67,28 +69,56 @@ def sampling_of(config: GrpoConfig, temperature: float) -> Sampling:
 
 def make_trainer(
     checkpoint: Checkpoint, tasks: Sequence[Task], config: GrpoConfig, seed: int, run: Path,
-    images: ImageSource | None = None,
+    images: ImageSource | None = None, held_out: Sequence[Task] = (),
 ) -> RolloutTrainer:  # fmt: skip
     os.environ.setdefault(
         "TRL_EXPERIMENTAL_SILENCE", "1"
     )  # `rollout_func` is experimental in TRL, which is why we guard it
     model, processor = checkpoint.model, checkpoint.processor
+    torch.manual_seed(seed)  # LoRA's start
     full = config.lora_rank == 0
+    if config.deepspeed:
+        prepare_deepspeed(model)
     reference = copy.deepcopy(model).requires_grad_(False) if full and config.beta else None
     if full:
         freeze_for_sft(model)
         train_slot_rows_only(model, processor)
     order = prompt_order(len(tasks), config.steps * config.batch_size, seed)
-    trainer = RolloutTrainer(
-        model=model, args=_arguments(config, seed, run), reward_funcs=_reward_function(config), source=_Source(tasks, config, seed),
-        train_dataset=Dataset.from_dict({"prompt": order}), processor=processor, beta=config.beta,
+    trainer = _Trainer(
+        held_out, config, model=model, args=_arguments(config, seed, run), reward_funcs=_reward_function(config),
+        source=_Source(tasks, config, seed), train_dataset=Dataset.from_dict({"prompt": order}), processor=processor, beta=config.beta,
         reference=reference, peft_config=None if full else adapter(model, processor, config.lora_rank),
     )  # fmt: skip
-    if not full:
-        freeze_memory(trainer.policy)
-    trainer.remove_callback(PrinterCallback)  # every figure twice; `_Log` writes ours
-    trainer.runner = RolloutRunner(replace(checkpoint, model=trainer.policy), images)
+    freeze_memory(trainer.policy)
+    mixed = dtype_of(config) == "bfloat16" and not config.deepspeed  # DeepSpeed keeps float32 masters of its own
+    if mixed:
+        raise_precision(trainer.model)
+    policy = replace(checkpoint, model=trainer.policy)
+    trainer.runner = RolloutRunner(policy, images, autocast=torch.bfloat16 if mixed else None)
     return trainer
+
+
+class _Trainer(RolloutTrainer):
+    """With held-out figures among the others, so that they go wherever the others go."""
+
+    runner: RolloutRunner
+
+    def __init__(
+        self, held_out: Sequence[Task], config: GrpoConfig, **kwargs: Any,  # RolloutTrainer's own
+    ) -> None:  # fmt: skip
+        super().__init__(**kwargs)
+        self._held_out, self._config = held_out, config
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        step, every = self.state.global_step, self._config.evaluate_every
+        if self._held_out and "loss" in logs and (step == self.state.max_steps or (every and step % every == 0)):
+            figures = measure(self.runner, self._held_out, sampling_of(self._config, 0.0))
+            logs |= {f"val_{name}": value for name, value in figures.items()}
+        super().log(logs, start_time)
+
+
+def dtype_of(config: GrpoConfig) -> str:
+    return config.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
 
 
 def prompt_order(tasks: int, length: int, seed: int) -> list[str]:
@@ -102,9 +132,8 @@ def prompt_order(tasks: int, length: int, seed: int) -> list[str]:
 
 
 def _arguments(config: GrpoConfig, seed: int, run: Path) -> GRPOConfig:
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    accumulation = config.batch_size * config.group_size // (config.micro_batch * ranks)
-    cuda = torch.cuda.is_available()
+    accumulation = config.batch_size * config.group_size // (config.micro_batch * world())
+    dtype = dtype_of(config)
     return GRPOConfig(
         output_dir=str(run), max_steps=config.steps, shuffle_dataset=False, learning_rate=config.lr, warmup_steps=config.warmup, seed=seed,
         lr_scheduler_type="constant_with_warmup", weight_decay=0.0, max_grad_norm=config.max_grad_norm,
@@ -113,7 +142,8 @@ def _arguments(config: GrpoConfig, seed: int, run: Path) -> GRPOConfig:
         max_completion_length=config.max_new_tokens, temperature=config.temperature, loss_type=config.loss_type,
         beta=config.beta if config.lora_rank else 0.0,  # without an adapter TRL would look for the reference by its path
         epsilon=config.epsilon, scale_rewards=config.scale_rewards, gradient_checkpointing=config.gradient_checkpointing,
-        bf16=cuda, use_cpu=not cuda, logging_steps=1, report_to=config.report_to, disable_tqdm=True,
+        bf16=dtype == "bfloat16", use_cpu=not torch.cuda.is_available(), deepspeed=deepspeed_config(config.deepspeed, dtype),
+        logging_steps=1, report_to=list(config.report_to) or "none", disable_tqdm=None, ddp_find_unused_parameters=False,
         save_strategy="steps" if config.save_every else "no", save_steps=config.save_every or config.steps, save_total_limit=2,
     )  # fmt: skip
 
@@ -134,26 +164,28 @@ def adapter(model: RetrvR1ForConditionalGeneration, processor: Processor, lora_r
     tables = ["embed_tokens"] if model.config.text_config.tie_word_embeddings else ["embed_tokens", "lm_head"]
     return LoraConfig(
         r=lora_rank, lora_alpha=2 * lora_rank, lora_dropout=0.0, modules_to_save=["icm"],
-        target_modules=r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)",
-        trainable_token_indices=dict.fromkeys(tables, rows),
+        target_modules=TARGETS, trainable_token_indices=dict.fromkeys(tables, rows),
     )  # fmt: skip
 
 
 def freeze_memory(model: nn.Module) -> None:
+    """in_proj; and the key's bias, which is folded away: it never gets a gradient, and DDP waits for one."""
     for name, parameter in model.named_parameters():
-        if ".in_proj." in name:
+        if ".in_proj." in name or name.endswith(".att1.k.bias"):
             parameter.requires_grad_(False)
 
 
 class _Source:
-    """Prompt numbers to rollouts. The seed of each is made of the step, its place and its rank: a resumed run draws the same."""
+    """Prompt numbers to rollouts. The seed of each is made of the step and its place among those of all processes: a resumed run
+    draws the same, and so does one on another number of GPUs."""
 
     def __init__(self, tasks: Sequence[Task], config: GrpoConfig, seed: int) -> None:
         self._tasks, self._sampling, self._seed = tasks, sampling_of(config, config.temperature), seed
 
     def __call__(self, numbers: Sequence[int], trainer: Any) -> list[Rollout]:
-        where = f"{self._seed}/{trainer.state.global_step}/{trainer.accelerator.process_index}"
-        seeds = [random.Random(f"{where}/{i}").getrandbits(48) for i in range(len(numbers))]
+        before = trainer.accelerator.process_index * len(numbers)
+        where = [f"{self._seed}/{trainer.state.global_step}/{before + i}" for i in range(len(numbers))]
+        seeds = [random.Random(place).getrandbits(48) for place in where]
         made = {n: self._tasks[n] for n in dict.fromkeys(numbers)}  # one for each group
         return trainer.runner.run([made[n] for n in numbers], seeds, self._sampling)  # type: ignore[no-any-return]
 
@@ -200,46 +232,27 @@ def groups(rollouts: Sequence[Rollout], rewards: Sequence[float]) -> dict[str, f
 
 
 def measure(runner: RolloutRunner, tasks: Sequence[Task], sampling: Sampling) -> dict[str, float]:
-    """Greedy, as served with `hybrid`: R@1 and opened candidates per query, by stratum. A positive not in the list is a miss."""
-    rows: dict[str, list[tuple[bool, int]]] = {"all": []}
-    for task, reading in runner.readings(tasks, [0] * len(tasks), replace(sampling, temperature=0.0)):
-        first = rank(task.prompt.candidates, reading.direct, reading.outcome).indices[0]
-        row = (first in task.right, len(reading.outcome.inspected) if reading.outcome else 0)
-        rows["all"].append(row)
-        rows.setdefault(task.stratum, []).append(row)
+    """Greedy, as served with `hybrid`: R@1 and opened candidates per query, by stratum. A positive not in the list is a miss.
+
+    The processes of a launch share the tasks; all get all figures.
+    """
+    own, rows = tasks[rank() :: world()], []
+    for task, reading in runner.readings(own, [0] * len(own), replace(sampling, temperature=0.0)):
+        first = ranked(task.prompt.candidates, reading.direct, reading.outcome).indices[0]
+        rows.append((task.stratum, first in task.right, len(reading.outcome.inspected) if reading.outcome else 0))
+    of: dict[str, list[tuple[bool, int]]] = {"all": []}
+    for stratum, hit, opened in (row for part in from_all(rows) for row in part):
+        of["all"].append((hit, opened))
+        of.setdefault(stratum, []).append((hit, opened))
     out = {}
-    for stratum, pairs in rows.items():
+    for stratum, pairs in of.items():
         out[f"R@1_{stratum}"] = float(np.mean([hit for hit, _ in pairs]))
         out[f"opened_{stratum}"] = float(np.mean([opened for _, opened in pairs]))
     return out
 
 
-class _Log(TrainerCallback):  # type: ignore[misc]
-    """One JSON line per update, with validation figures where they are due."""
-
-    def __init__(self, file: Path, trainer: RolloutTrainer, held_out: Sequence[Task], config: GrpoConfig) -> None:
-        self._file, self._trainer, self._held_out, self._config = file, trainer, held_out, config
-
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any,  # transformers' signature
-    ) -> None:  # fmt: skip
-        logs = logs or {}
-        if not state.is_world_process_zero or "reward" not in logs:
-            return
-        step, every = state.global_step, self._config.evaluate_every
-        row = {"stage": "grpo", "step": step}
-        row |= {name: logs[name] for name in _SHOWN if logs.get(name) is not None}
-        due = step == state.max_steps or (every and step % every == 0)
-        if self._held_out and due:
-            figures = measure(self._trainer.runner, self._held_out, sampling_of(self._config, 0.0))
-            row |= {f"val_{k}": v for k, v in figures.items()}
-        row = {k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}
-        with self._file.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(row) + "\n")
-        log.info("%s", " ".join(f"{k}={v}" for k, v in row.items()))
-
-
+#: What of TRL's figures goes into log.jsonl; TensorBoard and its like have all.
 _SHOWN = (
-    "loss", "grad_norm", "learning_rate", "reward", "reward_std", "lambda", "correct", "format", "inspections", "refused",
-    "unreadable", "forced", "none", "tokens", "groups_equal", "groups_all_right", "groups_all_wrong", "kl", "entropy", "step_time",
-)  # fmt: skip
+    "loss|grad_norm|learning_rate|reward|reward_std|lambda|correct|format|inspections|refused|unreadable|forced|none|tokens"
+    "|groups_.*|kl|entropy|step_time|val_.*"
+)

@@ -15,7 +15,8 @@ from retrv_r1_retriever.errors import missing_extra
 
 def add_parser(commands: Any) -> None:
     parser = _parser(commands, "grpo", "train by curriculum GRPO")
-    parser.add_argument("--run", type=Path, default=Path("runs/grpo"), help="folder of the run; resumable")
+    # the second name is for torchrun, which takes --run for an abbreviation of its own --run-path
+    parser.add_argument("--run", "--folder", type=Path, default=Path("runs/grpo"), help="the same command resumes it")
     parser.add_argument("--out", type=Path, help="checkpoint folder (default: RUN/checkpoint)")
 
 

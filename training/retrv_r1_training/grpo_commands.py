@@ -13,33 +13,19 @@ from typing import Any
 
 from retrv_r1_retriever.errors import InputError, explain
 from retrv_r1_retriever.model.checkpoint import Checkpoint, load_checkpoint
+from retrv_r1_training.adapters import onto
 from retrv_r1_training.calibrate import calibrate, measurements, table, write_thresholds
 from retrv_r1_training.candidate_reader import CandidateReader
-from retrv_r1_training.data_config import DataConfig
-from retrv_r1_training.grpo import sampling_of, train_grpo
-from retrv_r1_training.grpo_config import GrpoConfig
-from retrv_r1_training.mbeir_tasks import Folder, Tasks, checkpoint_folder
-from retrv_r1_training.overrides import dump, keep, load
+from retrv_r1_training.grpo import dtype_of, sampling_of, train_grpo
+from retrv_r1_training.grpo_config import GrpoRecipe
+from retrv_r1_training.mbeir_tasks import Folder, checkpoint_folder
+from retrv_r1_training.overrides import dump, keep, load, same_as_before
+from retrv_r1_training.processes import device, from_all, is_first
 from retrv_r1_training.rollout import RolloutRunner, Task
 from retrv_r1_training.stage_checkpoint import save_stage
+from retrv_r1_training.waiting import counted
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class GrpoRecipe:
-    """checkpoint: "miniature" or a folder, after SFT
-
-    hard: a file of `passrate`; only its queries with a pass rate strictly between 0 and 1 are trained on
-    shuffle: share of the training lists in random order; 0 = as served
-    """
-
-    checkpoint: str
-    data: DataConfig
-    grpo: GrpoConfig
-    seed: int = 0
-    hard: str | None = None
-    shuffle: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -53,28 +39,32 @@ class _Opened:
 
     @classmethod
     def of(cls, recipe: GrpoRecipe, folder: Path) -> _Opened:
-        checkpoint = load_checkpoint(folder)
+        checkpoint = load_checkpoint(folder, device=device(), dtype=dtype_of(recipe.grpo))
         data = Folder(recipe.data, folder, recipe.seed)
         return cls(folder, checkpoint, data, CandidateReader(checkpoint, data.images, recipe.data.cache_gb))
 
 
 def run_grpo(args: argparse.Namespace) -> None:
     recipe = load(GrpoRecipe, args.recipe, args.overrides)
-    keep(recipe, args.run)
-    log.info("%s", dump(recipe))
+    if is_first():
+        keep(recipe, args.run)
+        log.info("%s", dump(recipe))
     opened = _Opened.of(recipe, checkpoint_folder(recipe.checkpoint))
-    tasks = opened.data.training(opened.reader, recipe.shuffle, recipe.grpo.missing)
-    if recipe.hard:
-        tasks = keep_hard(tasks, Path(recipe.hard))
+    only = hard_queries(Path(recipe.hard)) if recipe.hard else None
+    tasks = opened.data.training(opened.reader, recipe.shuffle, recipe.grpo.missing, only)
     held_out = opened.data.validation(opened.reader)
     log.info("grpo: %d training lists, %d for validation", len(tasks), len(held_out))
     model = train_grpo(
         opened.checkpoint, tasks, held_out, recipe.grpo, recipe.seed, args.run / "states", args.run / "log.jsonl",
         opened.reader,
     )  # fmt: skip
-    out = args.out or args.run / "checkpoint"
-    saved = save_stage(opened.folder, out, replace(opened.checkpoint, model=model))
-    log.info("checkpoint %s in %s, memory %s", saved.checkpoint_digest, out, saved.memory_digest)
+    if is_first():
+        out = args.out or args.run / "checkpoint"
+        start = load_checkpoint(opened.folder, device="cpu", dtype="float32")
+        merged = replace(start, model=onto(start.model, model, start.processor))
+        saved = save_stage(opened.folder, out, merged, top_k=recipe.data.top_k)
+        log.info("checkpoint %s in %s, memory %s", saved.checkpoint_digest, out, saved.memory_digest)
+    from_all(None)  # the first process is done, too
 
 
 def run_passrate(args: argparse.Namespace) -> None:
@@ -83,10 +73,16 @@ def run_passrate(args: argparse.Namespace) -> None:
     tasks = opened.data.training(opened.reader, recipe.shuffle, recipe.grpo.missing)
     if args.limit:
         tasks = tasks.sample(min(args.limit, len(tasks)), recipe.seed)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    solvable = 0
-    with args.out.open("w", encoding="utf-8") as out:
-        for row in pass_rates(RolloutRunner(opened.checkpoint, opened.reader), tasks, recipe, args.samples):
+    same_as_before(args.out.with_suffix(".yaml"), f"samples: {args.samples}\nlimit: {args.limit}\n{dump(recipe)}",
+                   "what this file was started with", "Choose another --out, or remove both files.")  # fmt: skip
+    known = read_rates(args.out) if args.out.exists() else []
+    args.out.write_text(
+        "".join(json.dumps(row) + "\n" for row in known), encoding="utf-8"
+    )  # without a half-written line
+    solvable, left = sum(row["hard"] for row in known), tasks[len(known) :]
+    rows = pass_rates(RolloutRunner(opened.checkpoint, opened.reader), left, recipe, args.samples)
+    with args.out.open("a", encoding="utf-8") as out:
+        for row in counted(rows, "pass rates", len(left)):
             solvable += row["hard"]
             out.write(json.dumps(row) + "\n")
             out.flush()
@@ -108,16 +104,32 @@ def pass_rates(
                    "pass_rate": solved / samples, "hard": 0 < solved < samples}  # fmt: skip
 
 
-def keep_hard(tasks: Tasks, file: Path) -> Tasks:
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+def hard_queries(file: Path) -> frozenset[str]:
+    """Ids of the queries that are solved sometimes, not always."""
+    rows = read_rates(file)
     hard = frozenset(row["id"] for row in rows if row["hard"])
-    kept = tasks.only(hard)
-    if not len(kept):
-        got = f"none of {len(hard)} hard ids among {len(tasks)} lists"
+    if not hard:
+        fix = "Take more --samples, a larger --limit, or a checkpoint that is neither perfect nor helpless."
         raise InputError(
-            explain(str(file), expected="queries of this recipe's data", got=got, fix="Run passrate again.")
+            explain(str(file), expected="queries solved sometimes, not always", got=f"none among {len(rows)}", fix=fix)
         )
-    return kept
+    return hard
+
+
+def read_rates(file: Path) -> list[dict[str, Any]]:
+    """The rows of a file of `passrate`; a last one that a kill cut off is left out."""
+    rows = []
+    try:
+        for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n"):
+                rows.append(json.loads(line))
+                assert {"id", "hard"} <= rows[-1].keys()
+    except (OSError, ValueError, AttributeError, AssertionError) as error:
+        got = str(error) or "rows without id and hard"
+        raise InputError(
+            explain(str(file), expected="rows of `retrv-r1-train passrate`", got=got, fix="Run it, or fix the path.")
+        ) from error
+    return rows
 
 
 def run_calibrate(args: argparse.Namespace) -> None:

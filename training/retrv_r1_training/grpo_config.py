@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from retrv_r1_retriever.errors import OptionsError, explain
+from retrv_r1_training.data_config import DataConfig
+from retrv_r1_training.processes import world
+from retrv_r1_training.sft_recipe import Hardware
 
 
 @dataclass(frozen=True, slots=True)
 class GrpoConfig:
-    """batch_size: prompts per update, `group_size` thoughts each, scored `micro_batch` at a time
+    """batch_size: prompts per update over all GPUs, `group_size` thoughts each, scored `micro_batch` at a time on one GPU
 
     beta: weight of the KL term; iterations: updates per rollout; penalty: lambda, "progress" or a fixed number
     lora_rank: 0 trains all weights of the language model
+    dtype: None = bfloat16 on a GPU, float32 on the CPU; deepspeed: None = one process or DDP
     evaluate_every, save_every: updates; 0 = only at the end. missing: see `tasks_of`
     """
 
@@ -39,12 +43,13 @@ class GrpoConfig:
     missing: str = "none"
     evaluate_every: int = 0
     save_every: int = 0
-    report_to: str = "none"
+    report_to: tuple[str, ...] = ("tensorboard",)
+    dtype: Literal["bfloat16", "float32"] | None = None
+    deepspeed: Literal["zero2"] | None = None
 
     def __post_init__(self) -> None:
-        ranks = int(os.environ.get("WORLD_SIZE", "1"))
-        if self.batch_size * self.group_size % (self.micro_batch * ranks):
-            got = f"{self.batch_size} * {self.group_size} over {self.micro_batch} * {ranks} ranks"
+        if self.batch_size * self.group_size % (self.micro_batch * world()):
+            got = f"{self.batch_size} * {self.group_size} over {self.micro_batch} * {world()} ranks"
             fix = "Change micro_batch."
             raise OptionsError(explain("batch_size * group_size", expected="whole micro-batches", got=got, fix=fix))
         if self.save_every % self.iterations:
@@ -54,3 +59,24 @@ class GrpoConfig:
             raise OptionsError(
                 explain("penalty", expected='"progress" or a number', got=repr(self.penalty), fix="Fix it.")
             )
+
+
+@dataclass(frozen=True, slots=True)
+class GrpoRecipe:
+    """checkpoint: "miniature" or a folder, after SFT
+
+    hard: a file of `passrate`; only its queries with a pass rate strictly between 0 and 1 are trained on
+    shuffle: share of the training lists in random order; 0 = as served
+    hardware, backbone, length, thought: for the estimate, as in `SftRecipe`
+    """
+
+    checkpoint: str
+    data: DataConfig
+    grpo: GrpoConfig
+    seed: int = 0
+    hard: str | None = None
+    shuffle: float = 0.0
+    hardware: Hardware = field(default_factory=Hardware)
+    backbone: str = ""
+    length: int = 2048
+    thought: int = 600

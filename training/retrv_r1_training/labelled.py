@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Literal, Protocol, get_args
 
 from retrv_r1_retriever.errors import InputError, OptionsError, explain
-from retrv_r1_retriever.evaluation.runs import read_qrels, read_run
-from retrv_r1_retriever.indexing import IndexFailure
-from retrv_r1_retriever.readers import read_mbeir
+from retrv_r1_retriever.evaluation.mbeir import Dataset, JudgedQuery, Limits, Pool, Qrels, Queries, RunFile
+from retrv_r1_retriever.evaluation.offsets import LineFormat, Skipped
 from retrv_r1_retriever.types import MAX_CANDIDATES, Candidate, Document, Query
 
 Missing = Literal["none", "inject", "drop"]
@@ -90,12 +89,27 @@ class ListOptions:
             )
 
 
+class Captions:
+    """What a candidate shows, in words: from a JSONL file {"id", "caption"}, else from its `src_content`; "" where nobody knows."""
+
+    def __init__(self, file: Path | None, limits: Limits = Limits()) -> None:
+        self._lines = file and limits.open(file, LineFormat("captions-1", _caption_id))
+
+    def of(self, document: Document) -> str:
+        found = self._lines.find(document.id) if self._lines else []
+        if found:
+            return str(json.loads(found[0]).get("caption") or "")
+        return source_caption(document.metadata.get("src_content"))
+
+
 @dataclass
 class MbeirLists:
-    """Lists from M-BEIR query and pool files and a first-stage run (TREC); pictures stay paths.
+    """Lists from M-BEIR query and pool files and a first-stage run (TREC), read line by line as training reads them; pictures
+    stay paths.
 
-    Keeps only the candidates that some list names. qrels: replaces the `pos_cand_list` of the query rows.
-    captions: JSONL {"id", "caption"}; without it a candidate's words are the caption in its `src_content`, else its text.
+    root: where the table of instructions is, None = no table; options.instruction goes before it and before the rows' own
+    qrels: judgements, where a query has any there; otherwise the positives of its row
+    captions: JSONL {"id", "caption"}; without it a candidate's words are the caption in its `src_content`, else its text
     """
 
     queries: Sequence[Path]
@@ -104,18 +118,32 @@ class MbeirLists:
     options: ListOptions = ListOptions()
     qrels: Path | None = None
     captions: Path | None = None
+    root: Path | None = None
+    limits: Limits = field(default_factory=Limits)
     counts: Counter[str] = field(default_factory=Counter)
 
     def __iter__(self) -> Iterator[LabelledList]:
+        """Raises `InputError` at the end if more of the run than `limits.max_bad_share` is not in the pools."""
         self.counts.clear()
-        for row, positives in self._rows():
-            made = self._list(row, positives)
-            if made is not None:
-                yield made
+        listed, outside, examples = 0, 0, list[str]()
+        for data in self._data:
+            for number in range(len(data)):
+                judged = data.query(
+                    number, random.Random(f"{self.options.seed}:{data.queries.lines.path.name}:{number}")
+                )
+                ranked = self._run.ranked(judged.id)[: self.options.top_k]
+                lost = [did for did in ranked if did not in data.pool]
+                listed, outside = listed + len(ranked), outside + len(lost)
+                examples += [f"query {judged.id}: candidate {did} is in no pool" for did in lost[: 3 - len(examples)]]
+                made = self._list(data, judged, [did for did in ranked if did not in lost])
+                if made is not None:
+                    yield made
+        self.counts.update({"candidates outside the pool": outside} if outside else {})
+        Skipped(outside, listed, tuple(examples)).check(str(self.first_stage), self.limits.max_bad_share)
 
-    def _list(self, row: dict[str, Any], positives: tuple[str, ...]) -> LabelledList | None:
-        id, options = str(row["qid"]), self.options
-        ranked = self._run.get(id, [])[: options.top_k]
+    def _list(self, data: Dataset, judged: JudgedQuery, ranked: list[str]) -> LabelledList | None:
+        options, id = self.options, judged.id
+        positives = tuple(did for did in judged.grades if did in data.pool)
         if not ranked:
             self.counts["without a first-stage list"] += 1
             return None
@@ -130,60 +158,58 @@ class MbeirLists:
         ranks = list(enumerate(ranked, 1))
         if rng.random() < options.shuffle:
             rng.shuffle(ranks)
-        query = Query.of(row.get("query_txt"), row.get("query_img_path"), options.instruction, id)
-        candidates = tuple(Candidate(self._document(d, id), None, rank) for rank, d in ranks)
-        target = next((d for d in (*(d for _, d in ranks if d in positives), *positives)), None)
-        words = tuple(self._words(d) for _, d in ranks)
-        return LabelledList(query, candidates, words, positives, self._words(target) if target else "")
-
-    def _rows(self) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:
-        graded = read_qrels(self.qrels) if self.qrels else None
-        for row in _jsonl(self.queries, "qid"):
-            if graded is None:
-                positives: Iterable[str] = map(str, row.get("pos_cand_list") or ())
-            else:
-                grades = graded.get(str(row["qid"]), {})
-                positives = sorted((d for d, grade in grades.items() if grade > 0), key=lambda d: -grades[d])
-            yield row, tuple(positives)
+        documents = {did: _found(data, did) for did in (*ranked, *positives[:1])}
+        query = judged.query if options.instruction is None else replace(judged.query, instruction=options.instruction)
+        candidates = tuple(Candidate(documents[did], None, rank) for rank, did in ranks)
+        target = next((did for did in (*(did for _, did in ranks if did in positives), *positives)), None)
+        words = tuple(self._words(documents[did]) for _, did in ranks)
+        return LabelledList(query, candidates, words, positives, self._words(documents[target]) if target else "")
 
     @cached_property
-    def _run(self) -> dict[str, list[str]]:
-        return read_run(self.first_stage)
+    def _data(self) -> list[Dataset]:
+        pool = _Pools([Pool(path, self.limits) for path in self.pools])
+        qrels = Qrels(self.qrels, self.limits) if self.qrels else None
+        root = self.root or Path(self.queries[0]).parent
+        return [Dataset(root, Queries(path, self.limits), pool, qrels) for path in self.queries]
 
     @cached_property
-    def _documents(self) -> dict[str, Document]:
-        needed = {d for ranked in self._run.values() for d in ranked[: self.options.top_k]}
-        needed |= {d for _, positives in self._rows() for d in positives}
-        found = {}
-        for path in self.pools:
-            for row in read_mbeir(path):
-                if isinstance(row, IndexFailure):
-                    raise InputError(row.reason)
-                if row.id in needed:
-                    found[row.id] = row
-        return found
+    def _run(self) -> RunFile:
+        return RunFile(self.first_stage, self.limits)
 
     @cached_property
-    def _captions(self) -> dict[str, str]:
-        rows = _jsonl([self.captions] if self.captions else [], "id")
-        return {str(row["id"]): str(row.get("caption") or "") for row in rows}
+    def _captions(self) -> Captions:
+        return Captions(self.captions, self.limits)
 
-    def _document(self, id: str, query_id: str) -> Document:
-        document = self._documents.get(id)
-        if document is None:
-            fix = "Pass the pool that the first stage searched."
-            raise InputError(
-                explain(f"query {query_id}", expected=f"candidate {id} in the pool", got="no such row", fix=fix)
-            )
-        return document
+    def _words(self, document: Document) -> str:
+        return self._captions.of(document) or document.content.text or ""
 
-    def _words(self, id: str) -> str:
-        if id in self._captions:
-            return self._captions[id]
-        document = self._documents.get(id)
-        if document is None:
-            return ""
-        return source_caption(document.metadata.get("src_content")) or document.content.text or ""
+
+class _Pools(Pool):
+    """Several as one, by id."""
+
+    def __init__(self, pools: Sequence[Pool]) -> None:
+        self._pools = pools
+
+    def __contains__(self, did: object) -> bool:
+        return any(did in pool for pool in self._pools)
+
+    def get(self, did: str) -> Document | None:
+        return next(filter(None, (pool.get(did) for pool in self._pools)), None)
+
+
+def _found(data: Dataset, did: str) -> Document:
+    document = data.pool.get(did)
+    assert document is not None, "ids of the pool only"
+    return document
+
+
+def _caption_id(line: bytes) -> str:
+    row = json.loads(line)
+    if not isinstance(row, dict) or "id" not in row:
+        raise InputError(
+            explain("row", expected='an object with "id" and "caption"', got=repr(row)[:60], fix="Fix the row.")
+        )
+    return str(row["id"])
 
 
 def source_caption(source: object) -> str:
@@ -193,20 +219,3 @@ def source_caption(source: object) -> str:
     except ValueError:
         return ""
     return str(data.get("caption") or "") if isinstance(data, dict) else ""
-
-
-def _jsonl(paths: Iterable[Path], key: str) -> Iterator[dict[str, Any]]:
-    """Rows; one that is no object with `key` is an `InputError` naming file and line."""
-    for path in paths:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise InputError(f"{path}:{number}: {error}") from None
-                if not isinstance(row, dict) or key not in row:
-                    got = repr(line.strip()[:60])
-                    raise InputError(
-                        explain(f"{path}:{number}", expected=f"an object with {key!r}", got=got, fix="Fix the row.")
-                    )
-                yield row

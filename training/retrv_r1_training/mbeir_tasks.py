@@ -20,6 +20,7 @@ from retrv_r1_training.data_config import DataConfig, Part
 from retrv_r1_training.embedded_lists import EmbeddedLists, open_embedder
 from retrv_r1_training.klists import KList, KListConfig, KLists, Missing, Ranked
 from retrv_r1_training.rollout import Task
+from retrv_r1_training.waiting import counted
 
 log = logging.getLogger(__name__)
 
@@ -58,9 +59,18 @@ class Folder:
             run = EmbeddedLists(self._embedder, data, self.images, self.config.top_k, self._seed)
         return KLists(data, run, self._seed)
 
-    def training(self, reader: CandidateReader, shuffle: float, missing: str) -> Tasks:
+    def training(
+        self, reader: CandidateReader, shuffle: float, missing: str, only: frozenset[str] | None = None
+    ) -> Tasks:
+        """only: ids of the queries to take, None = all"""
         config = KListConfig(self.config.top_k, shuffle=shuffle, missing=Missing(missing))
-        return Tasks(map(self.lists, self.config.train), lambda lists, n: lists.draw(n, config, epoch=0), reader)
+
+        def make(lists: KLists, number: int) -> KList | None:
+            if only is not None and lists.data.queries[number].id not in only:
+                return None
+            return lists.draw(number, config, epoch=0)
+
+        return Tasks(map(self.lists, self.config.train), make, reader)
 
     def validation(self, reader: CandidateReader) -> Sequence[Task]:
         """As served: a positive that the first stage did not find is a miss."""
@@ -104,11 +114,6 @@ class Tasks(Sequence[Task]):
     def __len__(self) -> int:
         return len(self._where)
 
-    def id(self, number: int) -> str:
-        """The query's id, without making the task."""
-        part, query = self._where[number]
-        return self._parts[part].data.queries[query].id
-
     def spread(self, count: int) -> Tasks:
         """At most `count` of them, evenly."""
         return self[:: -(-len(self) // count)]
@@ -116,18 +121,17 @@ class Tasks(Sequence[Task]):
     def sample(self, count: int, seed: int) -> Tasks:
         return self._only(random.Random(seed).sample(list(self._where), count))
 
-    def only(self, ids: frozenset[str]) -> Tasks:
-        return self._only([self._where[n] for n in range(len(self)) if self.id(n) in ids])
-
     def _only(self, where: Sequence[tuple[int, int]]) -> Tasks:
         return Tasks(self._parts, self._make, self._reader, where)
 
     def _usable(self) -> list[tuple[int, int]]:
         where = []
         for number, part in enumerate(self._parts):
-            found = [n for n in range(len(part.data)) if (made := self._make(part, n)) is not None and made.candidates]
+            name, numbers = part.data.queries.lines.path.name, range(len(part.data))
+            waiting = counted(numbers, f"lists of {name}", len(part.data))
+            found = [n for n in waiting if (made := self._make(part, n)) is not None and made.candidates]
             said = ", ".join(f"{count} {what}" for what, count in part.counts.items() if count)
-            log.info("%s: %d of %d queries; %s", part.data.queries.lines.path.name, len(found), len(part.data), said)
+            log.info("%s: %d of %d queries; %s", name, len(found), len(part.data), said)
             where += [(number, n) for n in found]
         return where
 

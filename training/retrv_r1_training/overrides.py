@@ -65,13 +65,15 @@ def dump(recipe: Any) -> str:
 
 def keep(recipe: Any, run: Path) -> None:
     """Write RUN/recipe.yaml; a folder that was started with another recipe is refused, or a resumed run would mix two."""
-    file, text = run / "recipe.yaml", dump(recipe)
-    run.mkdir(parents=True, exist_ok=True)
+    same_as_before(run / "recipe.yaml", dump(recipe), "the recipe this folder was started with",
+                   "Choose another --run folder, or remove this one.")  # fmt: skip
+
+
+def same_as_before(file: Path, text: str, expected: str, fix: str) -> None:
+    """Write `text`, or raise `OptionsError` if something else is there."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     if file.exists() and file.read_text(encoding="utf-8") != text:
-        raise OptionsError(
-            explain(str(file), expected="the recipe this folder was started with", got="another one",
-                    fix="Choose another --run folder, or remove this one.")
-        )  # fmt: skip
+        raise OptionsError(explain(str(file), expected=expected, got="another one", fix=fix))
     file.write_text(text, encoding="utf-8")
 
 

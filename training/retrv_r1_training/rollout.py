@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from retrv_r1_retriever._sync import run
 from retrv_r1_retriever.driver import Reading, read
@@ -106,13 +107,16 @@ class Sampling:
 class RolloutRunner:
     """Runs thoughts on the model as it is at that moment. One engine for a whole training: its KV pool is made once.
 
-    images: of the candidates that are opened; None = tasks carry decoded or encoded pictures
+    images: of the candidates that are opened; None = tasks carry decoded or encoded pictures; autocast: see `LocalEngine`
     """
 
-    def __init__(self, checkpoint: Checkpoint, images: ImageSource | None = None, concurrency: int = 256) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, images: ImageSource | None = None, concurrency: int = 256,
+        autocast: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         self._model, self.processor = checkpoint.model, checkpoint.processor
         training = self._model.training
-        self.engine = LocalEngine(checkpoint)
+        self.engine = LocalEngine(checkpoint, autocast=autocast)
         self._model.train(training)
         self._images, self._concurrency = images or _Decoded(), concurrency
 

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from retrv_r1_retriever.errors import missing_extra
-from retrv_r1_training.estimate import estimate, table
-from retrv_r1_training.overrides import load
+from retrv_r1_retriever.errors import OptionsError, explain, missing_extra
+from retrv_r1_training.estimate import AnyRecipe, estimate, table
+from retrv_r1_training.grpo_config import GrpoRecipe
+from retrv_r1_training.overrides import load, override, read_yaml
 from retrv_r1_training.sft_recipe import DistillRecipe, SftRecipe
+from retrv_r1_training.stage_recipe import AlignRecipe, BaseRecipe, EmbedderRecipe
 
+_RECIPES: dict[str, type[AnyRecipe]] = {
+    "base": BaseRecipe, "embedder": EmbedderRecipe, "align": AlignRecipe, "sft": SftRecipe, "grpo": GrpoRecipe, "distill": DistillRecipe,
+}  # fmt: skip
 Commands = argparse._SubParsersAction  # what `add_subparsers` returns; argparse has no public name for it
 
 
@@ -67,6 +73,16 @@ def _distill(args: argparse.Namespace) -> int:
 
 
 def _estimate(args: argparse.Namespace) -> int:
-    recipe = load(SftRecipe, args.recipe, args.overrides)
+    recipe = load_any(args.recipe, args.overrides)
     sys.stdout.write(table(recipe, estimate(recipe)))
     return 0
+
+
+def load_any(file: Path, overrides: Sequence[str]) -> AnyRecipe:
+    """The recipe of whatever stage it is of."""
+    data = override(read_yaml(file), overrides)
+    stage = data.get("stage", "grpo" if "grpo" in data else None)
+    if stage not in _RECIPES:
+        expected = f"stage: one of {', '.join(_RECIPES)}; or the block grpo"
+        raise OptionsError(explain(str(file), expected=expected, got=stage or "neither", fix="Name the stage."))
+    return load(_RECIPES[stage], file, overrides)

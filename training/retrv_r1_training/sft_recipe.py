@@ -65,11 +65,14 @@ class Running:
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """For `retrv-r1-train estimate` only. tflops: of one GPU at `dtype`, dense, by its data sheet; use: the share reached."""
+    """For `retrv-r1-train estimate` only. tflops, bandwidth: of one GPU by its data sheet (dense at `dtype`, TB/s of its memory;
+    the defaults are an H100 SXM's); use: the share of both that is reached
+    """
 
     gpus: int = 8
     gpu_gb: float = 80.0
     tflops: float = 989.0
+    bandwidth: float = 3.35
     use: float = 0.3
 
 

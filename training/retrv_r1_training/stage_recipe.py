@@ -10,7 +10,7 @@ from retrv_r1_retriever.model.configuration import IcmConfig
 from retrv_r1_training.align import Frame
 from retrv_r1_training.backbone import BackboneSize
 from retrv_r1_training.data_config import DataConfig
-from retrv_r1_training.sft_recipe import LoraSettings, Optimisation, Running
+from retrv_r1_training.sft_recipe import Hardware, LoraSettings, Optimisation, Running
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,7 @@ class EmbedderRecipe:
     hard_negatives: per query, drawn from the first `depth` of its list (LamRA draws from 100)
     across_modalities: also against candidates of other modalities than the positive's, as in a pool that is searched unfiltered
     pool: candidates searched in validation: positives, hard negatives, and random ones up to this number
+    hardware, backbone, length: for the estimate, as in `SftRecipe`; length is of a text or picture
     """
 
     start: Start
@@ -53,6 +54,9 @@ class EmbedderRecipe:
     tune: Literal["lora", "full"] = "lora"
     lora: LoraSettings = field(default_factory=LoraSettings)
     run: Running = field(default_factory=Running)
+    hardware: Hardware = field(default_factory=Hardware)
+    backbone: str = ""
+    length: int = 512
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
@@ -73,6 +77,7 @@ class AlignRecipe:
     described: candidates per query that are described from their two tokens
     frame: around a candidate that is described; tokens: longest description; by_word: coarse words whose agreement the relation
     token is to tell, where captions are aligned by word as the catalogue's are, else 0
+    hardware, backbone, length: for the estimate, as in `SftRecipe`; length is of a candidate in full
     """
 
     start: Start
@@ -87,6 +92,9 @@ class AlignRecipe:
     tokens: int = 64
     by_word: int = 0
     run: Running = field(default_factory=Running)
+    hardware: Hardware = field(default_factory=Hardware)
+    backbone: str = ""
+    length: int = 512
 
     @property
     def top_k(self) -> int:
@@ -115,6 +123,7 @@ class BaseRecipe:
     backbone: BackboneSize = field(default_factory=BackboneSize)
     icm: IcmConfig = field(default_factory=IcmConfig)
     run: Running = field(default_factory=lambda: Running(dtype="float32", checkpointing=False))
+    hardware: Hardware = field(default_factory=lambda: Hardware(gpus=1))
 
     def __post_init__(self) -> None:
         _refuse_zero3(self.run)

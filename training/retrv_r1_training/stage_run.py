@@ -6,7 +6,6 @@ Saving, resuming and stopping are those of the SFT trainer; transformers' Traine
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any, TypeAlias
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from retrv_r1_retriever.model.checkpoint import Checkpoint, create_checkpoint, load_checkpoint
@@ -23,9 +21,12 @@ from retrv_r1_retriever.model.processing import Processor
 from retrv_r1_training.adapters import prepare_deepspeed, raise_precision, trained_state
 from retrv_r1_training.draws import Draws
 from retrv_r1_training.overrides import dump, keep
+from retrv_r1_training.processes import device as own_device
+from retrv_r1_training.processes import is_first
+from retrv_r1_training.run_log import RunLog
 from retrv_r1_training.stage_checkpoint import stored_dtype
 from retrv_r1_training.stage_recipe import AlignRecipe, BaseRecipe, EmbedderRecipe, Start
-from retrv_r1_training.trl_sft import JsonLog, SftModel, SftOnTrl, numbers, training_arguments
+from retrv_r1_training.trl_sft import SftModel, SftOnTrl, numbers, training_arguments
 
 log = logging.getLogger(__name__)
 StageRecipe: TypeAlias = EmbedderRecipe | AlignRecipe | BaseRecipe
@@ -100,9 +101,8 @@ def train(recipe: StageRecipe, run: Path, work: Work, per_device: int | None = N
     trainer = StageTrainer(
         recipe.stage, work, args=args, data_collator=lambda rows: _collate(work.draws, rows),
         train_dataset=numbers(len(work.draws), False), eval_dataset=numbers(1, True) if work.measure else None,
-        callbacks=[JsonLog(run / "log.jsonl", recipe.stage)],
     )  # fmt: skip
-    trainer.remove_callback(PrinterCallback)
+    RunLog(run / "log.jsonl", recipe.stage).watch(trainer)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(run))
     for reason, count in work.draws.skipped.items():
         log.info("skipped %d x %s", count, reason)
@@ -122,18 +122,9 @@ def begin(recipe: StageRecipe, run: Path) -> None:
     torch.manual_seed(recipe.seed)
 
 
-def is_first() -> bool:
-    """Whether this process writes files."""
-    return int(os.environ.get("RANK", 0)) == 0
-
-
-def world() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
 def load_start(start: Start, dtype: str, device: str | None = None) -> Checkpoint:
     """The checkpoint, or a fresh one around a backbone. device None = this process's own."""
-    device = device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    device = device or own_device()
     if is_checkpoint(start):
         return load_checkpoint(start.path, device=device, dtype=dtype)
     return create_checkpoint(

@@ -7,11 +7,12 @@ import asyncio
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from retrv_r1_retriever.errors import OptionsError, explain
+from retrv_r1_retriever.evaluation.mbeir import Limits
+from retrv_r1_retriever.evaluation.offsets import MAX_BAD_SHARE
 from retrv_r1_retriever.images import LocalImages
 from retrv_r1_retriever.options import RerankOptions
 from retrv_r1_training.chat_teacher import ChatOptions, ChatTeacher
@@ -29,9 +30,8 @@ from retrv_r1_training.synthesize import (
     synthesize,
 )
 from retrv_r1_training.teacher import TeacherStyle
+from retrv_r1_training.waiting import every
 from retrv_r1_training.words_teacher import Wording, WordsTeacher
-
-_PROGRESS_EVERY_S = 5.0
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -48,14 +48,19 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     data.add_argument("--lists", type=_file, required=True, metavar="RUN", help="the first stage's lists, a TREC run")
     data.add_argument("--qrels", type=_file, metavar="FILE", help="instead of the query rows' pos_cand_list")
     data.add_argument("--captions", type=_file, metavar="FILE", help='JSONL {"id", "caption"}')
-    data.add_argument("--images", type=_folder, metavar="FOLDER", help="root of the picture paths")
-    data.add_argument("--instruction", metavar="TEXT", help="the task in words, put before every query")
+    data.add_argument("--images", type=_folder, metavar="FOLDER",
+                      help="the data folder: root of the picture paths, and of the table of instructions")  # fmt: skip
+    data.add_argument(
+        "--instruction", metavar="TEXT", help="the task in words, for every query, in place of the data's own"
+    )
     data.add_argument("--top-k", type=int, default=20, metavar="K")
     data.add_argument("--shuffle", type=float, default=0.5, metavar="SHARE", help="of lists in random order")
     data.add_argument("--missing", choices=("none", "inject", "drop"), default="none",
                       help="what a list without a right answer trains")  # fmt: skip
     data.add_argument("--limit", type=int, metavar="N", help="the first N lists only")
     data.add_argument("--seed", type=int, default=0)
+    data.add_argument("--max-bad-share", type=float, default=MAX_BAD_SHARE, metavar="SHARE", help="of rows in any file")
+    data.add_argument("--index-dir", type=Path, help="where to keep line indexes (default: .retrv beside each file)")
     teacher = parser.add_argument_group("teacher")
     teacher.add_argument("--teacher", choices=("words", "chat"), required=True,
                          help="words: from captions, offline; chat: a model behind an OpenAI-compatible endpoint")  # fmt: skip
@@ -108,6 +113,7 @@ async def _run(args: argparse.Namespace) -> int:
     source = MbeirLists(
         args.queries, args.pool, args.lists,
         ListOptions(args.top_k, args.shuffle, args.missing, args.seed, args.instruction), args.qrels, args.captions,
+        args.images, Limits(args.index_dir, args.max_bad_share),
     )  # fmt: skip
     if args.teacher == "words":
         wording = Wording.of(_all_captions(source))
@@ -183,12 +189,10 @@ def _confirmed() -> bool:
 
 def _progress(total: int) -> Callable[[Report], None]:
     """A line on standard error every few seconds."""
-    last = time.monotonic()
+    due = every()
 
     def show(now: Report) -> None:
-        nonlocal last
-        if time.monotonic() - last >= _PROGRESS_EVERY_S:
-            last = time.monotonic()
+        if due():
             failed = sum(now.failed.values())
             sys.stderr.write(f"{now.admitted} of {total} admitted, {now.answers} answers, {failed} failed\n")
 

@@ -23,9 +23,10 @@ from retrv_r1_training.data import content_embeds
 from retrv_r1_training.describe import Descriptions
 from retrv_r1_training.draws import Contrasted, Contrasts, Draws, Opened, Source
 from retrv_r1_training.loss import accuracy, weighted_ce
+from retrv_r1_training.processes import is_first
 from retrv_r1_training.stage_checkpoint import keep_embedder
 from retrv_r1_training.stage_recipe import AlignRecipe
-from retrv_r1_training.stage_run import Figures, Work, begin, dtype_of, is_checkpoint, is_first, load_start, train
+from retrv_r1_training.stage_run import Figures, Work, begin, dtype_of, is_checkpoint, load_start, train
 from retrv_r1_training.teacher import Caption
 from retrv_r1_training.trl_sft import SftModel
 

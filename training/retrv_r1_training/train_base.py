@@ -6,11 +6,13 @@ It learns to say a picture's caption and to repeat a text. Where a released back
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from retrv_r1_retriever.evaluation.mbeir import iterate
@@ -23,8 +25,9 @@ from retrv_r1_training.backbone import build_model, build_processor, build_token
 from retrv_r1_training.base import DESCRIBE, FRAME, caption_chunk, caption_loss
 from retrv_r1_training.draws import Captioned, Draws, Opened, Source
 from retrv_r1_training.loss import accuracy
+from retrv_r1_training.processes import device, is_first
 from retrv_r1_training.stage_recipe import BaseRecipe
-from retrv_r1_training.stage_run import Figures, Work, begin, is_first, train
+from retrv_r1_training.stage_run import Figures, Work, begin, train
 from retrv_r1_training.trl_sft import SftModel
 
 log = logging.getLogger(__name__)
@@ -56,15 +59,19 @@ def trainable(model: SftModel) -> SftModel:
 
 def _start(recipe: BaseRecipe, folder: Path, sources: Sequence[Source]) -> Checkpoint:
     """Random weights and a tokenizer of the data's words, made once: a resumed run must read with the same ones."""
-    if not (folder / "retrv" / "manifest.json").is_file() and is_first():
+    if not folder.is_dir() and is_first():
         tokenizer = build_tokenizer(texts(sources), recipe.vocab)
         model = build_model(tokenizer, recipe.backbone, recipe.icm, recipe.seed)
         processor = build_processor(tokenizer, recipe.backbone, recipe.max_text_tokens)
-        save_checkpoint(folder, model, processor, Manifest(BASE, icm=asdict(recipe.icm)), dtype=torch.float32)
+        aside = folder.with_suffix(".part")
+        save_checkpoint(aside, model, processor, Manifest(BASE, icm=asdict(recipe.icm)), dtype=torch.float32)
+        aside.rename(folder)  # at once whole: the other processes wait for it
         log.info(
             "%s: %d tokens, %.1f M parameters", folder, len(tokenizer), sum(p.numel() for p in model.parameters()) / 1e6
         )
-    return load_checkpoint(folder, dtype=recipe.run.dtype)
+    while not folder.is_dir():  # if the first process fails, the launcher ends this one
+        time.sleep(0.5)
+    return load_checkpoint(folder, device=device(), dtype=recipe.run.dtype)
 
 
 def texts(sources: Sequence[Source]) -> Iterator[str]:
@@ -94,6 +101,10 @@ class Objective:
 
     def __call__(self, net: SftModel, pictures: Sequence[tuple[Content, str]]) -> tuple[Tensor, Figures]:
         loss, hidden, batch = caption_loss(net, self.processor, [caption_chunk(self.processor, *p) for p in pictures])
+        if (
+            dist.is_initialized()
+        ):  # a batch of texts leaves the tower without gradients, and the other processes would wait for them
+            loss = loss + 0.0 * sum(p.sum() for p in net.model.visual.parameters())
         return loss, {"words": accuracy(net, hidden, batch.input_ids, batch.sampled)}
 
 

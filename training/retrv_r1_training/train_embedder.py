@@ -30,8 +30,9 @@ from retrv_r1_training.adapters import language_model_only, load_trained, merged
 from retrv_r1_training.data import encode
 from retrv_r1_training.draws import Contrasted, Contrasts, Opened, Source
 from retrv_r1_training.embedder import info_nce
+from retrv_r1_training.processes import is_first, world
 from retrv_r1_training.stage_recipe import EmbedderRecipe
-from retrv_r1_training.stage_run import Figures, Work, begin, dtype_of, is_first, load_start, train, world
+from retrv_r1_training.stage_run import Figures, Work, begin, dtype_of, load_start, train
 from retrv_r1_training.trl_sft import SftModel
 
 log = logging.getLogger(__name__)

@@ -16,6 +16,7 @@ import torch
 import trl
 from torch import Tensor, nn
 from trl import GRPOTrainer
+from trl.models import prepare_deepspeed
 from trl.trainer.utils import add_fused_lm_head
 
 from retrv_r1_retriever.errors import OptionsError, explain
@@ -23,6 +24,7 @@ from retrv_r1_retriever.model.embedding import encode_pictures
 from retrv_r1_retriever.model.modeling import RetrvR1ForConditionalGeneration
 from retrv_r1_retriever.model.processing import Processor, collate
 from retrv_r1_training.rollout import Rollout, padded
+from retrv_r1_training.stopping import stop_not_finite
 
 #: Method -> its first parameters, as this file relies on them.
 RELIED_ON: dict[str, tuple[str, ...]] = {
@@ -73,8 +75,14 @@ class RolloutTrainer(GRPOTrainer):
             head.register_parameter("bias", None)  # PEFT's wrapper of a tied head has none, and TRL asks for it
         if reference is not None:
             add_fused_lm_head(reference, temperature=self.temperature)
-            self.ref_model = self.accelerator.prepare_model(reference.eval(), evaluation_mode=True)
+            self.ref_model = self._placed(reference.eval())
             self.beta = beta
+
+    def _placed(self, reference: nn.Module) -> nn.Module:
+        """As TRL places a reference that it has loaded itself."""
+        if self.is_deepspeed_enabled:
+            return cast(nn.Module, prepare_deepspeed(reference, self.accelerator))
+        return cast(nn.Module, self.accelerator.prepare_model(reference, evaluation_mode=True))
 
     @property
     def policy(self) -> RetrvR1ForConditionalGeneration:
@@ -88,11 +96,10 @@ class RolloutTrainer(GRPOTrainer):
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         self._rows = inputs["rows"]  # super() hands on only the tensors that it names
         loss: Tensor = super()._compute_loss(model, inputs)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"grpo: loss is {loss.item()} at step {self.state.global_step}. The last saved state is whole: lower the "
-                "learning rate and start again, it resumes."
-            )
+        values = self.accelerator.gather(loss.detach()[None])  # all processes see, and stop, together
+        if not torch.isfinite(values).all():
+            queries = list(dict.fromkeys(r.task.id for r in inputs["rows"]))
+            stop_not_finite(self, "grpo", values.tolist(), f"queries {queries}", "grpo.lr")
         return loss
 
     def _get_per_token_logps_and_entropies(

@@ -5,9 +5,7 @@ One process, DDP, ZeRO-2 and ZeRO-3 give the same losses (tests/training/test_tr
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, replace
 from pathlib import Path
@@ -17,12 +15,11 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
-from retrv_r1_retriever.errors import InputError, RetrvR1Error, explain
+from retrv_r1_retriever.errors import InputError, explain
 from retrv_r1_retriever.model.checkpoint import Checkpoint, load_checkpoint
 from retrv_r1_retriever.model.modeling import RetrvR1ForConditionalGeneration
 from retrv_r1_retriever.model.processing import EncodedImage, Processor
@@ -39,17 +36,16 @@ from retrv_r1_training.adapters import (
 from retrv_r1_training.examples import Source, trace_examples
 from retrv_r1_training.mbeir_tasks import Folder, checkpoint_folder
 from retrv_r1_training.overrides import dump, keep
+from retrv_r1_training.processes import device, is_first, world
+from retrv_r1_training.run_log import RunLog
 from retrv_r1_training.sft import Example, SftLoss, Totals, losses
-from retrv_r1_training.sft_recipe import Running, SftRecipe, accumulation
+from retrv_r1_training.sft_recipe import SftRecipe, accumulation
 from retrv_r1_training.stage_checkpoint import save_stage
+from retrv_r1_training.stopping import stop_not_finite
 
 log = logging.getLogger(__name__)
 TRAINED = "trained.safetensors"
 T = TypeVar("T")
-
-
-class NotFiniteError(RetrvR1Error, FloatingPointError):
-    """The loss is NaN or infinite; the state was saved before this was raised."""
 
 
 class SftModel(RetrvR1ForConditionalGeneration):
@@ -82,6 +78,7 @@ class SftOnTrl(SFTTrainer):
         super().__init__(processing_class=processor.tokenizer, **kwargs)
         self.processor, self.parts = processor, loss
         self.loss_is_scaled_for_ga = True  # `Totals` of the whole step already do it
+        self._hits: dict[int, float] = {}  # of an evaluation: number of the example -> its direct read is right
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         """`Totals` of an optimiser step, over its micro-batches and all processes."""
@@ -97,10 +94,19 @@ class SftOnTrl(SFTTrainer):
     ) -> Tensor:
         totals = None if num_items_in_batch is None else Totals(*num_items_in_batch.tolist())
         examples: Sequence[Example] = inputs["examples"]
-        loss, metrics, _ = model(objective=lambda net: losses(net, self.processor, examples, self.parts, totals))
+        loss, metrics, hits = model(objective=lambda net: losses(net, self.processor, examples, self.parts, totals))
         self.observe(loss, metrics, inputs["numbers"])
+        if not self.model.training:
+            rows = torch.stack([torch.tensor(inputs["numbers"], device=hits.device), hits.long()], dim=1)
+            self._hits |= {number: float(hit) for number, hit in self.accelerator.gather(rows).tolist()}
         # gradients are averaged over processes, and `totals` already are of all of them
         return loss if totals is None else loss * self.accelerator.num_processes
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._hits:  # batches differ in size, and processes fill theirs up with examples seen before
+            self._metrics["eval"]["direct"] = [sum(self._hits.values()) / len(self._hits)]
+            self._hits = {}
+        super().log(logs, start_time)
 
     def observe(self, loss: Tensor, metrics: dict[str, float], numbers: Sequence[int]) -> None:
         """Note the metrics for the next log line; stop if the loss of any process is not finite."""
@@ -108,20 +114,10 @@ class SftOnTrl(SFTTrainer):
         rows = self.accelerator.gather(row)  # all processes see, and stop, together
         training = self.model.training
         if training and not torch.isfinite(rows[:, 0]).all():
-            self._stop(rows[:, 0].tolist(), numbers)
+            stop_not_finite(self, self.stage, rows[:, 0].tolist(), f"examples {list(numbers)}", "optim.lr")
         for name, value in zip(metrics, rows[:, 1:].nanmean(0).tolist(), strict=True):
             if value == value:  # no such token in any of these examples is NaN
                 self._metrics["train" if training else "eval"][name].append(value)
-
-    def _stop(self, values: list[float], numbers: Sequence[int]) -> None:
-        folder = Path(self.args.output_dir) / "stopped"
-        self.args.output_dir = str(folder)  # apart from the good checkpoints, which a new start resumes from
-        self._save_checkpoint(self.model, None)
-        raise NotFiniteError(
-            explain(f"{self.stage}: loss at step {self.state.global_step}, examples {numbers}", expected="a finite number",
-                    got=values, fix=f"State saved below {folder}. Lower optim.lr or look at these examples, "
-                    "and start again in a new --run folder.")
-        )  # fmt: skip
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Not the embedding table: decay would move rows that stored memory is made of."""
@@ -139,24 +135,6 @@ class SftOnTrl(SFTTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:  # TRL's signature
         """None: the exported checkpoint has its own."""
-
-
-class JsonLog(TrainerCallback):
-    """RUN/log.jsonl: a row per log line and evaluation. A resumed run drops the rows after the state it starts from."""
-
-    def __init__(self, file: Path, stage: str) -> None:
-        self._file, self._stage = file, stage
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # transformers' signature
-        if state.is_world_process_zero:
-            old = self._file.read_text(encoding="utf-8").splitlines() if self._file.exists() else []
-            kept = [line for line in old if json.loads(line)["step"] <= state.global_step]
-            self._file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # as above
-        if state.is_world_process_zero:
-            with self._file.open("a", encoding="utf-8") as out:
-                out.write(json.dumps({"stage": self._stage, "step": state.global_step, **logs}) + "\n")
 
 
 class Collator:
@@ -185,14 +163,14 @@ def numbers(count: int, held_out: bool) -> Dataset:
     return Dataset.from_dict({"number": list(range(count)), "held_out": [held_out] * count})
 
 
-def deepspeed_config(running: Running) -> dict[str, Any] | None:
+def deepspeed_config(stage: str | None, dtype: str) -> dict[str, Any] | None:
     """ZeRO-2 shards gradients and optimiser states; ZeRO-3 also parameters. "auto" is filled in by transformers."""
-    if running.deepspeed is None:
+    if stage is None:
         return None
-    zero: dict[str, Any] = {"stage": 2 if running.deepspeed == "zero2" else 3, "overlap_comm": torch.cuda.is_available(),
+    zero: dict[str, Any] = {"stage": 2 if stage == "zero2" else 3, "overlap_comm": torch.cuda.is_available(),
                             "contiguous_gradients": True}  # fmt: skip
     return {
-        "zero_optimization": zero, "bf16": {"enabled": running.dtype == "bfloat16"}, "gradient_clipping": "auto",
+        "zero_optimization": zero, "bf16": {"enabled": dtype == "bfloat16"}, "gradient_clipping": "auto",
         "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
         "zero_allow_untested_optimizer": True,  # torch's AdamW, the same as without DeepSpeed
     }  # fmt: skip
@@ -200,14 +178,14 @@ def deepspeed_config(running: Running) -> dict[str, Any] | None:
 
 def training_arguments(recipe: SftRecipe, run: Path, evaluate: bool) -> SFTConfig:
     optim, running = recipe.optim, recipe.run
-    micro_batches = accumulation(optim, int(os.environ.get("WORLD_SIZE", 1)))
+    micro_batches = accumulation(optim, world())
     return SFTConfig(
         output_dir=str(run), seed=recipe.seed, data_seed=recipe.seed, max_steps=optim.steps,
         per_device_train_batch_size=optim.per_device, per_device_eval_batch_size=optim.per_device,
         gradient_accumulation_steps=micro_batches, learning_rate=optim.lr, lr_scheduler_type="cosine",
         warmup_steps=round(optim.warmup * optim.steps), weight_decay=optim.weight_decay,
         max_grad_norm=optim.max_grad_norm, optim="adamw_torch", bf16=running.dtype == "bfloat16",
-        gradient_checkpointing=running.checkpointing, deepspeed=deepspeed_config(running),
+        gradient_checkpointing=running.checkpointing, deepspeed=deepspeed_config(running.deepspeed, running.dtype),
         use_cpu=not torch.cuda.is_available(), report_to=list(running.report_to) or "none",
         logging_steps=running.every, logging_first_step=True, save_strategy="steps", save_steps=running.save,
         save_total_limit=running.keep, eval_strategy="steps" if evaluate else "no",
@@ -230,12 +208,13 @@ def build(recipe: SftRecipe, run: Path, start: Checkpoint, train: Source, held_o
     if recipe.run.deepspeed == "zero3":
         prepare_zero3(model)
     collator = Collator(start.processor, recipe.loss, train, held_out, recipe.run.deepspeed == "zero3")
-    return SftOnTrl(
+    trainer = SftOnTrl(
         start.processor, recipe.loss, model=model, args=args, data_collator=collator,
         train_dataset=numbers(len(train), False),
         eval_dataset=numbers(len(held_out), True) if len(held_out) else None,
-        callbacks=[JsonLog(run / "log.jsonl", recipe.stage)],
     )  # fmt: skip
+    RunLog(run / "log.jsonl", recipe.stage).watch(trainer)
+    return trainer
 
 
 def train_sft(recipe: SftRecipe, run: Path) -> Path:
@@ -249,14 +228,13 @@ def train_sft(recipe: SftRecipe, run: Path) -> Path:
 
 
 def keep_recipe(recipe: SftRecipe, run: Path) -> None:
-    if int(os.environ.get("RANK", 0)) == 0:
+    if is_first():
         keep(recipe, run)
         log.info("%s", dump(recipe))
 
 
 def load_start(recipe: SftRecipe) -> Checkpoint:
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    return load_checkpoint(checkpoint_folder(recipe.checkpoint), device=device, dtype=recipe.run.dtype)
+    return load_checkpoint(checkpoint_folder(recipe.checkpoint), device=device(), dtype=recipe.run.dtype)
 
 
 def train_on(
@@ -264,8 +242,7 @@ def train_on(
 ) -> Path:
     """The loop of `sft` and `distill`, whatever the examples are."""
     trainer = build(recipe, run, start, train, held_out)
-    world = trainer.accelerator.num_processes
-    log.info("%d process(es), %d lists each per step", world, recipe.optim.batch_size // world)
+    log.info("%d process(es), %d lists each per step", world(), recipe.optim.batch_size // world())
     trainer.train(resume_from_checkpoint=get_last_checkpoint(run))
     state, out = trained_state(trainer.model), run / "checkpoint"
     unset_hf_deepspeed_config()  # or transformers would load the starting checkpoint partitioned

@@ -79,12 +79,12 @@ class Job:
 
 
 class Batcher:
-    """max_batch_tokens: most prompt tokens read in one pass. Counters: see `LocalEngine`."""
+    """max_batch_tokens: most prompt tokens read in one pass; autocast: see `LocalEngine`, and so are the counters."""
 
-    def __init__(self, checkpoint: Checkpoint, max_batch_tokens: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, max_batch_tokens: int, autocast: torch.dtype | None = None) -> None:
         self._model, self._processor = checkpoint.model, checkpoint.processor
-        self._max_batch_tokens = max_batch_tokens
-        self._pool = KvPool(self._model.config.text_config, self._model.device, self._model.dtype)
+        self._max_batch_tokens, self._autocast = max_batch_tokens, autocast
+        self._pool = KvPool(self._model.config.text_config, self._model.device, autocast or self._model.dtype)
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()  # None: there are no more
         self._thread: threading.Thread | None = None
         self._stopped = False
@@ -168,7 +168,8 @@ class Batcher:
     @torch.inference_mode()
     def _step(self, jobs: list[Job]) -> list[Job]:
         """Advance every job by one pass; returns those that go on."""
-        return [job for group in self._groups(jobs) for job in self._pass(group)]
+        with torch.autocast(self._model.device.type, self._autocast, enabled=self._autocast is not None):
+            return [job for group in self._groups(jobs) for job in self._pass(group)]
 
     def _pass(self, group: list[Job]) -> list[Job]:
         """One pass for a group. Where it fails every job is tried alone, so that a bad one takes no other with it."""

@@ -28,13 +28,16 @@ class LocalEngine:
     """CPU or CUDA; float32 on CPU and bfloat16 on CUDA unless told otherwise.
 
     max_batch_tokens: most prompt tokens read in one forward pass
+    autocast: of a model in training, whose trained weights are float32 beside frozen ones in this dtype
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, max_batch_tokens: int = 8192) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, *, max_batch_tokens: int = 8192, autocast: torch.dtype | None = None
+    ) -> None:
         self._checkpoint = checkpoint
         self._model = checkpoint.model.eval()
         self._processor = checkpoint.processor
-        self._batcher = Batcher(checkpoint, max_batch_tokens)
+        self._batcher = Batcher(checkpoint, max_batch_tokens, autocast)
 
     @classmethod
     def from_pretrained(
