@@ -29,6 +29,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 _CONTENT_HASH_VERSION = "c1"  # part of stored data: a new number makes every stored memory stale
 _IMAGE_HASH_VERSION = "i1"
+_CHECK_ROOT = "Check the path, and the root it starts at: root=, or [images] root in retrv.toml."
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _T = TypeVar("_T")
 
@@ -126,7 +127,7 @@ class LocalImages:
                     f"image {_shown(image)}",
                     expected="bytes, a path, a data URI or a Pillow image",
                     got="a URL, and LocalImages fetches nothing",
-                    fix="Download it first, or pass an ImageSource that may fetch it.",
+                    fix="Download it first, or allow its host: hosts in [images] of retrv.toml, HttpImages(...) in Python.",
                 )
             )
         if isinstance(image, str | os.PathLike):
@@ -158,13 +159,11 @@ class LocalImages:
                         f"image {_shown(image)}",
                         expected=f"a file below {self.root}",
                         got=f"{path}, outside root",
-                        fix="Move it below root, or pass another root=.",
+                        fix="Move it below root, or name another one: root=, or [images] root in retrv.toml.",
                     )
                 )
             if not path.is_file():
-                raise ImageError(
-                    explain(f"image {path}", expected="a file", got="no such file", fix="Check the path and root=.")
-                )
+                raise ImageError(explain(f"image {path}", expected="a file", got="no such file", fix=_CHECK_ROOT))
             with path.open("rb") as file:
                 return file.read(self.max_bytes + 1)
         except (OSError, ValueError) as error:

@@ -10,6 +10,8 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, It
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+import numpy as np
+
 from retrv_r1_retriever import _sync
 from retrv_r1_retriever.embedders import Embedder, embed
 from retrv_r1_retriever.engines.base import Compressor
@@ -56,11 +58,11 @@ class _Loaded:
 
 
 class Indexer:
-    """Documents into a store. Memory in use is bounded by two things: one batch, and the list of failures.
+    """Documents into a store. Memory in use: one batch, the list of failures, and 8 bytes for each id of the run.
 
     A document that is stored already with the same text, picture reference and memory digest is skipped; a picture that
-    changed under the same path is not noticed then: pass `force`. Of several documents with one id the last one wins; those
-    that meet in one batch are reported.
+    changed under the same path is not noticed then: pass `force`. Of several documents with one id the last one is kept, and
+    each of the others is reported as a failure.
     One bad item is reported and skipped. A store that cannot be written to, or vectors of the wrong size, end the run.
 
     compressor: None = an index without memory, for engines that read candidates directly
@@ -91,14 +93,18 @@ class Indexer:
         """force: write everything again, also what looks unchanged."""
         started = time.monotonic()
         report = IndexReport(0, 0, (), 0.0)
+        met = _Ids()
         async for rows in _batches(documents, self.batch_size):
-            wanted, skipped, failures = await self._select(rows, force)
+            wanted, unchanged, failures = await self._select(rows, force)
             loaded, unreadable = await self._load(wanted)
             unwritten, cut = await self._write(loaded)
+            lost = {failure.id for failure in unwritten}
+            written = [item.document.id for item in loaded if item.document.id not in lost]
+            replacing = met.add([*written, *unchanged])
             report = IndexReport(
-                report.indexed + len(loaded) - len(unwritten),
-                report.skipped + skipped,
-                (*report.failed, *failures, *unreadable, *unwritten),
+                report.indexed + sum(id not in replacing for id in written),
+                report.skipped + sum(id not in replacing for id in unchanged),
+                (*report.failed, *failures, *unreadable, *unwritten, *map(_repeated, replacing)),
                 time.monotonic() - started,
                 report.cut + cut,
             )
@@ -107,15 +113,16 @@ class Indexer:
         _logger.info("indexed %d, skipped %d, failed %d", report.indexed, report.skipped, len(report.failed))
         return replace(report, seconds=time.monotonic() - started)
 
-    async def _select(self, rows: Sequence[Row], force: bool) -> tuple[list[Document], int, list[IndexFailure]]:
-        """Documents to be written, in the form in which they will be stored; how many need no work; what is no document."""
+    async def _select(self, rows: Sequence[Row], force: bool) -> tuple[list[Document], list[str], list[IndexFailure]]:
+        """Documents to be written, in the form in which they will be stored; ids that need no work; what is no document."""
         documents, failures = await asyncio.to_thread(_as_stored, rows)
         if force:
-            return documents, 0, failures
+            return documents, [], failures
         digest = self.compressor.memory_digest if self.compressor is not None else None
         stored = await self.store.content_hashes([document.id for document in documents], memory_digest=digest)
         wanted = [d for d in documents if stored.get(d.id) != content_hash(d.content)]
-        return wanted, len(documents) - len(wanted), failures
+        changed = {document.id for document in wanted}
+        return wanted, [document.id for document in documents if document.id not in changed], failures
 
     async def _load(self, documents: Sequence[Document]) -> tuple[list[_Loaded], list[IndexFailure]]:
         async def load(document: Document) -> _Loaded | IndexFailure:
@@ -199,9 +206,7 @@ def _as_stored(rows: Sequence[Row]) -> tuple[list[Document], list[IndexFailure]]
             failures.append(IndexFailure(str(row.id), reason))
             continue
         if row.id in last:
-            fix = "The later one is kept; give every document its own id."
-            got = f"{row.id!r} more than once in a batch"
-            failures.append(IndexFailure(row.id, explain("document id", expected="distinct ids", got=got, fix=fix)))
+            failures.append(_repeated(row.id))
         last[row.id] = row
     documents = []
     for document in last.values():
@@ -213,6 +218,32 @@ def _as_stored(rows: Sequence[Row]) -> tuple[list[Document], list[IndexFailure]]
         except Exception as error:  # Pillow decodes a file it has opened only now, and raises many types
             failures.append(IndexFailure(document.id, _reason(error)))
     return documents, failures
+
+
+def _repeated(id: str) -> IndexFailure:
+    fix = "The last one is kept; give every document its own id."
+    return IndexFailure(id, explain("document id", expected="distinct ids", got=f"{id!r} more than once", fix=fix))
+
+
+class _Ids:
+    """Ids met so far, as 64-bit hashes in sorted arrays, each at least twice as long as the next: 8 bytes an id, where a set
+    would take a hundred. Two ids with one hash are taken for one about once in a million runs over five million documents.
+    """
+
+    def __init__(self) -> None:
+        self._arrays: list[np.ndarray] = []
+
+    def add(self, ids: Sequence[str]) -> list[str]:
+        """Those that were met before. `ids`: distinct ones."""
+        hashes = np.fromiter(map(hash, ids), np.int64, len(ids))
+        known = np.zeros(len(ids), bool)
+        for array in self._arrays:
+            known |= array[np.minimum(np.searchsorted(array, hashes), len(array) - 1)] == hashes
+        if not known.all():
+            self._arrays.append(np.sort(hashes[~known]))
+        while len(self._arrays) > 1 and len(self._arrays[-2]) < 2 * len(self._arrays[-1]):
+            self._arrays.append(np.sort(np.concatenate([self._arrays.pop(), self._arrays.pop()])))
+        return [id for id, before in zip(ids, known, strict=True) if before]
 
 
 def _no_document(row: object) -> IndexFailure:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from retrv_r1_retriever.engines.base import Compressor
+from retrv_r1_retriever.engines.base import CompressedContent, Compressor
 from retrv_r1_retriever.errors import EngineError, InputError, StaleMemoryError, StoreError, explain
 from retrv_r1_retriever.images import ImageSource, content_hash, load_content
 from retrv_r1_retriever.options import RerankOptions
@@ -128,32 +128,41 @@ def _stale(candidates: Sequence[Candidate], misses: Sequence[int], digest: str) 
 async def _recompute(
     candidates: Sequence[Candidate], compressor: Compressor, images: ImageSource
 ) -> tuple[list[Memory | None], list[str]]:
-    """Memory per candidate, None where its picture could not be loaded, and a note for each of these."""
+    """Memory per candidate, None where its picture could not be loaded or read, and a note for each of these."""
     loads = (load_content(images, c.document.content) for c in candidates)
     loaded = await asyncio.gather(*loads, return_exceptions=True)
-    notes = [
-        f"memory of candidate {c.document.id!r} could not be recomputed: {result}"
-        for c, result in zip(candidates, loaded, strict=True)
-        if isinstance(result, Exception)
-    ]
-    contents: list[Content] = [r[0] for r in loaded if not isinstance(r, BaseException)]
+    contents = [result[0] for result in loaded if not isinstance(result, BaseException)]
+    made_in_order = iter(await asyncio.to_thread(_compress, compressor, contents))
+    memories: list[Memory | None] = []
+    notes = []
+    for candidate, result in zip(candidates, loaded, strict=True):
+        made = result if isinstance(result, BaseException) else next(made_in_order)
+        if isinstance(result, BaseException) or isinstance(made, BaseException):
+            memories.append(None)
+            notes.append(f"memory of candidate {candidate.document.id!r} could not be recomputed: {made}")
+            continue
+        hash_now = content_hash(candidate.document.content)
+        memories.append(Memory(made.rows, compressor.memory_digest, hash_now, made.full_tokens, result[1]))
+    return memories, notes
+
+
+def _compress(compressor: Compressor, contents: Sequence[Content]) -> list[CompressedContent | InputError]:
+    """All at once, or, where one of them cannot be read, one by one: it must not cost the others.
+
+    Raises `EngineError` for everything that is not a content's own fault.
+    """
     if not contents:
-        return [None] * len(candidates), notes
+        return []
     try:
-        compressed = await asyncio.to_thread(compressor.compress, contents)
+        compressed = compressor.compress(contents)
     except EngineError:
         raise
+    except InputError as error:
+        if len(contents) == 1:
+            return [error]
+        return [one for content in contents for one in _compress(compressor, [content])]
     except Exception as error:
         raise EngineError(f"the compressor failed: {type(error).__name__}: {error}") from error
     if len(compressed) != len(contents):
         raise EngineError(f"the compressor failed: expected {len(contents)} memories, got {len(compressed)}.")
-    made_in_order = iter(compressed)
-    memories: list[Memory | None] = []
-    for candidate, result in zip(candidates, loaded, strict=True):
-        if isinstance(result, BaseException):
-            memories.append(None)
-            continue
-        made = next(made_in_order)
-        hash_now = content_hash(candidate.document.content)
-        memories.append(Memory(made.rows, compressor.memory_digest, hash_now, made.full_tokens, result[1]))
-    return memories, notes
+    return list(compressed)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from retrv_r1_retriever.images import is_data_uri
-from retrv_r1_retriever.trace import ReasoningTrace
+from retrv_r1_retriever.trace import ReasoningTrace, finite
 from retrv_r1_retriever.types import Content, Query, RankedResult, RankedResults
 
 #: Metadata key under which the frameworks' adapters keep everything that was decided about a document.
@@ -41,15 +40,6 @@ def artifact(results: RankedResults) -> dict[str, Any]:
     trace = None if results.trace is None else json.loads(results.trace.to_json())
     plain: dict[str, Any] = json.loads(json.dumps(finite({**results_json(results), "trace": trace}), default=str))
     return plain
-
-
-def finite(value: Any) -> Any:
-    """JSON has no infinity: the log-probability of what cannot be is null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: finite(inner) for key, inner in value.items()}
-    return [finite(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def results_json(results: RankedResults) -> dict[str, Any]:

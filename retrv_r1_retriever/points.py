@@ -26,6 +26,9 @@ MEMORY = "memory"
 #: Version of ids, payload keys and vectors as laid out below.
 LAYOUT_VERSION = 1
 
+#: Levels of nesting in a document's metadata. Qdrant writes more than 126 of them and cannot read them any more.
+MAX_DEPTH = 100
+
 _NAMESPACE = uuid.UUID("6f0e3c1e-7f0f-5a0a-9f57-3a1d5cbe2f41")  # part of stored data: never changes
 _logger = logging.getLogger(__name__)
 
@@ -211,6 +214,13 @@ class PointCodec:
     def _payload(self, point: Point) -> dict[str, Any]:
         document = point.document
         metadata = {**document.metadata, **point.payload}
+        if _deeper_than(MAX_DEPTH, metadata):
+            raise InputError(
+                explain(
+                    f"metadata of document {document.id!r}", expected=f"at most {MAX_DEPTH} levels", got="more",
+                    fix="Flatten it, or keep it as a string.",
+                )
+            )  # fmt: skip
         if RESERVED in metadata:
             raise InputError(
                 explain(
@@ -337,16 +347,31 @@ def _bools(value: object, path: str = "") -> Iterator[tuple[str, bool]]:
             yield from _bools(inner, f"{path}[]" if isinstance(inner, Mapping) else path)
 
 
+def _deeper_than(limit: int, value: object) -> bool:
+    level = [value]
+    for _ in range(limit):
+        level = [inner for one in level if isinstance(one, Mapping | list | tuple)
+                 for inner in (one.values() if isinstance(one, Mapping) else one)]  # fmt: skip
+    return any(isinstance(one, Mapping | list | tuple) for one in level)
+
+
+def _stored_int(digits: str) -> int:
+    """Qdrant keeps 64 bits; of a longer number it would keep the first 16 digits or so, without a word."""
+    value = int(digits)
+    if not -(2**63) <= value < 2**64:
+        raise ValueError(f"a whole number of more than 64 bits, {digits[:40]}")
+    return value
+
+
 def _checked_json(payload: dict[str, Any], id: str) -> dict[str, Any]:
     """The payload as any store gives it back: plain JSON, tuples as lists."""
     try:
         text = json.dumps(payload, allow_nan=False, ensure_ascii=False)
         text.encode("utf-8")  # half a surrogate pair passes json, and no store takes it
-        plain: dict[str, Any] = json.loads(text)
+        plain: dict[str, Any] = json.loads(text, parse_int=_stored_int)
     except (TypeError, ValueError) as error:
-        raise InputError(
-            explain(
-                f"metadata of document {id!r}", expected="JSON values", got=error, fix="Convert them, e.g. with str()."
-            )
-        ) from error
+        what, expected, fix = f"metadata of document {id!r}", "JSON values", "Convert them, e.g. with str()."
+        if isinstance(error, UnicodeEncodeError):
+            what, expected, fix = f"text or metadata of document {id!r}", "valid Unicode", "Mend the half pairs in it."
+        raise InputError(explain(what, expected=expected, got=error, fix=fix)) from error
     return plain

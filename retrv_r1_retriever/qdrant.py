@@ -25,7 +25,7 @@ from retrv_r1_retriever.points import (
     native_id,
 )
 from retrv_r1_retriever.qdrant_opening import Call, Opening
-from retrv_r1_retriever.qdrant_transport import Scales, connect
+from retrv_r1_retriever.qdrant_transport import Scales, connect, is_remote
 from retrv_r1_retriever.schema import PayloadSchema
 from retrv_r1_retriever.sidecar import Sidecars, join
 from retrv_r1_retriever.sidecar_qdrant import QdrantBackend, found_points
@@ -54,7 +54,8 @@ class QdrantStore:
     """One collection. One that this package did not make is *foreign*: it needs `schema` and is never written to; its
     candidates have the memory of its sidecar, if one is in use.
 
-    client: sync (its calls run in threads) or async; the caller closes it. url: a sync client is made and closed here
+    client: sync (its calls run in threads) or async (for one event loop); the caller closes it. url: a sync client is made and
+        closed here
     spec: makes the collection if there is none; compared with the one that is there otherwise. None = it must be there
     tenant: (payload field, value) this store is limited to, in reads and writes
     grpc: with url, whether to talk gRPC; None = if the server's port for it answers
@@ -83,6 +84,7 @@ class QdrantStore:
         self._owns_client = client is None
         self._client: Any = client if client is not None else connect(qdrant_client, str(url), api_key, grpc)
         self._is_async = isinstance(self._client, qdrant_client.AsyncQdrantClient)
+        self._loop: asyncio.AbstractEventLoop | None = None  # of an async client's connections
         self._lock = _local_lock(self._client)
         self.collection, self.read_only = collection, read_only
 
@@ -226,10 +228,25 @@ class QdrantStore:
         """One call of the client, off the event loop, its errors as ours."""
         if not self._is_async:
             return await asyncio.to_thread(self._call_now, method, arguments)
+        self._check_loop()
         try:
             return await getattr(self._client, method)(**self._addressed(method, arguments))
         except Exception as error:
             raise self._error(method, error) from error
+
+    def _check_loop(self) -> None:
+        """The connections of an async client live in one event loop; from another one they fail now and then, or hang."""
+        loop = asyncio.get_running_loop()
+        if self._loop is None and is_remote(self._client):
+            self._loop = loop
+        if self._loop not in (None, loop):
+            raise StoreError(
+                explain(
+                    f"{self._where}: AsyncQdrantClient", expected="calls from the event loop it was first used in",
+                    got="one from another loop (sync methods of this package have a loop of their own)",
+                    fix="Stay with the async methods in one loop, or pass a QdrantClient or url=, which serve all loops.",
+                )
+            )  # fmt: skip
 
     async def _call_here(self, method: str, **arguments: Any) -> Any:  # kwargs: as `_call`
         """As `_call`, in this thread: awaiting it never suspends."""

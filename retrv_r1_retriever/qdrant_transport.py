@@ -34,9 +34,14 @@ def _answers(url: str) -> bool:
         return False
 
 
+def is_remote(client: Any) -> bool:
+    """Whether the client talks to a server, and is not a local mode."""
+    return hasattr(getattr(client, "_client", None), "_prefer_grpc")
+
+
 def over_rest(client: Any) -> bool:
     """True for a client of a server that was not told to prefer gRPC."""
-    return getattr(getattr(client, "_client", None), "_prefer_grpc", None) is False
+    return is_remote(client) and client._client._prefer_grpc is False
 
 
 class Scales:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -127,10 +128,11 @@ class ReasoningTrace:
         return replace(self, segments=tuple(_redact(s) for s in self.segments), notes=())
 
     def to_json(self) -> str:
+        """Strict JSON, which has no infinity and no NaN: such numbers are null, and a log-probability of null is read as -inf."""
         data = {f.name: getattr(self, f.name) for f in fields(self)}
         data["segments"] = [_segment_to_dict(s) for s in self.segments]
         data |= {"usage": asdict(self.usage), "timings": dict(self.timings), "versions": dict(self.versions)}
-        return json.dumps({"trace_version": TRACE_VERSION, **data}, ensure_ascii=False)
+        return json.dumps(finite({"trace_version": TRACE_VERSION, **data}), ensure_ascii=False, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> ReasoningTrace:
@@ -190,7 +192,17 @@ def _segment_to_dict(segment: Segment) -> dict[str, Any]:
 def _segment_from_dict(data: dict[str, Any]) -> Segment:
     data = dict(data)
     kind = _KINDS[data.pop("kind")]
-    for name in ("token_ids", "logprobs"):
-        if data.get(name) is not None:
-            data[name] = tuple(data[name])
+    if data.get("token_ids") is not None:
+        data["token_ids"] = tuple(data["token_ids"])
+    if data.get("logprobs") is not None:
+        data["logprobs"] = tuple(-math.inf if value is None else value for value in data["logprobs"])
     return kind(**data)
+
+
+def finite(value: Any) -> Any:
+    """The same plain value with null for numbers that JSON does not have, as for the log-probability of what cannot be."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(inner) for key, inner in value.items()}
+    return [finite(inner) for inner in value] if isinstance(value, list | tuple) else value

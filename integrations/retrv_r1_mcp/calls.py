@@ -14,7 +14,6 @@ from retrv_r1_mcp import schema
 from retrv_r1_mcp.pictures import ClientPictures, blocks, document_of, handle, links
 from retrv_r1_retriever.errors import InputError, explain
 from retrv_r1_retriever.options import RerankOptions
-from retrv_r1_retriever.plain import finite
 from retrv_r1_retriever.progress import Progress, ProgressFn
 from retrv_r1_retriever.reranker import less_time
 from retrv_r1_retriever.serving import schema as wire
@@ -24,6 +23,7 @@ from retrv_r1_retriever.serving.service import Service
 from retrv_r1_retriever.serving.settings import McpConfig, ServeConfig
 from retrv_r1_retriever.shown import FULL_SIDE, LIST_SIDE, TEXT_CHARS, Pictures, clipped, in_words, pictures_of
 from retrv_r1_retriever.store import Store
+from retrv_r1_retriever.trace import finite
 from retrv_r1_retriever.types import Document, ImageInput, RankedResult, RankedResults
 
 #: Told to the client while a call runs: a number that rises, and what is being done.

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
 from types import MappingProxyType
@@ -61,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     # What it warns about, a fallback, is the first line of what is printed.
     logging.getLogger("retrv_r1_retriever.reranker").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "Image size .* decompression bomb")  # [images] max_pixels decides, and says so
     try:
         code: int = args.run(args)
         sys.stdout.flush()

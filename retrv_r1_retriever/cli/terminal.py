@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, TextIO
 
-from retrv_r1_retriever.plain import finite
+from retrv_r1_retriever.trace import finite
 
 ELLIPSIS = "…"
 

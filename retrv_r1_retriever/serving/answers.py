@@ -8,10 +8,10 @@ from dataclasses import asdict
 from typing import Any
 
 from retrv_r1_retriever.images import is_data_uri
-from retrv_r1_retriever.plain import decision_json, finite
+from retrv_r1_retriever.plain import decision_json
 from retrv_r1_retriever.serving import schema
 from retrv_r1_retriever.serving.requests import Asked
-from retrv_r1_retriever.trace import Usage
+from retrv_r1_retriever.trace import Usage, finite
 from retrv_r1_retriever.types import Document, RankedResult, RankedResults, Status
 
 _DECISION = ("id", "rank", "retrieval_score", "selected", "opened", "match", "verdict", "keep_logprob", "slot_logprob")

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retrv_r1_retriever.errors import EngineError, StaleMemoryError
+from retrv_r1_retriever.engines.base import CompressedContent
+from retrv_r1_retriever.errors import EngineError, InputError, StaleMemoryError
 from retrv_r1_retriever.images import LocalImages, content_hash, image_hash
 from retrv_r1_retriever.memory import resolve
 from retrv_r1_retriever.options import OnStale, RerankOptions
@@ -100,6 +103,24 @@ async def test_a_broken_picture_leaves_out_its_own_candidate() -> None:
     assert readable.candidates[0].memory is not None
     assert readable.candidates[0].memory.rows[0, 0] == 4
     assert sum("could not be recomputed" in note for note in readable.notes) == 2
+
+
+async def test_what_the_compressor_cannot_read_leaves_out_its_own_candidate() -> None:
+    """A picture that can be opened may still have a shape that no model reads."""
+
+    class Choosy(FakeCompressor):
+        def compress(self, contents: Sequence[Content]) -> list[CompressedContent]:
+            if any("narrow" in (content.text or "") for content in contents):
+                raise InputError("picture: expected sides of at most 200 to 1, got 1 x 300.")
+            return super().compress(contents)
+
+    texts = ("wide", "narrow", "square", "narrow too")
+    found = [Candidate(Document(text, Content(text)), None, rank) for rank, text in enumerate(texts, 1)]
+    readable = await resolve(found, Choosy(), IMAGES, RerankOptions())
+    assert readable.positions == (0, 2)
+    assert [c.memory.rows[0, 0] for c in readable.candidates if c.memory] == [len("wide"), len("square")]
+    notes = [note for note in readable.notes if "could not be recomputed: picture: expected sides" in note]
+    assert [note.split("'")[1] for note in notes] == ["narrow", "narrow too"]
 
 
 async def test_a_failing_compressor_is_an_engine_error() -> None:

@@ -124,6 +124,7 @@ def test_escaped_text_holds_no_tag_and_stays_as_it_is(text: str) -> None:
     escaped = escape(text)
     assert not any(token in escaped for token in (*ADDED_TOKENS, "<|im_end|>"))
     assert escape(escaped) == escaped
+    escaped.encode()  # a tokenizer takes it
 
 
 @given(st.text(alphabet=st.characters(exclude_characters="<>")))

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import math
+from pathlib import Path
 from types import MappingProxyType
 
 import pytest
@@ -9,10 +11,11 @@ from hypothesis import strategies as st
 
 from retrv_r1_retriever.errors import InputError
 from retrv_r1_retriever.trace import Compressed, Forced, Full, QueryImage, ReasoningTrace, Sampled, Text, Usage
-from retrv_r1_retriever.types import Content, StopReason
+from retrv_r1_retriever.tracelog import read_traces, to_line
+from retrv_r1_retriever.types import Candidate, Content, Document, Query, RankedResult, RankedResults, Status, StopReason
 from tests.helpers import png
 
-numbers = st.floats(allow_nan=False)
+numbers = st.floats(allow_nan=False, allow_infinity=False)
 segments = st.one_of(
     st.builds(Text, st.text(), st.booleans()),
     st.just(QueryImage()),
@@ -44,6 +47,33 @@ traces = st.builds(
 @given(traces)
 def test_json_round_trip(trace: ReasoningTrace) -> None:
     assert ReasoningTrace.from_json(trace.to_json()) == trace
+
+
+def strict(text: str) -> object:
+    """As any other language reads JSON."""
+    return json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+
+
+def test_numbers_that_json_does_not_have_are_null() -> None:
+    """The log-probability of what cannot be is minus infinity; a broken model may write NaN."""
+    sampled = Sampled("x", (1, 2, 3), (-0.5, -math.inf, math.nan))
+    trace = ReasoningTrace((sampled,), margin=math.inf, timings={"total": math.nan}, versions={"a": "NaN"})
+    text = trace.to_json()
+    strict(text)
+    read = ReasoningTrace.from_json(text)
+    assert read.segments == (Sampled("x", (1, 2, 3), (-0.5, -math.inf, -math.inf)),)
+    assert (read.margin, read.versions) == (None, {"a": "NaN"})
+    assert read.to_json() == text
+
+
+def test_a_stored_list_with_such_numbers_is_read_again(tmp_path: Path) -> None:
+    trace = ReasoningTrace((Sampled("x", (1,), (-math.inf,)),))
+    result = RankedResult(Candidate(Document("a", Content("x"), {"price": math.nan}), math.nan, 1), 1, 1.0)
+    line = to_line(RankedResults(Query.of("q"), (result,), Status.RERANKED, trace=trace))
+    strict(line)
+    (tmp_path / "traces.jsonl").write_text(line + "\n")
+    (read,) = read_traces(tmp_path / "traces.jsonl")
+    assert read.trace == trace
 
 
 @given(traces)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from PIL import Image
 from retrv_r1_retriever.edge import EdgeStore
 from retrv_r1_retriever.errors import OptionsError, SchemaError, StoreError
 from retrv_r1_retriever.images import LocalImages, content_hash, image_hash
-from retrv_r1_retriever.indexing import Indexer, IndexFailure, IndexReport
+from retrv_r1_retriever.indexing import Indexer, IndexFailure, IndexReport, _Ids
 from retrv_r1_retriever.points import CollectionSpec
 from retrv_r1_retriever.store import VectorFirstStage
 from retrv_r1_retriever.types import Content, Document, Query
@@ -115,11 +116,67 @@ async def test_equal_ids_in_one_batch_are_reported(store: Any) -> None:
     assert report.indexed == 2
     (failure,) = report.failed
     assert failure.id == "same"
-    assert failure.reason.startswith(
-        "document id: expected distinct ids, got 'same' more than once in a batch. The later"
-    )
+    assert failure.reason.startswith("document id: expected distinct ids, got 'same' more than once. The last one is kept")
     (found,) = await store.get(["same"])
     assert found.document.content.text == "second"
+
+
+async def test_equal_ids_in_different_batches_are_reported_and_counted_once(store: Any, tmp_path: Path) -> None:
+    rows = [
+        *documents(4),
+        Document("d1", Content("another")),
+        Document("gone", Content("x", "nope.png")),
+        Document("d2", Content("text 2"), {"i": 2}),  # just as it was
+        Document("gone", Content("here now")),  # the first time it was not in the index: nothing is replaced
+        Document("d1", Content("a third")),
+        Document("d3", Content("x", "nope.png")),  # cannot replace anything
+    ]
+    indexer = Indexer(store, HashEmbedder(), HashCompressor(), LocalImages(tmp_path), batch_size=2)
+    for again in (False, True):
+        seen: list[int] = []
+        indexer.progress = lambda report, seen=seen: seen.append(
+            report.indexed + report.skipped + len(report.failed)  # type: ignore[misc]
+        )
+        report = await indexer.aindex(rows)
+        assert report.indexed + report.skipped == 5
+        repeated = [failure for failure in report.failed if "distinct ids" in failure.reason]
+        assert [failure.id for failure in repeated] == ["d1", "d2", "d1"], again
+        assert sorted(f.id for f in report.failed if "no such file" in f.reason) == ["d3", "gone"]
+        assert seen == [2, 4, 6, 8, 10], "every row is counted once"
+        texts = [c.document.content.text for c in await store.get(["d1", "d2", "d3", "gone"])]
+        assert texts == ["a third", "text 2", "text 3", "here now"]
+
+
+def test_ids_of_a_run_are_remembered_in_little_memory() -> None:
+    met = _Ids()
+    ids = [f"document-{i}" for i in range(20_000)]
+    for start in range(0, len(ids), 50):
+        assert met.add(ids[start : start + 50]) == []
+    assert met.add([]) == []
+    assert met.add(["new", *ids[::100], "other"]) == ids[::100]
+    assert met.add(["other", "third", "new"]) == ["other", "new"]
+    assert sum(array.nbytes for array in met._arrays) == 8 * (len(ids) + 3)
+    assert len(met._arrays) < 20
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"deep": json.loads("[" * 100 + "]" * 100)}, "metadata of document 'bad': expected at most 100 levels, got more"),
+        ({"code": 10**22}, "expected JSON values, got a whole number of more than 64 bits, 10000000000000000000000"),
+        ({"name": "\ud800"}, "text or metadata of document 'bad': expected valid Unicode, got 'utf-8' codec"),
+    ],
+)
+async def test_metadata_that_a_store_would_not_give_back_is_refused(
+    store: Any, metadata: dict[str, Any], message: str
+) -> None:
+    """Qdrant Edge wrote such nesting, and no search or run over the index could read it again."""
+    rows = [Document("good", Content("x"), {"deep": json.loads("[" * 99 + "]" * 99), "code": 2**64 - 1})]
+    indexer = Indexer(store, HashEmbedder(), HashCompressor())
+    report = await indexer.aindex([*rows, Document("bad", Content("y"), metadata)])
+    assert [failure.reason.startswith(message) or message in failure.reason for failure in report.failed] == [True]
+    assert (await indexer.aindex(rows)).skipped == 1
+    assert [c.document for c in await store.search(HashEmbedder().embed([Content("x")])[0], 5)] == rows
 
 
 async def test_what_is_no_document_is_reported_and_not_swallowed(store: Any) -> None:
@@ -184,6 +241,7 @@ async def test_one_bad_item_is_reported_and_skipped(store: Any, tmp_path: Path) 
     assert "NaN" in reasons["nan"]
     assert "expected JSON values" in reasons["json"]
     assert "expected a non-empty str" in reasons[""]
+    assert "expected valid Unicode" in reasons["half"]
     assert await store.count() == 4
 
 

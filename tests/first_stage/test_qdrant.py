@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import builtins
 import uuid
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 from qdrant_client import AsyncQdrantClient, QdrantClient, models
 from qdrant_client.http.exceptions import UnexpectedResponse
 
+from retrv_r1_retriever._sync import run
 from retrv_r1_retriever.errors import MissingExtraError, OptionsError, SchemaError, StoreError
 from retrv_r1_retriever.indexing import Indexer
 from retrv_r1_retriever.points import CollectionSpec
@@ -23,6 +25,7 @@ from retrv_r1_retriever.types import Content, Document
 
 from .conftest import SPEC, point
 from .fakes import HashEmbedder
+from .rest_stub import rest_stub
 
 AXES = np.eye(4, dtype=np.float32)
 SCHEMA = PayloadSchema(text="{title} - {attrs.color}", image="image.path", id="sku", vector="clip")
@@ -186,6 +189,21 @@ async def test_an_async_client_is_checked_on_first_use() -> None:
     store = QdrantStore("new", client=client, spec=SPEC)
     assert await store.count() == 0
     assert store.spec == SPEC
+
+
+def test_an_async_client_serves_one_event_loop() -> None:
+    """Its connections are bound to the loop they were made in: without the check, calls fail now and then."""
+    with rest_stub() as stub:
+        url = stub.url.replace("127.0.0.1", "127.1")  # for the usual names of this machine the client keeps no connections
+        store = QdrantStore("new", client=AsyncQdrantClient(url=url, check_compatibility=False), spec=SPEC)
+        assert run(store.count()) == 0
+        with pytest.raises(StoreError, match=r"expected calls from the event loop it was first used in.* or pass a Qdrant"):
+            asyncio.run(store.count())
+        assert run(store.count()) == 0
+        everywhere = QdrantStore("new", client=QdrantClient(url=url, check_compatibility=False))
+        assert (run(everywhere.count()), asyncio.run(everywhere.count())) == (0, 0)
+    local = QdrantStore("new", client=AsyncQdrantClient(":memory:"), spec=SPEC)  # has no connections
+    assert (run(local.count()), asyncio.run(local.count())) == (0, 0)
 
 
 async def test_a_sync_client_may_be_handed_over_inside_a_loop(client: QdrantClient) -> None:
