@@ -30,7 +30,7 @@ def outcome(**changes) -> Outcome:
         ({"answer": 1}, 1.0, 0.2),
         ({"answer": 7}, 0.0, 1.2),
         ({"refused": 1}, 0.0, 1.0),
-        ({"stop_reason": StopReason.FORCED_BY_BUDGET}, 0.0, 1.0),
+        ({"stop_reason": StopReason.FORCED_BY_BUDGET}, 0.0, 0.0),  # right, but not the policy's own answer
         ({"thought": Thought("red", (), (Check(0, "", True),), 0)}, 0.0, 1.0),
         ({"thought": Thought("red", (Verdict(0, "keep"),), (Check(0, "same"),), 0)}, 0.0, 1.0),
         ({"answer": None, "stop_reason": StopReason.ENGINE_ERROR}, 0.0, 0.0),
