@@ -6,7 +6,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 TESTS ?= tests
 
-.PHONY: help demo docs pages notebooks test check slow test-vllm vllm-env lowest wheel fuzz figures bench miniature ablation setup clean
+.PHONY: help demo docs pages notebooks test check slow test-vllm vllm-env lowest wheel fuzz figures bench miniature ablation setup clean test-train-distributed
 
 help:
 	@echo "make demo       index the demo catalogue, search, rerank, write the report (DIR=./demo-data)"
@@ -17,6 +17,7 @@ help:
 	@echo "make notebooks  run the notebooks of examples/ and store what they print (after a change of the code or the miniature)"
 	@echo "make slow       the tests that take minutes; those under load on vLLM only where vllm-env was made"
 	@echo "make test-vllm  the tests against a real vLLM server on this CPU (vllm-env installs it, 3 GB, once)"
+	@echo "make test-train-distributed  the training stages on two processes, with DeepSpeed (an environment of its own, 1.6 GB)"
 	@echo "make lowest     the adapters' tests on the lowest versions of LangChain, LlamaIndex and qdrant-client"
 	@echo "make wheel      the built wheel in bare virtual environments, each framework's extra with its docs' first example"
 	@echo "make fuzz       100,000 generated model outputs through session and ranking"
@@ -70,6 +71,18 @@ $(VLLM_ENV)/.ready: tests/vllm/torchvision_ops.py
 
 test-vllm: setup vllm-env
 	RETRV_VLLM_REQUIRED=1 RETRV_VLLM_PYTHON=$(abspath $(VLLM_ENV))/bin/python $(PY) -m pytest -m "vllm and not slow" tests/vllm
+
+# Of the train extra only DeepSpeed is no part of the development environment: it builds itself.
+TRAIN_ENV ?= .venv-train
+$(TRAIN_ENV)/.ready: pyproject.toml
+	test -x $(TRAIN_ENV)/bin/python || $(PYTHON) -m venv $(TRAIN_ENV)
+	$(TRAIN_ENV)/bin/python -m pip install --disable-pip-version-check --quiet '$(TORCH)'
+	$(TRAIN_ENV)/bin/python -m pip install --disable-pip-version-check --quiet -e '.[train]' pytest pytest-asyncio
+	$(TRAIN_ENV)/bin/python -c 'import deepspeed; print("DeepSpeed", deepspeed.__version__)'
+	@touch $@
+
+test-train-distributed: $(TRAIN_ENV)/.ready
+	$(TRAIN_ENV)/bin/python -m pytest -m distributed tests/training/test_trl_distributed.py
 
 LOWEST ?= .venv-lowest
 lowest:

@@ -71,7 +71,7 @@ def test_what_a_stage_does_besides_training_is_counted():
     assert "reference" not in grpo.gb, "an adapter's base is its reference"
     more = estimate(recipe("grpo-7b", "grpo.group_size=16"))
     assert more.gb["KV cache"] == pytest.approx(2 * grpo.gb["KV cache"])
-    wide, narrow = (estimate(recipe("align-7b", f"top_k={k}")).hours["tower"] for k in (20, 10))
+    wide, narrow = (estimate(recipe("align-7b", f"data.top_k={k}")).hours["tower"] for k in (20, 10))
     assert wide == pytest.approx(2 * narrow)
     embedder = [estimate(recipe("embedder-7b", f"hardware.gpus={n}")).gb["pictures"] for n in (1, 8)]
     assert embedder[0] == pytest.approx(8 * embedder[1])

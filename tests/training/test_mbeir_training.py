@@ -19,6 +19,7 @@ from retrv_r1_training.mbeir_tasks import Folder
 from retrv_r1_training.sft import SftLoss, direct_read_loss
 from retrv_r1_training.sft_recipe import ExampleSettings
 from retrv_r1_training.traces import read_traces
+from retrv_r1_training.unreadable import Unreadable, UnreadablePicture
 
 from retrv_r1_retriever.demo.catalogue import TASKS, read_queries
 from retrv_r1_retriever.engines.local import LocalEngine
@@ -98,7 +99,7 @@ def test_a_picture_is_read_once_and_a_broken_one_is_named(start, tmp_path):
         own.open(content)
         own.candidates([Document("a", content)])
     assert Counting.seen == 2, "once to open it, once for its memory"
-    with pytest.raises(InputError, match=r"b\.png.*check DATA --pictures all"):
+    with pytest.raises(UnreadablePicture, match=r"image b\.png"):
         own.candidates([Document("b", Content(image="b.png"))])
 
 
@@ -187,6 +188,63 @@ def test_examples_are_the_traces_word_for_word(traces, reader):
         written = "".join(s.text for s in trace.turn if hasattr(s, "text") and type(s).__name__ == "Sampled")
         ids = [i for s in trace.turn if type(s).__name__ == "Sampled" for i in reader.processor.tokenise(s.text)]
         assert reader.processor.tokenizer.decode(ids) in said, written
+
+
+class Blind(CandidateReader):
+    """Cannot read one picture."""
+
+    def __init__(self, reader, did):
+        self.__dict__ |= reader.__dict__
+        self.did = did
+
+    def candidates(self, documents):
+        if any(d.id == self.did for d in documents):
+            raise UnreadablePicture(f"image of {self.did}: expected a picture, got none. Fix it.")
+        return super().candidates(documents)
+
+
+def test_a_thought_or_list_with_a_broken_picture_is_passed_over_and_the_next_one_stands_in(
+    traces, folder, reader, caplog
+):
+    _, found = traces
+    settings = ExampleSettings(spread=0.0)
+    good = TraceExamples([found], reader, 2 * len(found), settings, seed=0)
+    lost = found[0].candidates[0]
+    hit = [lost in found[good._at(n)].candidates for n in range(len(good))]
+    assert any(hit)
+    assert not all(hit)
+    blind = Blind(reader, lost)
+    drawn = TraceExamples([found], blind, len(good), settings, seed=0)
+    for n in range(len(good)):
+        want = next(m for m in range(n, n + len(found)) if lost not in found[good._at(m)].candidates)
+        assert drawn[n].turn.ids.tolist() == good._drawn(good._at(want), n).turn.ids.tolist(), (
+            "whatever was asked for before"
+        )
+    assert drawn._unreadable.count == sum(lost in found[n].candidates for n in range(len(found)))
+    assert f"passed over: image of {lost}" in caplog.text
+    tasks = folder.training(blind, shuffle=0.0, missing="none")
+    plain = folder.training(reader, shuffle=0.0, missing="none")
+    ids = [t.id for t in tasks]
+    assert set(ids) == {t.id for t in plain if lost not in [c.document.id for c in t.prompt.candidates]}
+    assert len(ids) == len(plain)
+    assert [t.id for t in tasks[2:4]] == [plain[n].id if plain[n].id in ids else ids[n] for n in (2, 3)]
+
+
+def test_many_broken_pictures_are_an_error():
+    broken = Unreadable(0.1)
+
+    def make(key):
+        if key < 60:
+            raise UnreadablePicture(f"image {key}.png: expected a picture, got none. Fix it.")
+        return key
+
+    with pytest.raises(
+        InputError,
+        match=r"pictures: expected at most 10% unreadable ones, got 21 of \d+, last: image 20\.png.*got none\. ",
+    ):
+        [broken.first([n, 99], make) for n in range(60)]
+    with pytest.raises(InputError, match="expected some that can be read"):
+        Unreadable().first([1, 2], make)
 
 
 def test_spread_labels_rename_the_thought_with_its_candidates(traces, reader):

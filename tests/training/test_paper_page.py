@@ -71,10 +71,10 @@ def test_values_are_those_of_the_code(row: list[str]) -> None:
 
 #: What is in a recipe and changes no result, or is the user's own: data, places, batches on one GPU, what is logged when.
 ELSEWHERE = {
-    "start", "checkpoint", "data", "optim", "grpo", "loss", "lora", "run", "examples", "thinking", "icm", "backbone", "frame", "tokens", "stage",
-    "seed", "steps", "batch_size", "per_device", "lr", "warmup", "weight_decay", "hardware", "length", "thought", "micro_batch",
-    "gradient_checkpointing", "evaluate_every", "save_every", "report_to", "dtype", "deepspeed", "hard", "root", "train", "validation",
-    "validation_queries", "cache_gb", "concurrency", "limit", "give_up_after", "instruction",
+    "start", "checkpoint", "data", "optim", "grpo", "loss", "lora", "run", "examples", "thinking", "icm", "backbone", "frame", "tokens",
+    "stage", "seed", "steps", "batch_size", "per_device", "lr", "warmup", "weight_decay", "hardware", "length", "thought", "micro_batch",
+    "gradient_checkpointing", "evaluate_every", "save_every", "report_to", "dtype", "deepspeed", "hard", "root", "train",
+    "validation", "captions", "workers", "validation_queries", "cache_gb", "concurrency", "limit", "give_up_after", "instruction",
 }  # fmt: skip
 RECIPES_OF = (
     IcmConfig, EmbedderRecipe, AlignRecipe, BaseRecipe, LoraSettings, ExampleSettings, Optimisation, SftRecipe, SftLoss, TokenWeights,

@@ -16,12 +16,13 @@ from torch import nn
 
 from retrv_r1_retriever._sync import run
 from retrv_r1_retriever.engines.local import LocalEngine
-from retrv_r1_retriever.errors import ImageError, InputError
+from retrv_r1_retriever.errors import ImageError
 from retrv_r1_retriever.images import ImageData, ImageSource, load_content
 from retrv_r1_retriever.model.checkpoint import Checkpoint
 from retrv_r1_retriever.model.modeling import RetrvR1ForConditionalGeneration
 from retrv_r1_retriever.model.processing import EncodedImage
 from retrv_r1_retriever.types import Candidate, Content, Document, ImageInput, Memory, Query
+from retrv_r1_training.unreadable import UnreadablePicture
 
 T = TypeVar("T")
 
@@ -40,7 +41,7 @@ class CandidateReader:
         self._memories: Bounded[Memory] = Bounded(int(cache_gb * 1e9))
 
     def candidates(self, documents: Sequence[Document]) -> tuple[Candidate, ...]:
-        """With memory, in order. Raises `InputError` naming a candidate whose picture cannot be read."""
+        """With memory, in order. Raises `UnreadablePicture`."""
         memories = self._read([d.content for d in documents])
         return tuple(
             Candidate(d, None, place, m) for place, (d, m) in enumerate(zip(documents, memories, strict=True), 1)
@@ -51,7 +52,7 @@ class CandidateReader:
         return replace(query, content=self.open(query.content))
 
     def open(self, content: Content) -> Content:
-        """With its picture after the tower. Raises `InputError` if it cannot be read."""
+        """With its picture after the tower. Raises `UnreadablePicture`."""
         return run(self._loaded(self, content))
 
     async def load(self, image: ImageInput) -> ImageData:
@@ -83,7 +84,7 @@ class CandidateReader:
         try:
             return (await load_content(source, content))[0]
         except ImageError as error:
-            raise InputError(f"{error} `retrv-r1-train check DATA --pictures all` finds all such rows.") from error
+            raise UnreadablePicture(str(error)) from error
 
 
 def frozen_parts(model: RetrvR1ForConditionalGeneration) -> RetrvR1ForConditionalGeneration:

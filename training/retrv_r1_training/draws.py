@@ -17,19 +17,18 @@ import numpy as np
 from retrv_r1_retriever import _sync
 from retrv_r1_retriever.errors import ImageError, InputError, explain
 from retrv_r1_retriever.evaluation.mbeir import Dataset, JudgedQuery, Limits, RunFile, modality_of
-from retrv_r1_retriever.evaluation.offsets import MAX_BAD_SHARE
 from retrv_r1_retriever.images import LocalImages, load_content
 from retrv_r1_retriever.types import Content, Document, Query
 from retrv_r1_training.data import Item
 from retrv_r1_training.data_config import DataConfig, Part
 from retrv_r1_training.klists import hard_negatives
 from retrv_r1_training.labelled import Captions
+from retrv_r1_training.unreadable import Unreadable
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 TRIES = 1000  #: rows in turn that cannot be used, before the data set is taken to be the wrong one
-FEW = 20  #: unreadable rows that are always let pass
 
 
 class Unusable(Exception):
@@ -49,7 +48,7 @@ class Draws(Generic[T]):
     ) -> None:
         self._ends, self._make, self._count, self._seed = np.cumsum(sizes), make, count, seed
         self._epoch, self._order = -1, np.zeros(0, dtype=np.int64)
-        self._drawn = self._unreadable = 0
+        self._unreadable = Unreadable()
         self.skipped: Counter[str] = Counter()
 
     def __len__(self) -> int:
@@ -63,7 +62,7 @@ class Draws(Generic[T]):
             raise InputError(explain("data", expected="rows to train on", got="empty files", fix="Check the recipe."))
         epoch, place = divmod(number, total)
         order, rng = self._shuffled(epoch, total), random.Random(f"{self._seed}:{number}")
-        self._drawn += 1
+        self._unreadable.asked()
         for step in range(min(TRIES, total)):
             row = int(order[(place + step) % total])
             file = int(np.searchsorted(self._ends, row, side="right"))
@@ -72,22 +71,12 @@ class Draws(Generic[T]):
             except Unusable as reason:
                 self.skipped[str(reason)] += 1
             except ImageError as error:
-                self._pass_over(error)
+                self.skipped["unreadable picture"] += 1
+                self._unreadable.note(row, error)
         got = ", ".join(f"{count} x {reason}" for reason, count in self.skipped.most_common(3))
         raise InputError(
             explain("data", expected="rows to train on", got=got, fix="`retrv-r1-train check` shows the rows.")
         )
-
-    def _pass_over(self, error: ImageError) -> None:
-        self._unreadable += 1
-        self.skipped["unreadable picture"] += 1
-        log.warning("skipped: %s", error)
-        if self._unreadable > max(FEW, MAX_BAD_SHARE * self._drawn):
-            got = f"{self._unreadable} of {self._drawn}, last: {error}"
-            raise InputError(
-                explain("pictures", expected=f"at most {MAX_BAD_SHARE:.0%} unreadable ones", got=got,
-                        fix="`retrv-r1-train check DATA --pictures all` lists them.")
-            ) from error  # fmt: skip
 
     def _shuffled(self, epoch: int, total: int) -> np.ndarray:
         if epoch != self._epoch:

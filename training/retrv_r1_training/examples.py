@@ -18,7 +18,7 @@ import numpy as np
 
 from retrv_r1_retriever.errors import InputError, OptionsError, explain
 from retrv_r1_retriever.evaluation.mbeir import Dataset, JudgedQuery
-from retrv_r1_retriever.evaluation.offsets import LineFormat, LineIndex, Skipped
+from retrv_r1_retriever.evaluation.offsets import MAX_BAD_SHARE, LineFormat, LineIndex, Skipped
 from retrv_r1_retriever.model.checkpoint import Checkpoint
 from retrv_r1_retriever.parser import Thought, render
 from retrv_r1_retriever.prompt import NONE_INDEX, Prompt
@@ -30,6 +30,7 @@ from retrv_r1_training.mbeir_tasks import Folder
 from retrv_r1_training.sft import Example, example_of, filled
 from retrv_r1_training.sft_recipe import ExampleSettings, SftRecipe
 from retrv_r1_training.traces import TeacherTrace
+from retrv_r1_training.unreadable import Unreadable
 
 
 class Source(Protocol):
@@ -75,13 +76,17 @@ class Traces:
 
 
 class TraceExamples:
-    """`count` examples, every thought once before any comes again; query wording and labels depend on (seed, number) alone."""
+    """`count` examples, every thought once before any comes again; query wording and labels depend on (seed, number) alone.
+
+    Where a picture of one cannot be read, the next one stands in for it; too many are an `InputError`.
+    """
 
     def __init__(
-        self, parts: Sequence[Traces], reader: CandidateReader, count: int, settings: ExampleSettings, seed: int
-    ) -> None:
+        self, parts: Sequence[Traces], reader: CandidateReader, count: int, settings: ExampleSettings, seed: int,
+        max_bad_share: float = MAX_BAD_SHARE,
+    ) -> None:  # fmt: skip
         self._parts, self._reader, self._count = parts, reader, count
-        self._settings, self._seed = settings, seed
+        self._settings, self._seed, self._unreadable = settings, seed, Unreadable(max_bad_share)
         self._ends = np.cumsum([len(part) for part in parts])
         self._order = lru_cache(maxsize=2)(self._shuffled)
 
@@ -91,8 +96,16 @@ class TraceExamples:
     def __getitem__(self, number: int) -> Example:
         if not 0 <= number < self._count:
             raise IndexError(number)
+        return self._unreadable.first(
+            map(self._at, range(number, number + int(self._ends[-1]))), lambda at: self._drawn(at, number)
+        )
+
+    def _at(self, number: int) -> int:
+        """Of all thoughts, the one that comes as number `number`."""
         epoch, place = divmod(number, int(self._ends[-1]))
-        at = int(self._order(epoch)[place])
+        return int(self._order(epoch)[place])
+
+    def _drawn(self, at: int, number: int) -> Example:
         part = int(np.searchsorted(self._ends, at, side="right"))
         traces = self._parts[part]
         rng = random.Random(f"{self._seed}:{number}")
@@ -124,9 +137,10 @@ def trace_examples(recipe: SftRecipe, start: Checkpoint, folder: Folder) -> tupl
         if parts and not sum(map(len, parts)):
             raise InputError(explain(f"data.{name}", expected="thoughts", got="none", fix="Run synthesize first."))
     count = recipe.optim.steps * recipe.optim.batch_size
-    drawn = TraceExamples(train, reader, count, recipe.examples, recipe.seed)
+    share = data.max_bad_share
+    drawn = TraceExamples(train, reader, count, recipe.examples, recipe.seed, share)
     few = min(data.validation_queries, sum(map(len, held_out)))
-    served = TraceExamples(held_out, reader, few, ExampleSettings(spread=0.0), recipe.seed)
+    served = TraceExamples(held_out, reader, few, ExampleSettings(spread=0.0), recipe.seed, share)
     return drawn, served, {name: licence for part in train for name, licence in part.teachers.items()}
 
 

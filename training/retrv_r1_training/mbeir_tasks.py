@@ -20,6 +20,7 @@ from retrv_r1_training.data_config import DataConfig, Part
 from retrv_r1_training.embedded_lists import EmbeddedLists, open_embedder
 from retrv_r1_training.klists import KList, KListConfig, KLists, Missing, Ranked
 from retrv_r1_training.rollout import Task
+from retrv_r1_training.unreadable import Unreadable
 from retrv_r1_training.waiting import counted
 
 log = logging.getLogger(__name__)
@@ -70,14 +71,15 @@ class Folder:
                 return None
             return lists.draw(number, config, epoch=0)
 
-        return Tasks(map(self.lists, self.config.train), make, reader)
+        return Tasks(map(self.lists, self.config.train), make, reader, Unreadable(self.config.max_bad_share))
 
     def validation(self, reader: CandidateReader) -> Sequence[Task]:
         """As served: a positive that the first stage did not find is a miss."""
         if not self.config.validation or not self.config.validation_queries:
             return []
         lists = map(self.lists, self.config.validation)
-        tasks = Tasks(lists, lambda part, n: part.as_served(n, self.config.top_k), reader)
+        unreadable = Unreadable(self.config.max_bad_share)
+        tasks = Tasks(lists, lambda part, n: part.as_served(n, self.config.top_k), reader, unreadable)
         return tasks.spread(self.config.validation_queries)
 
     @cached_property
@@ -86,12 +88,16 @@ class Folder:
 
 
 class Tasks(Sequence[Task]):
-    """Queries with their candidates, made when they are asked for; the same number gives an equal task every time."""
+    """Queries with their candidates, made when they are asked for; the same number gives an equal task every time.
+
+    Where a picture of one cannot be read, the next one stands in for it; too many are an `InputError`.
+    """
 
     def __init__(
-        self, parts: Iterable[KLists], make: MakeList, reader: CandidateReader, where: Sequence[tuple[int, int]] | None = None
+        self, parts: Iterable[KLists], make: MakeList, reader: CandidateReader, unreadable: Unreadable,
+        where: Sequence[tuple[int, int]] | None = None,
     ) -> None:  # fmt: skip
-        self._parts, self._make, self._reader = list(parts), make, reader
+        self._parts, self._make, self._reader, self._unreadable = list(parts), make, reader, unreadable
         self._where = self._usable() if where is None else where
         if where is None and not self._where:
             counts = [dict(part.counts) for part in self._parts]
@@ -105,9 +111,13 @@ class Tasks(Sequence[Task]):
     def __getitem__(self, number: int | slice) -> Task | Tasks:
         if isinstance(number, slice):
             return self._only(self._where[number])
-        part, query = self._where[number]
-        lists = self._parts[part]
-        klist = self._make(lists, query)
+        self._where[number]  # raises IndexError
+        following = (self._where[(number + step) % len(self)] for step in range(len(self)))
+        return self._unreadable.first(following, self._task)
+
+    def _task(self, where: tuple[int, int]) -> Task:
+        lists = self._parts[where[0]]
+        klist = self._make(lists, where[1])
         assert klist is not None, "made before"
         return make_task(klist, lists, self._reader)
 
@@ -122,7 +132,7 @@ class Tasks(Sequence[Task]):
         return self._only(random.Random(seed).sample(list(self._where), count))
 
     def _only(self, where: Sequence[tuple[int, int]]) -> Tasks:
-        return Tasks(self._parts, self._make, self._reader, where)
+        return Tasks(self._parts, self._make, self._reader, self._unreadable, where)
 
     def _usable(self) -> list[tuple[int, int]]:
         where = []
