@@ -275,11 +275,11 @@ def collate(chunks: Sequence[Chunk], processor: Processor, device: torch.device 
     )
 
 
-def memories(chunks: Sequence[Chunk]) -> tuple[np.ndarray, np.ndarray]:
-    """Memories of all candidates, in order: (N, m, w) float32, padded, and which rows are valid, (N, m) bool."""
+def memories(chunks: Sequence[Chunk], dtype: type[np.floating] = np.float32) -> tuple[np.ndarray, np.ndarray]:
+    """Memories of all candidates, in order: (N, m, w), padded, and which rows are valid, (N, m) bool."""
     found = [m for c in chunks for m in c.memories]
     rows = max((len(m) for m in found), default=0)
-    memory = np.zeros((len(found), rows, found[0].shape[1] if found else 0), dtype=np.float32)
+    memory = np.zeros((len(found), rows, found[0].shape[1] if found else 0), dtype=dtype)
     mask = np.zeros((len(found), rows), dtype=bool)
     for i, array in enumerate(found):
         memory[i, : len(array)] = array

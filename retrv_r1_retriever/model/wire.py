@@ -157,9 +157,9 @@ class Wire:
         """The two tokens of each candidate, as they are sent: (N, 2, H) in the dtype of the checkpoint."""
         if not chunk.candidates:
             return torch.empty(0)
-        icm, (memory, mask) = self._model.icm, map(torch.from_numpy, memories([chunk]))
+        icm, (stored, mask) = self._model.icm, map(torch.from_numpy, memories([chunk], np.float16))
         query = icm.rows([self._query(chunk)])[0]
-        content, relation = icm.of_one_query(memory, mask, query)
+        content, relation = icm.of_one_query(stored.float(), mask, query)
         tag: Tensor = self._table(self._labels[torch.tensor(chunk.candidates)]) * icm.tag_scale
         return torch.stack([content + tag, relation + tag], 1).to(self._table.weight.dtype)
 

@@ -14,6 +14,7 @@ from retrv_r1_retriever.images import LocalImages
 from retrv_r1_retriever.options import RerankOptions
 from retrv_r1_retriever.reranker import RetrvR1Reranker
 from retrv_r1_retriever.types import Content, Document, Query, RankedResults, Status, StopReason
+from tests.serving.http_stub import Reply
 from tests.serving.openai_stub import MODEL, Vlm, openai_stub, parts, picture
 
 SHOES = [
@@ -167,6 +168,20 @@ async def test_a_model_that_needs_room_to_reason_gets_it_once() -> None:
         assert len(vlm.bodies) == 2
         await reranker.arerank("red shoe", SHOES)
         assert len(vlm.bodies) == 3
+
+
+async def test_whitespace_without_end_is_asked_again_without_a_grammar_and_without_more_room() -> None:
+    """What a JSON grammar allows for ever; seen on vLLM. The next call is asked with the grammar again."""
+    choice = {"message": {"content": "{" + "\t " * 400}, "finish_reason": "length"}
+    vlm = Vlm(override=lambda number, body: Reply({"choices": [choice]}) if number == 0 else None)
+    with openai_stub(vlm) as (stub, _):
+        one = engine(stub.url)
+        for _ in range(2):
+            results = await RetrvR1Reranker(one, options=NEVER).arerank("red shoe", SHOES)
+            assert (results.status, ids(results)[0]) == (Status.RERANKED, "red")
+    formats = [body.get("response_format", {}).get("type", "text") for body in vlm.bodies]
+    assert formats == ["json_schema", "text", "json_schema"]
+    assert len({body["max_tokens"] for body in vlm.bodies}) == 1
 
 
 async def test_fewer_pictures_than_candidates_are_read_in_parts() -> None:

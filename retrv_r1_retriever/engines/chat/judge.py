@@ -120,7 +120,8 @@ class ListJudge:
                     raise
         if not reading.grades and reading.answer is None:
             fix = "Use a model that can write JSON."
-            raise EngineError(explain("reply", expected="verdicts as JSON", got=repr(reply.text[:200]), fix=fix))
+            got = repr(" ".join(reply.text.split())[:200])
+            raise EngineError(explain("reply", expected="verdicts as JSON", got=got, fix=fix))
         handle.turns = [*turns, say.assistant_message(reply.text)]
         handle.reasoning = handle.reasoning or clean(reply.reasoning, _REASONING_CHARS)
         return reading

@@ -22,6 +22,7 @@ FORMATS = ("json_schema", "json_object", "text")
 _OPTIONAL = ("top_logprobs", "logprobs", "temperature", "seed")
 _TOP_LOGPROBS = 5  # each one costs bytes at every token; digits beyond the fifth weigh next to nothing
 _MODELS_NAMED = 5
+_BLANK = 100  # characters; no model indents that far
 _TOO_LARGE = re.compile(
     r"context.{0,12}(length|window|size)|maximum.{0,20}(context|tokens|length)|too (many|long|large)"
     r"|reduce the (length|number)|(at most|exceeds?).{0,30}(image|token|context)|n_ctx",
@@ -155,7 +156,7 @@ class ChatServer:
     ) -> Reply:
         """Raises `TooLarge`, `NoPictures`, `Refused`, or `EngineError` for all else."""
         wanted = {"temperature": temperature, "seed": seed, "logprobs": True, "top_logprobs": _TOP_LOGPROBS}
-        format = self.known.format
+        format, freed = self.known.format, False
         while True:
             extra = self.known.extra_tokens
             body: dict[str, Any] = {
@@ -175,6 +176,11 @@ class ChatServer:
                 if following is None:
                     raise await self._explained(error) from error
                 format = following
+                continue
+            if freed:
+                return reply
+            if reply.cut and format != "text" and _runs_on(reply.text):
+                format, freed = "text", True  # for this call alone: most replies of such a server are fine
                 continue
             self.known.format = format  # only a format that worked: a 400 may have had another reason
             if reply.cut and extra < 4 * tokens:
@@ -247,6 +253,11 @@ def read_reply(answer: Any) -> Reply:
         reasoning_tokens=_count(_mapping(usage.get("completion_tokens_details")).get("reasoning_tokens")),
         top=_tokens(choice.get("logprobs")),
     )
+
+
+def _runs_on(text: str) -> bool:
+    """Nothing but whitespace at the end: any JSON grammar allows it for ever, and some models then never stop."""
+    return len(text) >= _BLANK and not text[-_BLANK:].strip()
 
 
 def _response_format(format: str, schema: Mapping[str, Any]) -> dict[str, Any]:
