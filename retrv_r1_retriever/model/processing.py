@@ -66,6 +66,8 @@ class Chunk:
     @classmethod
     def join(cls, chunks: Sequence[Chunk]) -> Chunk:
         """Chunks that follow one another, as one."""
+        if len(chunks) == 1:  # every decoded token
+            return chunks[0]
         return cls(
             np.concatenate([c.ids for c in chunks]),
             np.concatenate([c.positions for c in chunks], axis=1),
@@ -83,7 +85,8 @@ class Chunk:
         """Text tokens only, from position `start` on."""
         n = len(ids)
         nothing = np.zeros(n, dtype=bool)
-        positions = np.broadcast_to(np.arange(start, start + n), (3, n))
+        positions = np.empty((3, n), dtype=np.int64)
+        positions[:] = np.arange(start, start + n)
         return cls(np.asarray(ids, dtype=np.int64), positions, nothing, nothing, nothing, (), (), (), start + n)
 
 

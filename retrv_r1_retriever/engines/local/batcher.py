@@ -207,9 +207,9 @@ class Batcher:
 
     def _read(self, work: list[tuple[Handle, Chunk]]) -> Tensor:
         """One pass over one chunk per handle; logits (B, V) float32 after the last token of each."""
-        started = time.perf_counter()
         chunks = [chunk for _, chunk in work]
         batch = collate(chunks, self._processor, self._model.device)
+        started = time.perf_counter()
         features = encode_pictures(self._model.model, self._processor, batch.pictures)
         embeds = self._model.model.embed(batch.input_ids, features, batch.image_mask, batch.compressed)
         rows = [self._row(handle) for handle, _ in work]
