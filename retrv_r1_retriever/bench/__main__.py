@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shlex
 import sys
 import tempfile
 import time
@@ -41,6 +42,7 @@ from retrv_r1_retriever.store import Point
 from retrv_r1_retriever.types import Candidate, Content, Document, Memory, Query
 
 Row = dict[str, float | str]
+_FOLDERS = ("--out", "--dir")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
-    report: dict[str, Any] = {"machine": machine(), "rounds": args.rounds, "shapes": []}
+    told = {"command": command("retrv_r1_retriever.bench", argv), "machine": machine(), "rounds": args.rounds}
+    report: dict[str, Any] = told | {"shapes": []}
     for name in args.shape:
         report["shapes"].append(bench_shape(name, args))
     if args.out:
@@ -161,6 +164,13 @@ def fetch_seconds(top_k: int, rows: int, width: int, rounds: int) -> float:
         best = min(run(search()) for _ in range(rounds + 1))
         run(store.close())
     return best
+
+
+def command(module: str, argv: Sequence[str] | None) -> str:
+    """As it was typed, without the folders of this machine."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    kept = [w for i, w in enumerate(words) if w not in _FOLDERS and (i == 0 or words[i - 1] not in _FOLDERS)]
+    return shlex.join(["python", "-m", module, *kept])
 
 
 def machine() -> dict[str, str]:

@@ -116,6 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     report = {
+        "command": f"python -m retrv_r1_retriever.bench.first_stage --points {args.points} --queries {args.queries}",
         "points": args.points, "dimensions": DIM, "top_k": TOP_K, "queries": args.queries,
         "qdrant-edge-py": version("qdrant-edge-py"), "rows": rows,
     }  # fmt: skip

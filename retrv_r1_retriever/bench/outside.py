@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from retrv_r1_retriever.bench.__main__ import Row, fetch_seconds, machine, say, table
+from retrv_r1_retriever.bench.__main__ import Row, command, fetch_seconds, machine, say, table
 from retrv_r1_retriever.bench.catalogue import Catalogue, Remembering, opened
 from retrv_r1_retriever.demo.catalogue import TASKS, LabelledQuery, read_queries
 from retrv_r1_retriever.options import RerankOptions
@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="JSON file")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    report: dict[str, Any] = {"machine": machine(), "rounds": args.rounds, "calls": [], "fetch": []}
+    told = {"command": command("retrv_r1_retriever.bench.outside", argv), "machine": machine(), "rounds": args.rounds}
+    report: dict[str, Any] = told | {"calls": [], "fetch": []}
     with opened(args.dir, args.checkpoint, "val") as catalogue:
         for k in args.top_k:
             for task in TASKS:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from retrv_r1_retriever._sync import run
-from retrv_r1_retriever.bench.__main__ import Row, machine, say, table
+from retrv_r1_retriever.bench.__main__ import Row, command, machine, say, table
 from retrv_r1_retriever.bench.catalogue import Catalogue, opened
 from retrv_r1_retriever.bench.modes import Task
 from retrv_r1_retriever.demo.figures import Asked, K, ask
@@ -75,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.out:
         from retrv_r1_retriever.bench.plot import draw_quality  # matplotlib: only where a picture is asked for
 
-        report = {"machine": machine(), "split": args.split, "K": K, "rows": rows}
+        told = command("retrv_r1_retriever.bench.quality", argv)
+        report = {"command": told, "machine": machine(), "split": args.split, "K": K, "rows": rows}
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "quality.json").write_text(json.dumps(report, indent=1) + "\n")
         draw_quality(report, args.out / "quality.png")

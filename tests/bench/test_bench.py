@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -13,9 +14,13 @@ from retrv_r1_retriever.bench import __main__ as bench
 from retrv_r1_retriever.bench.floors import Ceiling, Counts, Work
 from retrv_r1_retriever.bench.modes import OPENED, Task, counted, modes, thought
 from retrv_r1_retriever.bench.shapes import SHAPES, Shape, random_checkpoint, random_task
+from retrv_r1_retriever.edge import EdgeStore
 from retrv_r1_retriever.engines.local import LocalEngine
 from retrv_r1_retriever.model.configuration import IcmConfig
+from retrv_r1_retriever.points import CollectionSpec
 from retrv_r1_retriever.prompt import build_prompt
+from retrv_r1_retriever.store import Point
+from retrv_r1_retriever.types import Content, Document, Memory
 
 ROPE = {"rope_type": "default", "mrope_section": [6, 5, 5], "rope_theta": 1e4}
 SMALL = Shape(
@@ -101,3 +106,16 @@ def test_the_command_prints_tables_and_writes_json_and_a_picture(tmp_path, capsy
     assert [row["mode"] for row in report["shapes"][0]["modes"]] == ["U", "U'", "X", "C", "F", f"F+{OPENED}"]
     assert all(stage["seconds"] > 0 for stage in report["shapes"][0]["stages"])
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("k", [50, 127])
+def test_the_store_hands_over_exactly_the_bytes_of_the_memory(tmp_path, k):
+    rows = np.arange(8 * 32, dtype=np.float16).reshape(8, 32)
+    store = EdgeStore(tmp_path, spec=CollectionSpec(4, 32, "d"))
+    documents = [Document(str(i), Content("x")) for i in range(k + 20)]
+    memories = [Memory(rows + np.float16(i), "d", "c", 1) for i in range(len(documents))]
+    run(store.upsert([Point(d, np.eye(4, dtype=np.float32)[0], m) for d, m in zip(documents, memories, strict=True)]))
+    found = run(store.search(np.eye(4)[0], k))
+    assert sum(c.memory.rows.nbytes for c in found) == k * 8 * 32 * 2
+    assert all(np.array_equal(c.memory.rows, memories[int(c.document.id)].rows) for c in found)
+    run(store.close())
