@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from retrv_r1_retriever.errors import InputError
 from retrv_r1_retriever.trace import Compressed, Forced, Full, QueryImage, ReasoningTrace, Sampled, Text, Usage
 from retrv_r1_retriever.tracelog import read_traces, to_line
-from retrv_r1_retriever.types import Candidate, Content, Document, Query, RankedResult, RankedResults, Status, StopReason
+from retrv_r1_retriever.types import (
+    Candidate,
+    Content,
+    Document,
+    Query,
+    RankedResult,
+    RankedResults,
+    Status,
+    StopReason,
+)
 from tests.helpers import png
 
 numbers = st.floats(allow_nan=False, allow_infinity=False)
