@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from retrv_r1_retriever.errors import InputError
 from retrv_r1_retriever.trace import Compressed, Forced, Full, QueryImage, ReasoningTrace, Sampled, Text, Usage
 from retrv_r1_retriever.tracelog import read_traces, to_line
-from retrv_r1_retriever.types import Candidate, Content, Document, Query, RankedResult, RankedResults, Status, StopReason
+from retrv_r1_retriever.types import (
+    Candidate,
+    Content,
+    Document,
+    Query,
+    RankedResult,
+    RankedResults,
+    Status,
+    StopReason,
+)
 from tests.helpers import png
 
 numbers = st.floats(allow_nan=False, allow_infinity=False)
@@ -67,11 +76,12 @@ def test_numbers_that_json_does_not_have_are_null() -> None:
 
 
 def test_a_stored_list_with_such_numbers_is_read_again(tmp_path: Path) -> None:
-    trace = ReasoningTrace((Sampled("x", (1,), (-math.inf,)),))
+    trace = ReasoningTrace((Sampled("x \ud800", (1,), (-math.inf,)),), notes=("\udcff",))
+    trace.to_json().encode()  # can be written to a file
     result = RankedResult(Candidate(Document("a", Content("x"), {"price": math.nan}), math.nan, 1), 1, 1.0)
     line = to_line(RankedResults(Query.of("q"), (result,), Status.RERANKED, trace=trace))
     strict(line)
-    (tmp_path / "traces.jsonl").write_text(line + "\n")
+    (tmp_path / "traces.jsonl").write_text(line + "\n", encoding="utf-8")
     (read,) = read_traces(tmp_path / "traces.jsonl")
     assert read.trace == trace
 

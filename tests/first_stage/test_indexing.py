@@ -116,7 +116,9 @@ async def test_equal_ids_in_one_batch_are_reported(store: Any) -> None:
     assert report.indexed == 2
     (failure,) = report.failed
     assert failure.id == "same"
-    assert failure.reason.startswith("document id: expected distinct ids, got 'same' more than once. The last one is kept")
+    assert failure.reason.startswith(
+        "document id: expected distinct ids, got 'same' more than once. The last one is kept"
+    )
     (found,) = await store.get(["same"])
     assert found.document.content.text == "second"
 
@@ -162,7 +164,10 @@ def test_ids_of_a_run_are_remembered_in_little_memory() -> None:
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"deep": json.loads("[" * 100 + "]" * 100)}, "metadata of document 'bad': expected at most 100 levels, got more"),
+        (
+            {"deep": json.loads("[" * 100 + "]" * 100)},
+            "metadata of document 'bad': expected at most 100 levels, got more",
+        ),
         ({"code": 10**22}, "expected JSON values, got a whole number of more than 64 bits, 10000000000000000000000"),
         ({"name": "\ud800"}, "text or metadata of document 'bad': expected valid Unicode, got 'utf-8' codec"),
     ],

@@ -194,10 +194,14 @@ async def test_an_async_client_is_checked_on_first_use() -> None:
 def test_an_async_client_serves_one_event_loop() -> None:
     """Its connections are bound to the loop they were made in: without the check, calls fail now and then."""
     with rest_stub() as stub:
-        url = stub.url.replace("127.0.0.1", "127.1")  # for the usual names of this machine the client keeps no connections
+        url = stub.url.replace(
+            "127.0.0.1", "127.1"
+        )  # for the usual names of this machine the client keeps no connections
         store = QdrantStore("new", client=AsyncQdrantClient(url=url, check_compatibility=False), spec=SPEC)
         assert run(store.count()) == 0
-        with pytest.raises(StoreError, match=r"expected calls from the event loop it was first used in.* or pass a Qdrant"):
+        with pytest.raises(
+            StoreError, match=r"expected calls from the event loop it was first used in.* or pass a Qdrant"
+        ):
             asyncio.run(store.count())
         assert run(store.count()) == 0
         everywhere = QdrantStore("new", client=QdrantClient(url=url, check_compatibility=False))
