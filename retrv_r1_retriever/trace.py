@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -132,7 +132,7 @@ class ReasoningTrace:
         data = {f.name: getattr(self, f.name) for f in fields(self)}
         data["segments"] = [_segment_to_dict(s) for s in self.segments]
         data |= {"usage": asdict(self.usage), "timings": dict(self.timings), "versions": dict(self.versions)}
-        return json.dumps(finite({"trace_version": TRACE_VERSION, **data}), ensure_ascii=False, allow_nan=False)
+        return strict_json({"trace_version": TRACE_VERSION, **data})
 
     @classmethod
     def from_json(cls, text: str) -> ReasoningTrace:
@@ -197,6 +197,12 @@ def _segment_from_dict(data: dict[str, Any]) -> Segment:
     if data.get("logprobs") is not None:
         data["logprobs"] = tuple(-math.inf if value is None else value for value in data["logprobs"])
     return kind(**data)
+
+
+def strict_json(value: Any, *, indent: int | None = None, default: Callable[[Any], Any] | None = None) -> str:
+    """JSON that every reader takes: null for NaN and infinity, half a surrogate pair as its escape. default: as in `json.dumps`"""
+    text = json.dumps(finite(value), ensure_ascii=False, allow_nan=False, indent=indent, default=default)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def finite(value: Any) -> Any:

@@ -16,7 +16,7 @@ from retrv_r1_retriever.errors import InputError, explain
 from retrv_r1_retriever.measures import reason_label
 from retrv_r1_retriever.observe import Found, Step, Tell
 from retrv_r1_retriever.plain import artifact
-from retrv_r1_retriever.trace import ReasoningTrace, Text
+from retrv_r1_retriever.trace import ReasoningTrace, Text, strict_json
 from retrv_r1_retriever.types import (
     Candidate,
     Content,
@@ -54,7 +54,7 @@ class TraceLog:
         if not isinstance(found, RankedResults):
             return
         try:
-            line = (to_line(redacted(found) if self.redact else found) + "\n").encode("utf-8", "surrogateescape")
+            line = (to_line(redacted(found) if self.redact else found) + "\n").encode()
             # Opened per line, so that the file may be rotated; one write per line, so that processes may share it.
             file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
             try:
@@ -72,7 +72,7 @@ def _pass_over(found: Found) -> None:
 def to_line(results: RankedResults) -> str:
     written = datetime.now(UTC).isoformat(timespec="milliseconds")
     record = {"record_version": RECORD_VERSION, "time": written, **artifact(results)}
-    return json.dumps(record, ensure_ascii=False, default=str)
+    return strict_json(record, default=str)
 
 
 def redacted(results: RankedResults) -> RankedResults:

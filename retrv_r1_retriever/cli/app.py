@@ -9,7 +9,6 @@ Other packages add a command through the entry-point group `retrv_r1.commands`: 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
@@ -25,6 +24,7 @@ from retrv_r1_retriever.cli.findings import INDEX_FIRST
 from retrv_r1_retriever.cli.terminal import printable
 from retrv_r1_retriever.config import FILE_NAME
 from retrv_r1_retriever.errors import InputError, NotIndexedError, OptionsError, RetrvR1Error, SchemaError
+from retrv_r1_retriever.trace import strict_json
 
 GROUP = "retrv_r1.commands"
 AddArguments = Callable[[argparse.ArgumentParser], None]
@@ -110,7 +110,7 @@ def _report_error(error: Exception, as_json: bool) -> int:
     elif isinstance(error, NotIndexedError) and error.found:
         message = f"{error.found}. {INDEX_FIRST}"
     if as_json:
-        print(json.dumps({"error": {"type": type(error).__name__, "message": message}}, ensure_ascii=False))
+        print(strict_json({"error": {"type": type(error).__name__, "message": message}}))
     else:
         print(f"retrv-r1: {printable(message)}", file=sys.stderr)
     return 2 if isinstance(error, InputError | OptionsError | SchemaError | NotIndexedError) else 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import textwrap
@@ -10,7 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, TextIO
 
-from retrv_r1_retriever.trace import finite
+from retrv_r1_retriever.trace import strict_json
 
 ELLIPSIS = "…"
 
@@ -30,7 +29,7 @@ def terminal_width() -> int:
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(finite(value), ensure_ascii=False, indent=2, default=str, allow_nan=False))
+    print(strict_json(value, indent=2, default=str))
 
 
 def print_wrapped(text: str, *, indent: int = 0) -> None:

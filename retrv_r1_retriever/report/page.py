@@ -69,7 +69,7 @@ def write_report(
 ) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     page = render_report(entries, title=title, intro=intro, tables=tables, images=images)
-    path.write_text(page, encoding="utf-8")
+    path.write_text(page, encoding="utf-8", errors="replace")  # half a surrogate pair must not cost the page
     return path
 
 

@@ -74,6 +74,22 @@ def test_foreign_text_cannot_drive_the_terminal(workplace: Path, run: Run) -> No
     assert "\x1b" not in found.out
 
 
+def test_words_that_are_no_unicode_are_read_shown_and_written(workplace: Path, run: Run) -> None:
+    """A terminal may pass any bytes, and JSON half a surrogate pair."""
+    Path("docs.jsonl").write_text('{"id": "a", "text": "red \\ud800"}\n{"id": "b", "text": "two"}\n')
+    found = run("rerank", "--text", "red \udcff", "docs.jsonl", "--report", "page.html", "--traces", "traces.jsonl")
+    assert (found.code, found.err) == (0, "")
+    found.out.encode()
+    Path("page.html").read_text(encoding="utf-8")
+    as_json = run("rerank", "--text", "red \udcff", "docs.jsonl", "--json")
+    as_json.out.encode()
+    assert as_json.json["query"]["text"] == "red \udcff"
+    assert run("view", "traces.jsonl", "--out", "view.html").code == 0
+    indexed = run("index", "docs.jsonl", "--json").json
+    assert (indexed["indexed"], [f["id"] for f in indexed["failed"]]) == (1, ["a"])
+    assert "expected valid Unicode" in indexed["failed"][0]["reason"]
+
+
 def test_rerank_files_and_jsonl(workplace: Path, run: Run) -> None:
     (workplace / "docs.jsonl").write_text('{"id": 7, "text": "two red"}\n{"id": "p", "image": "card0.png"}\n')
     found = run("rerank", "--text", "red", "items/card0.png", "items/note.txt", "docs.jsonl", "--json")

@@ -120,6 +120,7 @@ hostile = st.lists(
 @given(hostile)
 @example("<|</think>|>")
 @example("<<|c3|>|c4|>")
+@example("\ud800<|c\udfff3|>")
 def test_escaped_text_holds_no_tag_and_stays_as_it_is(text: str) -> None:
     escaped = escape(text)
     assert not any(token in escaped for token in (*ADDED_TOKENS, "<|im_end|>"))

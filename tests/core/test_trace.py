@@ -76,11 +76,12 @@ def test_numbers_that_json_does_not_have_are_null() -> None:
 
 
 def test_a_stored_list_with_such_numbers_is_read_again(tmp_path: Path) -> None:
-    trace = ReasoningTrace((Sampled("x", (1,), (-math.inf,)),))
+    trace = ReasoningTrace((Sampled("x \ud800", (1,), (-math.inf,)),), notes=("\udcff",))
+    trace.to_json().encode()  # can be written to a file
     result = RankedResult(Candidate(Document("a", Content("x"), {"price": math.nan}), math.nan, 1), 1, 1.0)
     line = to_line(RankedResults(Query.of("q"), (result,), Status.RERANKED, trace=trace))
     strict(line)
-    (tmp_path / "traces.jsonl").write_text(line + "\n")
+    (tmp_path / "traces.jsonl").write_text(line + "\n", encoding="utf-8")
     (read,) = read_traces(tmp_path / "traces.jsonl")
     assert read.trace == trace
 
