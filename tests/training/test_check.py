@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from retrv_r1_training import cli
-from retrv_r1_training.first_stage import write_run
+from retrv_r1_training.first_stage import recall, write_run
 from retrv_r1_training.klists import KListConfig, KLists
 
 from retrv_r1_retriever import _sync
@@ -99,6 +100,19 @@ def test_only_the_files_named(root, capsys):
     assert "expected cand_pool/**/*.jsonl and query/**/*.jsonl, got neither" in capsys.readouterr().err
 
 
+def test_recall_of_a_run_counts_any_positive_and_lists_that_are_not_there(root):
+    put(
+        root / QRELS,
+        ["7:0 0 7:red 1 0", "7:0 0 7:blue 1 0", "7:1 0 7:gone 1 0", "7:2 0 7:blue 1 0", "7:3 0 7:white 1 0"],
+    )
+    rows = ["7:0 Q0 7:green 1 9 t", "7:0 Q0 7:blue 2 8 t", "7:1 Q0 7:green 1 9 t", "7:3 Q0 7:white 1 9 t"]
+    put(root / "run.txt", rows)
+    data = Dataset.open(root, QUERIES, POOL, qrels=QRELS)
+    found, count = recall(data, RunFile(root / "run.txt"), (1, 2), seed=0)
+    assert count == 3, "of 7:1 no positive is in the pool"
+    assert found == {1: pytest.approx(1 / 3), 2: pytest.approx(2 / 3)}
+
+
 class MeanColour(Embedder):
     def embed(self, items):
         contents = [getattr(item, "content", item) for item in items]
@@ -149,5 +163,9 @@ def test_first_stage_command(tmp_path, capsys):
     argv = ["first-stage", str(tmp_path), "--queries", QUERIES, "--pool", POOL, "--config", str(tmp_path / "retrv.toml"),
             "--out", str(tmp_path / "run.txt"), "--top-k", "3"]  # fmt: skip
     assert cli.main(argv) == 0
-    assert "1 queries, 0 skipped" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "1 queries, 0 skipped" in out
+    assert re.search(
+        r"^R@1 [01]\.000, R@3 [01]\.000 of 1 queries with a positive in the pool$", out, re.M
+    )
     assert len(RunFile(tmp_path / "run.txt").ranked("90:q")) == 3

@@ -7,6 +7,7 @@ import io
 import json
 import random
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,28 @@ def test_a_column_that_is_not_there_is_an_error_not_a_guess(tmp_path, format):
     ):
         convert_candidates(source, Target(tmp_path / "out", "x", max_bad_share=1.0))
     assert not (tmp_path / "out/cand_pool/local/mbeir_x_cand_pool.jsonl").exists()
+
+
+def test_a_column_that_is_there_twice_is_an_error_not_a_choice(tmp_path):
+    (tmp_path / "x.csv").write_text("id,text,text,other,other\n1,a,b,c,d\n")
+    target = Target(tmp_path / "out", "x")
+    with pytest.raises(InputError, match="column 'text': expected one of that name, got several"):
+        convert_candidates(Table(str(tmp_path / "x.csv"), {"id": "id", "text": "text"}), target)
+
+
+def test_tables_are_read_in_memory_that_does_not_grow_with_them(tmp_path):
+    peaks = []
+    for count in (1000, 10_000):
+        path = tmp_path / f"{count}.csv"
+        path.write_text("id,text\n" + "".join(f"{n},{'word ' * 40}\n" for n in range(count)))
+        tracemalloc.start()
+        report = convert_candidates(
+            Table(str(path), {"id": "id", "text": "text"}), Target(tmp_path / f"out{count}", "x")
+        )
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert report.written == count
+    assert peaks[1] < 1.3 * peaks[0], peaks
 
 
 def test_mistakes_in_the_call_are_named(tmp_path):

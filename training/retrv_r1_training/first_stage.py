@@ -14,7 +14,7 @@ from typing import IO, Any
 from retrv_r1_retriever import _sync
 from retrv_r1_retriever import config as settings
 from retrv_r1_retriever.errors import ImageError, InputError
-from retrv_r1_retriever.evaluation.mbeir import Dataset, Limits
+from retrv_r1_retriever.evaluation.mbeir import Dataset, Limits, RunFile
 from retrv_r1_retriever.evaluation.offsets import MAX_BAD_SHARE, Skipped
 from retrv_r1_retriever.images import ImageSource, LocalImages, load_content
 from retrv_r1_retriever.store import FirstStage, VectorFirstStage
@@ -50,7 +50,22 @@ def main(args: argparse.Namespace) -> int:
     sys.stdout.write(f"wrote {args.out}: {run.total - run.count:,} queries, {run.count:,} skipped\n")
     for example in run.examples:
         sys.stdout.write(f"  skipped {example}\n")
+    at = [k for k in (1, 5, args.top_k) if k <= args.top_k]
+    found, answerable = recall(data, RunFile(args.out), at, args.seed)
+    shown = ", ".join(f"R@{k} {share:.3f}" for k, share in found.items())
+    sys.stdout.write(f"{shown} of {answerable:,} queries with a positive in the pool\n")
     return 0
+
+
+def recall(data: Dataset, run: RunFile, at: Sequence[int], seed: int) -> tuple[dict[int, float], int]:
+    """k -> share of the queries with any positive among the first k of their list; and how many have one in the pool at all."""
+    places = []
+    for number in range(len(data)):
+        judged = data.query(number, random.Random(f"{seed} {number}"))
+        if any(did in data.pool for did in judged.grades):
+            ranked = run.ranked(judged.id)
+            places.append(next((n for n, did in enumerate(ranked) if did in judged.grades), len(ranked) + max(at)))
+    return {k: sum(place < k for place in places) / max(1, len(places)) for k in sorted(set(at))}, len(places)
 
 
 async def write_run(

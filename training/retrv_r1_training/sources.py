@@ -111,6 +111,10 @@ def _jsonl(file: IO[bytes], name: str, columns: Sequence[str]) -> Iterator[Sourc
 
 
 def check_columns(name: str, wanted: Sequence[str], found: Sequence[str]) -> None:
+    twice = [column for column in wanted if found.count(column) > 1]
+    if twice:
+        fix = "Rename one of them."
+        raise InputError(explain(f"{name}: column {twice[0]!r}", expected="one of that name", got="several", fix=fix))
     missing = [column for column in wanted if column not in found]
     if missing:
         fix = "Fix the mapping: columns are never guessed."
