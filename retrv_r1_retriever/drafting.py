@@ -32,6 +32,7 @@ _IDS = ("id", "doc_id", "document_id", "sku", "uuid", "product_id", "item_id", "
 _NODE = "_node_content"  # LlamaIndex: the node as JSON
 _NODE_TEXTS = (f"{_NODE}.text", f"{_NODE}.text_resource.text")
 _NODE_IMAGES = ("image", "image_path", "image_resource.path", "image_url", "image_resource.url")
+_READ_ALIKE = "memory made of this text fits where LlamaIndex reads it, too: metadata_mode=MetadataMode.NONE"
 _BASE64_IMAGE = f"data:;base64,{{{_NODE}.image}}"  # what is there and no data URI is base64 alone
 
 
@@ -76,7 +77,7 @@ def draft(payloads: Sequence[Mapping[str, Any]], vectors: Mapping[str, int], whe
             explain(where, expected="a text or a picture in the payload", got=", ".join(found_fields(payloads)) or "nothing",
                     fix="Write [store] text or image by hand, see docs/config.md.")
         )  # fmt: skip
-    notes = [text_note, image_note]
+    notes = [text_note, image_note, _READ_ALIKE if shape == "llama-index" else None]
     if len(vectors) > 1:
         notes.append(f"vectors found: {', '.join(f'{n!r} ({size})' for n, size in sorted(vectors.items()))}")
     id = _id(fields) if shape == "plain" else None
@@ -142,12 +143,19 @@ def _longest(prose: Mapping[str, list[str]], title: str | None) -> str | None:
 
 def _image(fields: _Fields) -> tuple[str | None, str | None]:
     counts = Counter({name: sum(map(_is_picture, values)) for name, values in fields.texts() if name != _NODE})
+    counts[_BASE64_IMAGE] = sum(not _is_picture(value) for value in fields.values(f"{_NODE}.image"))
     found = [(name, count) for name, count in counts.most_common() if 2 * count >= len(fields.values(name)) and count]
     if not found:
-        return (_BASE64_IMAGE if fields.values(f"{_NODE}.image") else None), None
-    # Of fields that are as often there, one whose name says so: a node's file_path may be a page of text next time.
+        return None, None
+    # What a node itself calls its picture goes before its metadata: that is what LlamaIndex reads. Of fields that are as often there,
+    # one whose name says so: a file_path may be a page of text next time.
     best = max(
-        found, key=lambda one: (one[1], any(word in one[0].lower() for word in ("image", "img", "picture", "photo")))
+        found,
+        key=lambda one: (
+            _NODE in one[0],
+            one[1],
+            any(word in one[0].lower() for word in ("image", "img", "picture", "photo")),
+        ),
     )
     others = [name for name, _ in found if name != best[0]]
     return best[0], f"other fields that hold pictures: {', '.join(others)}" if others else None

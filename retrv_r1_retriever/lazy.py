@@ -52,13 +52,19 @@ class WriteBack:
         digest = next(iter(made.values())).digest
         await self._check(digest, next(iter(made.values())))
         # Read again: a point whose content changed since the query must not get this memory.
-        located = await self._sidecars.locate(list(made))
-        fitting = {
-            point_id: made[document.id]
-            for point_id, document in located
-            if document.id in made and content_hash(document.content) == made[document.id].content_hash
-        }
+        fitting: dict[str, Memory] = {}
+        for point_id, document in await self._sidecars.locate(list(made)):
+            present = content_hash(document.content)
+            for memory in (made.get(document.id), made.get(point_id)):
+                if memory is not None and memory.content_hash == present:
+                    fitting[point_id] = memory
         await self._sidecars.write(digest, fitting)
+        if not fitting:
+            _log.warning(
+                "memory of %d candidates is not kept: the collection holds none of them with the text and picture they were "
+                "read with. Its fields (text, image, id) have to be those that candidates are made of",
+                len(made),
+            )
 
     async def _check(self, digest: str, memory: Memory) -> None:
         if digest in self._checked:

@@ -89,10 +89,19 @@ class RerankOptions:
         return replace(self, **changes)
 
 
+def as_options(options: RerankOptions | None, default: RerankOptions) -> RerankOptions:
+    """The options of a call, or the default where it names none."""
+    chosen: object = default if options is None else options
+    if not isinstance(chosen, RerankOptions):
+        fix = "E.g. BALANCED.with_options(think='never')."
+        raise OptionsError(explain("options", expected="RerankOptions", got=type(chosen).__name__, fix=fix))
+    return chosen
+
+
 def check_reach(name: str, options: RerankOptions) -> None:
     """For a retriever, which cannot return more than its first stage finds. name: what its framework calls `top_n`"""
     if options.top_n is not None and options.top_n > options.top_k:
-        fix = "Raise options.top_k: only what the first stage found can be ranked."
+        fix = f"Raise options.top_k, to {MAX_CANDIDATES} at most: only what the first stage found can be ranked."
         raise OptionsError(explain(name, expected=f"at most top_k={options.top_k}", got=options.top_n, fix=fix))
 
 

@@ -25,7 +25,7 @@ from retrv_r1_retriever.errors import (
 )
 from retrv_r1_retriever.http import HttpLimits, JsonHttp
 from retrv_r1_retriever.images import ImageSource, LocalImages, image_reference, is_data_uri
-from retrv_r1_retriever.options import BALANCED, RerankOptions
+from retrv_r1_retriever.options import BALANCED, RerankOptions, as_options
 from retrv_r1_retriever.progress import Progress, ProgressFn
 from retrv_r1_retriever.ranking import score
 from retrv_r1_retriever.reranker import Candidates, as_candidates, as_query, bounded, fallback
@@ -82,7 +82,7 @@ class RemoteReranker:
         A server that fails, is full or cannot be reached is a failure of the model (`options.on_failure`); one that refuses
         the request raises `InputError`, `StaleMemoryError`, or for its API key `OptionsError`.
         """
-        options, query = options or self.options, as_query(query)
+        options, query = as_options(options, self.options), as_query(query)
         # To the server, the order they come in is the first stage's.
         ranked = tuple(sorted(as_candidates(candidates), key=lambda c: c.rank))
         results = await self._answer(query, ranked, options)

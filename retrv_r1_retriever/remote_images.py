@@ -27,6 +27,9 @@ from retrv_r1_retriever.types import ImageInput
 
 _Address: TypeAlias = "ipaddress.IPv4Address | ipaddress.IPv6Address"
 _Network: TypeAlias = "ipaddress.IPv4Network | ipaddress.IPv6Network"
+_IPV4_INSIDE = [
+    ipaddress.IPv6Network(prefix) for prefix in ("::/96", "::ffff:0:0/96", "::ffff:0:0:0/96", "64:ff9b::/96")
+]
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MAX_REDIRECTS = 5
 
@@ -94,17 +97,25 @@ class _AllowList:
     def may_reach(self, address: str) -> bool:
         """Private addresses, also behind a listed name, must be listed themselves."""
         found: _Address = ipaddress.ip_address(address.partition("%")[0])
-        mapped = getattr(found, "ipv4_mapped", None)
-        found = mapped or found
-        public = found.is_global and not found.is_multicast
-        return public or any(found in network for network in self.networks if network.version == found.version)
+        inner = found if isinstance(found, ipaddress.IPv4Address) else _ipv4_in(found) or found
+        public = inner.is_global and not inner.is_multicast and not getattr(inner, "is_site_local", False)
+        return public or self._holds(inner) or self._holds(found)
 
     def _lists(self, host: str) -> bool:
         try:
-            found = ipaddress.ip_address(host)
+            return self._holds(ipaddress.ip_address(host))
         except ValueError:
             return False
+
+    def _holds(self, found: _Address) -> bool:
         return any(found in network for network in self.networks if network.version == found.version)
+
+
+def _ipv4_in(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+    """The IPv4 address that packets to this one end at: mapped, compatible, translated (NAT64) or 6to4."""
+    if any(address in network for network in _IPV4_INSIDE):
+        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    return address.sixtofour
 
 
 class _InFront:

@@ -18,7 +18,7 @@ from retrv_r1_retriever.engines.base import Compressor, Engine, ReadsPictures
 from retrv_r1_retriever.errors import EngineError, InputError, RerankTimeout, explain
 from retrv_r1_retriever.images import ImageSource, LocalImages, load_content
 from retrv_r1_retriever.observe import Observers, Step, observed
-from retrv_r1_retriever.options import BALANCED, RerankOptions
+from retrv_r1_retriever.options import BALANCED, RerankOptions, as_options
 from retrv_r1_retriever.progress import Progress, ProgressFn
 from retrv_r1_retriever.prompt import NONE_INDEX, build_prompt
 from retrv_r1_retriever.ranking import Order, rank, to_results
@@ -28,6 +28,7 @@ from retrv_r1_retriever.types import (
     MAX_CANDIDATES,
     Candidate,
     Document,
+    ImageInput,
     Query,
     RankedResult,
     RankedResults,
@@ -87,7 +88,7 @@ class RetrvR1Reranker:
         Raises `InputError` for a query or list that cannot be used, `StaleMemoryError` if `on_stale="raise"`; failures of
         the model are raised with `on_failure="raise"` and otherwise give the first-stage order with status `fallback`.
         """
-        options, query, ranked = options or self.options, as_query(query), as_candidates(candidates)
+        options, query, ranked = as_options(options, self.options), as_query(query), as_candidates(candidates)
         with observed(self.observers, Step("rerank", query, options, ranked)) as tell:
             results = await self._answer(query, ranked, options, progress)
             tell(results)
@@ -119,7 +120,7 @@ class RetrvR1Reranker:
         `max_think_share` below 1 costs a second short prefill for the queries that think: all are read directly first, so
         that the least sure ones can be chosen without holding every query's KV state.
         """
-        options = options or self.options
+        options = as_options(options, self.options)
         if len(queries) != len(candidates):
             fix = "Pass one list of candidates per query."
             raise InputError(explain("candidates", expected=f"{len(queries)} lists", got=len(candidates), fix=fix))
@@ -247,14 +248,19 @@ def fallback(query: Query, candidates: Sequence[Candidate], options: RerankOptio
     return RankedResults(query, results[: options.top_n], Status.FALLBACK, reason=reason)
 
 
-def as_query(query: Query | str) -> Query:
+def as_query(query: Query | str, image: ImageInput | None = None, instruction: str | None = None) -> Query:
+    """image, instruction: of a query given as text."""
     if isinstance(query, Query):
+        if image is not None:
+            fix = "Put the picture into the query: Query.of(text, image)."
+            raise InputError(explain("image", expected="None beside a Query", got="a picture", fix=fix))
         return query
     if not isinstance(query, str):
         raise InputError(explain("query", expected="str or Query", got=type(query).__name__, fix="Use Query.of(...)."))
-    if not query.strip():
+    text = query if query.strip() else None
+    if text is None and image is None:
         raise InputError(explain("query", expected="a text or an image", got="an empty string", fix="Pass a text."))
-    return Query.of(query)
+    return Query.of(text, image, instruction)
 
 
 def as_candidates(candidates: Candidates) -> tuple[Candidate, ...]:

@@ -13,11 +13,11 @@ from retrv_r1_retriever._sync import run
 from retrv_r1_retriever.cache import ResultCache
 from retrv_r1_retriever.embedders import Embedder
 from retrv_r1_retriever.engines.base import Compressor, Engine
-from retrv_r1_retriever.errors import InputError, OptionsError, RerankTimeout, explain
+from retrv_r1_retriever.errors import OptionsError, RerankTimeout, explain
 from retrv_r1_retriever.images import ImageSource, LocalImages, load_content
 from retrv_r1_retriever.lazy import WriteBack
 from retrv_r1_retriever.observe import Observers, Step, observed
-from retrv_r1_retriever.options import BALANCED, RerankOptions
+from retrv_r1_retriever.options import BALANCED, RerankOptions, as_options
 from retrv_r1_retriever.progress import Progress, ProgressFn
 from retrv_r1_retriever.reranker import Candidates, RetrvR1Reranker, as_candidates, as_query, bounded, less_time
 from retrv_r1_retriever.sidecar import Sidecars
@@ -115,7 +115,7 @@ class RetrvR1Retriever:
         `options.timeout_s` covers everything. First-stage failures are always raised: without candidates there is nothing
         to fall back to. `progress` is awaited at each step: retrieved, thinking, opened, answered.
         """
-        options, query = options or self.options, _query(query, image)
+        options, query = as_options(options, self.options), as_query(query, image)
         with observed(self.observers, Step("retrieve", query, options)) as tell:
             found = await self._find(query, filter, options)
             remaining = less_time(options, found.seconds)
@@ -147,7 +147,7 @@ class RetrvR1Retriever:
         concurrency: int = 8,
     ) -> list[RankedResults]:
         """One result per query, in order; `options.max_think_share` holds over the batch, `timeout_s` per query."""
-        options, asked = options or self.options, [as_query(query) for query in queries]
+        options, asked = as_options(options, self.options), [as_query(query) for query in queries]
         with observed(self.observers, Step("retrieve_batch", options=options, queries=len(asked))) as tell:
             found = await bounded(lambda query: self._find(query, filter, options), asked, concurrency)
             remaining = less_time(options, max((f.seconds for f in found), default=0.0))
@@ -210,17 +210,6 @@ class _Found:
     query: Query
     candidates: tuple[Candidate, ...]
     seconds: float
-
-
-def _query(query: Query | str, image: ImageInput | None) -> Query:
-    if image is None:
-        return as_query(query)
-    if isinstance(query, Query):
-        fix = "Put the picture into the query: Query.of(text, image)."
-        raise InputError(explain("image", expected="None beside a Query", got="a picture", fix=fix))
-    if not isinstance(query, str):
-        return as_query(query)  # raises: neither of the two kinds there are
-    return Query.of(query if query.strip() else None, image)
 
 
 def _first_stage(

@@ -81,6 +81,13 @@ async def pictures_of(
     return Pictures(tuple(shown), tuple(left_out), tuple(unreadable))
 
 
+async def for_a_model(results: RankedResults, images: ImageSource, *, tokens: int) -> tuple[str, tuple[Picture, ...]]:
+    """What an agent's tool answers with: words, and pictures. tokens: of all pictures together, 0 = words alone"""
+    documents = [result.document for result in results]
+    pictures = await pictures_of(documents, images, tokens=tokens) if tokens else Pictures()
+    return "\n".join([in_words(results), *pictures.remarks]), pictures.shown
+
+
 def in_words(results: RankedResults) -> str:
     """One line per result, and before them whatever keeps a reader from trusting the order."""
     return "\n".join([*_remarks(results), *map(_line, results)])

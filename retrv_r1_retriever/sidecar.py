@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from retrv_r1_retriever.errors import SchemaError, StoreError, explain
-from retrv_r1_retriever.points import Found, PointCodec, checked_memory
+from retrv_r1_retriever.points import Found, PointCodec, checked_memory, native_id
 from retrv_r1_retriever.schema import RESERVED
 from retrv_r1_retriever.types import Document, Memory
 
@@ -113,11 +113,14 @@ class Sidecars:
         return {point.id: _document(codec, point) for point in found}
 
     async def locate(self, ids: Sequence[str]) -> list[tuple[str, Document]]:
-        """(point id, document) of all points with these document ids that can be read."""
+        """(point id, document) of all points with these document ids, or point ids, that can be read."""
         codec = await self._backend.codec()
-        found = [p for p in await self._backend.by_document(ids) if codec.is_visible(p.payload)]
-        pairs = [(point.id, _document(codec, point)) for point in found]
-        return [(id, document) for id, document in pairs if isinstance(document, Document)]
+        found = await self._backend.by_document(ids)
+        if not codec.own and codec.schema.id is not None:  # a framework knows the points by their own ids
+            points = [id for id in ids if native_id(id) is not None]
+            found = [*found, *await self._backend.points(COLLECTION, points, True, False)]
+        pairs = {point.id: _document(codec, point) for point in found if codec.is_visible(point.payload)}
+        return [(id, document) for id, document in pairs.items() if isinstance(document, Document)]
 
     # -- the sidecars
 

@@ -6,9 +6,10 @@ from langchain_core.retrievers import BaseRetriever
 from langchain_core.vectorstores import VectorStore
 
 from langchain_retrv_r1.first_stage import BY_VECTOR
-from retrv_r1_retriever import BALANCED, Engine, OptionsError, RerankOptions
+from retrv_r1_retriever import BALANCED, Embedder, Engine, OptionsError, RerankOptions
 from retrv_r1_retriever import RetrvR1Retriever as CoreRetriever
 from retrv_r1_retriever.errors import explain
+from retrv_r1_retriever.options import as_options
 
 
 def check_base(base: object, reranker: object, embedder: object) -> None:
@@ -26,6 +27,11 @@ def check_base(base: object, reranker: object, embedder: object) -> None:
         fix = "Pass its vector store, or leave embedder out."
         raise OptionsError(
             explain("base", expected=f"a vector store with {BY_VECTOR}", got=type(base).__name__, fix=fix)
+        )
+    if embedder is not None and not isinstance(embedder, Embedder):
+        fix = "E.g. TextEmbedder(embeddings.embed_documents) around LangChain's; text alone needs none."
+        raise OptionsError(
+            explain("embedder", expected="a retrv_r1_retriever.Embedder", got=type(embedder).__name__, fix=fix)
         )
 
 
@@ -52,10 +58,7 @@ def call_options(
 ) -> RerankOptions:
     """The options of one call. The number of documents: the call's own, else its options', else the constructor's."""
     check_count(name, count)
-    if options is not None and not isinstance(options, RerankOptions):
-        fix = "E.g. BALANCED.with_options(think='never')."
-        raise OptionsError(explain("options", expected="RerankOptions", got=type(options).__name__, fix=fix))
+    asked = as_options(options, default or BALANCED)
     if count is None and (options is None or options.top_n is None):
         count = default_count
-    asked = options or default or BALANCED
     return asked if count is None else asked.with_options(top_n=count)

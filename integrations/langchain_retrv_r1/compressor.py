@@ -20,6 +20,7 @@ from langchain_retrv_r1.documents import TEXT_ONLY, check_mapping, to_candidates
 from langchain_retrv_r1.events import reporter
 from retrv_r1_retriever import PayloadSchema, Query, RerankOptions
 from retrv_r1_retriever._sync import run
+from retrv_r1_retriever.reranker import as_query
 from retrv_r1_retriever.retriever import Reranker
 
 
@@ -68,14 +69,12 @@ class RetrvR1Reranker(BaseDocumentCompressor):
         default = self.options or getattr(self.reranker, "options", None)
         options = call_options("top_n", None, None, self.top_n, default)
         results = await self.reranker.arerank(
-            self._query(query), found.candidates, options=options, progress=reporter(callbacks)
+            as_query(query, instruction=self.instruction),
+            found.candidates,
+            options=options,
+            progress=reporter(callbacks),
         )
         return to_documents(results, found, self.mapping, options.top_n)
-
-    def _query(self, query: Query | str) -> Query | str:
-        if not isinstance(query, str) or not query.strip() or self.instruction is None:
-            return query
-        return Query.of(query, instruction=self.instruction)
 
 
 def _config(callbacks: Callbacks | None) -> RunnableConfig:

@@ -13,7 +13,7 @@ from langchain_core.documents import Document
 from retrv_r1_retriever import Candidate, InputError, OptionsError, PayloadSchema, RankedResults
 from retrv_r1_retriever import Document as CoreDocument
 from retrv_r1_retriever.errors import SchemaError, explain
-from retrv_r1_retriever.plain import artifact, marks
+from retrv_r1_retriever.plain import RECORD, artifact, marks
 from retrv_r1_retriever.ranking import NOTHING, with_unreadable
 from retrv_r1_retriever.schema import lookup
 
@@ -55,7 +55,11 @@ def to_candidates(found: Iterable[tuple[Document, float | None]], mapping: Paylo
     """Candidates in the order given. `SchemaError` if there is nothing to read in any document."""
     candidates, unread, originals, problems = [], [], {}, []
     for rank, (document, score) in enumerate(found, 1):
+        if not isinstance(document, Document):
+            fix = "Wrap it: Document(page_content=...)."
+            raise InputError(explain("documents", expected="LangChain Documents", got=type(document).__name__, fix=fix))
         originals[rank] = document
+        score = _earlier_score(document) if score is None else score
         try:
             candidates.append(_to_candidate(document, score, rank, mapping))
         except SchemaError as error:
@@ -90,6 +94,12 @@ def _to_candidate(document: Document, score: float | None, rank: int, mapping: P
 def _id(document: Document, rank: int, mapping: PayloadSchema) -> str:
     id = lookup(_payload(document), mapping.id) if mapping.id else document.id or document.metadata.get("_id")
     return f"#{rank}" if id is None else str(id)  # `_id` is langchain-qdrant's; identity goes by rank, ids are names
+
+
+def _earlier_score(document: Document) -> float | None:
+    """The first stage's, where one of our own lists is reranked once more."""
+    record = document.metadata.get(RECORD)
+    return record.get("retrieval_score") if isinstance(record, Mapping) else None
 
 
 def _payload(document: Document) -> dict[str, Any]:

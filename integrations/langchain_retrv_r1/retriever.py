@@ -18,10 +18,11 @@ from langchain_retrv_r1.checks import call_options, check_base, check_count, che
 from langchain_retrv_r1.documents import OWN, TEXT_ONLY, RankedDocuments, check_mapping, picture_key, to_documents
 from langchain_retrv_r1.events import reporter
 from langchain_retrv_r1.first_stage import DocumentStage
-from retrv_r1_retriever import Embedder, PayloadSchema, Query, RerankOptions
+from retrv_r1_retriever import Embedder, ImageSource, LocalImages, PayloadSchema, Query, RerankOptions
 from retrv_r1_retriever import RetrvR1Retriever as CoreRetriever
 from retrv_r1_retriever._sync import run
 from retrv_r1_retriever.options import check_reach
+from retrv_r1_retriever.reranker import as_query
 from retrv_r1_retriever.retriever import Reranker
 from retrv_r1_retriever.types import ImageInput
 
@@ -73,7 +74,7 @@ class RetrvR1Retriever(BaseRetriever):
         image: ImageInput | None = None,
         options: RerankOptions | None = None,
     ) -> RankedDocuments:
-        asked, options = self._query(query, image), self._options(k, options)
+        asked, options = as_query(query, image, self.instruction), self._options(k, options)
         return run(self._retrieve(asked, filter, options, run_manager.get_child()))
 
     async def _aget_relevant_documents(
@@ -86,33 +87,31 @@ class RetrvR1Retriever(BaseRetriever):
         image: ImageInput | None = None,
         options: RerankOptions | None = None,
     ) -> RankedDocuments:
-        asked, options = self._query(query, image), self._options(k, options)
+        asked, options = as_query(query, image, self.instruction), self._options(k, options)
         return await self._retrieve(asked, filter, options, run_manager.get_child())
 
     async def _retrieve(
-        self, query: Query | str, filter: Any, options: RerankOptions, callbacks: AsyncCallbackManager | CallbackManager
+        self, query: Query, filter: Any, options: RerankOptions, callbacks: AsyncCallbackManager | CallbackManager
     ) -> RankedDocuments:
         progress = reporter(callbacks)
         if isinstance(self.base, CoreRetriever):
             results = await self.base.aretrieve(query, filter=filter, options=options, progress=progress)
             return to_documents(results, None, self._mapping)
         stage = DocumentStage(self.base, self.embedder, self._mapping, callbacks)
-        images = getattr(self.reranker, "images", None)
-        core = CoreRetriever(first_stage=stage, reranker=self.reranker, images=images)
+        core = CoreRetriever(first_stage=stage, reranker=self.reranker, images=self.images)
         results = await core.aretrieve(query, filter=filter, options=options, progress=progress)
         return to_documents(results, stage.found, self._mapping, options.top_n)
-
-    def _query(self, query: Query | str, image: ImageInput | None) -> Query | str:
-        """What is neither text nor a `Query` goes on to the core, which says so."""
-        if not isinstance(query, str) or (image is None and self.instruction is None):
-            return query
-        return Query.of(query if query.strip() else None, image, self.instruction)
 
     def _options(self, k: int | None, options: RerankOptions | None) -> RerankOptions:
         default = self.options or getattr(self.base if self.reranker is None else self.reranker, "options", None)
         asked = call_options("k", k, options, self.k, default)
         check_reach("k", asked)
         return asked
+
+    @property
+    def images(self) -> ImageSource:
+        """Where the pictures of queries and documents are read from."""
+        return getattr(self.reranker or self.base, "images", None) or LocalImages()
 
     @property
     def _mapping(self) -> PayloadSchema:

@@ -13,9 +13,9 @@ from pydantic import BaseModel, Field
 
 from langchain_retrv_r1.documents import RankedDocuments
 from langchain_retrv_r1.retriever import RetrvR1Retriever
-from retrv_r1_retriever import InputError, LocalImages
+from retrv_r1_retriever import InputError
 from retrv_r1_retriever._sync import run
-from retrv_r1_retriever.shown import PICTURE, PictureOf, Pictures, in_words, named_picture, pictures_of
+from retrv_r1_retriever.shown import PICTURE, PictureOf, for_a_model, named_picture
 
 Answer: TypeAlias = "tuple[str | list[dict[str, Any]], dict[str, Any]]"
 
@@ -49,13 +49,13 @@ def create_retriever_tool(
         with _told_to_the_model():
             picture = named_picture(image, picture_of)
             found = retriever.invoke(query, config={"callbacks": callbacks}, image=picture)
-            return _answer(found, run(_pictures(retriever, found, image_tokens)))
+            return run(_answer(retriever, found, image_tokens))
 
     async def asearch(query: str = "", image: str | None = None, callbacks: Callbacks = None) -> Answer:
         with _told_to_the_model():
             picture = named_picture(image, picture_of)
             found = await retriever.ainvoke(query, config={"callbacks": callbacks}, image=picture)
-            return _answer(found, await _pictures(retriever, found, image_tokens))
+            return await _answer(retriever, found, image_tokens)
 
     return StructuredTool(
         name=name,
@@ -76,21 +76,12 @@ def _told_to_the_model() -> Iterator[None]:
         raise ToolException(str(error)) from error
 
 
-async def _pictures(retriever: RetrvR1Retriever, found: Any, tokens: int) -> Pictures:
-    if not tokens:
-        return Pictures()
-    images = getattr(retriever.reranker or retriever.base, "images", None) or LocalImages()
-    return await pictures_of([result.document for result in found.results], images, tokens=tokens)
-
-
-def _answer(found: Any, pictures: Pictures) -> Answer:
+async def _answer(retriever: RetrvR1Retriever, found: Any, image_tokens: int) -> Answer:
     assert isinstance(found, RankedDocuments)  # what our retriever returns
-    text = "\n".join([in_words(found.results), *pictures.remarks])
-    if not pictures.shown:
-        return text, found.artifact
+    text, pictures = await for_a_model(found.results, retriever.images, tokens=image_tokens)
     blocks: list[dict[str, Any]] = [{"type": "text", "text": text}]
-    for picture in pictures.shown:
+    for picture in pictures:
         encoded = base64.b64encode(picture.data).decode("ascii")
         blocks.append({"type": "text", "text": f"Picture of [{picture.id}]:"})
         blocks.append({"type": "image", "base64": encoded, "mime_type": picture.mime_type})
-    return blocks, found.artifact
+    return blocks if pictures else text, found.artifact

@@ -12,7 +12,7 @@ from llama_index_retrv_r1.nodes import NodeCandidate, to_nodes
 from retrv_r1_retriever.errors import OptionsError, explain
 from retrv_r1_retriever.images import ImageSource, LocalImages
 from retrv_r1_retriever.observe import Observers
-from retrv_r1_retriever.options import BALANCED, RerankOptions
+from retrv_r1_retriever.options import BALANCED, RerankOptions, as_options
 from retrv_r1_retriever.progress import ProgressFn
 from retrv_r1_retriever.remote import RemoteReranker
 from retrv_r1_retriever.reranker import Candidates, RetrvR1Reranker
@@ -34,11 +34,11 @@ class AnnouncedReranker:
     def of(cls, reranker: Reranker | None, options: RerankOptions | None = None) -> AnnouncedReranker:
         """With the pictures and options of the reranker itself, as far as it has any."""
         if isinstance(reranker, RetrvR1Reranker | RemoteReranker):
-            return cls(reranker, reranker.images, options or reranker.options)
+            return cls(reranker, reranker.images, as_options(options, reranker.options))
         if reranker is None or not callable(getattr(reranker, "arerank", None)):
             fix = "Pass RetrvR1Reranker(engine)."
             raise OptionsError(explain("reranker", expected="a Reranker", got=type(reranker).__name__, fix=fix))
-        return cls(reranker, LocalImages(), options or BALANCED)
+        return cls(reranker, LocalImages(), as_options(options, BALANCED))
 
     @property
     def observers(self) -> Observers:

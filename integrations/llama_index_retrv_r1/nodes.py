@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llama_index.core.bridge.pydantic import PrivateAttr
+from llama_index.core.bridge.pydantic import BaseModel, PrivateAttr
 from llama_index.core.schema import (
     BaseNode,
     ImageNode,
@@ -22,7 +22,7 @@ from llama_index.core.vector_stores.types import MetadataFilters
 
 from retrv_r1_retriever.errors import InputError, explain
 from retrv_r1_retriever.images import ImageSource, data_uri_bytes, image_reference, is_data_uri
-from retrv_r1_retriever.options import RerankOptions
+from retrv_r1_retriever.options import RerankOptions, as_options
 from retrv_r1_retriever.plain import marks
 from retrv_r1_retriever.ranking import NOTHING, with_unreadable
 from retrv_r1_retriever.store import Filter
@@ -67,6 +67,10 @@ class RankedNode(NodeWithScore):
         """The list this node is from, with the trace and every candidate's signals."""
         return self._results
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As pydantic does: LlamaIndex's own way leaves out what is private."""
+        BaseModel.__setstate__(self, state)
+
     @property
     def metadata(self) -> dict[str, Any]:
         """The node's own, and how it got here. The node's own dictionary, which prompts are made of, stays without."""
@@ -108,8 +112,8 @@ def to_query(bundle: QueryBundle | None, instruction: str | None = None) -> Quer
     return Query.of(None if blank else text, image, own or instruction)
 
 
-def options_of(bundle: QueryBundle | None) -> RerankOptions | None:
-    return bundle.options if isinstance(bundle, RerankQuery) else None
+def options_of(bundle: QueryBundle | None, default: RerankOptions) -> RerankOptions:
+    return as_options(bundle.options if isinstance(bundle, RerankQuery) else None, default)
 
 
 def find_readable(nodes: Sequence[NodeWithScore], mode: MetadataMode) -> Found:
@@ -117,6 +121,9 @@ def find_readable(nodes: Sequence[NodeWithScore], mode: MetadataMode) -> Found:
     candidates: list[NodeCandidate] = []
     unread: list[NodeCandidate] = []
     for rank, item in enumerate(nodes, 1):
+        if not isinstance(item, NodeWithScore):
+            fix = "Wrap it: NodeWithScore(node=node)."
+            raise InputError(explain("nodes", expected="NodeWithScore", got=type(item).__name__, fix=fix))
         content = to_content(item.node, mode)
         document = Document(item.node.node_id, content or NOTHING, item.node.metadata)
         candidate = NodeCandidate(document=document, retrieval_score=_first_score(item), rank=rank, item=item)

@@ -38,7 +38,7 @@ class RetrvR1Rerank(BaseNodePostprocessor):
     ) -> None:
         announced = AnnouncedReranker.of(reranker, options)
         super().__init__(callback_manager=callback_manager or CallbackManager())
-        self.options, self.metadata_mode, self.instruction = announced.options, metadata_mode, instruction
+        self.options, self.metadata_mode, self.instruction = announced.options, MetadataMode(metadata_mode), instruction
         self._reranker = announced
 
     @classmethod
@@ -57,7 +57,7 @@ class RetrvR1Rerank(BaseNodePostprocessor):
         return await self._rerank(nodes, query_bundle)
 
     async def _rerank(self, nodes: list[NodeWithScore], bundle: QueryBundle | None) -> list[NodeWithScore]:
-        query, options = to_query(bundle, self.instruction), options_of(bundle) or self.options
+        query, options = to_query(bundle, self.instruction), options_of(bundle, self.options)
         if not nodes:
             return []
         found = find_readable(nodes, self.metadata_mode)

@@ -10,6 +10,7 @@ from llama_index.core import Settings
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.callbacks import CallbackManager
+from llama_index.core.embeddings.utils import resolve_embed_model
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, QueryType
 from llama_index.core.vector_stores.types import BasePydanticVectorStore, MetadataFilters, VectorStoreQueryMode
 
@@ -20,7 +21,7 @@ from retrv_r1_retriever._sync import run
 from retrv_r1_retriever.embedders import Embedder
 from retrv_r1_retriever.errors import OptionsError, explain
 from retrv_r1_retriever.images import ImageSource
-from retrv_r1_retriever.options import RerankOptions, check_reach
+from retrv_r1_retriever.options import RerankOptions, as_options, check_reach
 from retrv_r1_retriever.retriever import Reranker
 from retrv_r1_retriever.retriever import RetrvR1Retriever as Pipeline
 from retrv_r1_retriever.store import Filter
@@ -46,7 +47,7 @@ class RetrvR1Retriever(BaseRetriever):
         base: Wrapped,
         *,
         reranker: Reranker | None = None,
-        embed_model: BaseEmbedding | Embedder | None = None,
+        embed_model: BaseEmbedding | Embedder | str | None = None,
         query_mode: VectorStoreQueryMode = VectorStoreQueryMode.DEFAULT,
         options: RerankOptions | None = None,
         metadata_mode: MetadataMode = MetadataMode.EMBED,
@@ -56,7 +57,7 @@ class RetrvR1Retriever(BaseRetriever):
         super().__init__(callback_manager=callback_manager)
         if isinstance(base, Pipeline):
             _check_none(reranker, "reranker", "a RetrvR1Retriever has its own")
-            self._reranker = AnnouncedReranker(base.reranker, base.images, options or base.options)
+            self._reranker = AnnouncedReranker(base.reranker, base.images, as_options(options, base.options))
         else:
             self._reranker = AnnouncedReranker.of(reranker, options)
         self._source = _source(base, embed_model, query_mode, metadata_mode)
@@ -110,7 +111,7 @@ class RetrvR1Retriever(BaseRetriever):
             unread.extend(found.unread)
             return found.candidates
 
-        query, options = to_query(bundle, self.instruction), options_of(bundle) or self.options
+        query, options = to_query(bundle, self.instruction), options_of(bundle, self.options)
         check_reach("top_n", options)
         pipeline = Pipeline(
             first_stage=first_stage,
@@ -139,20 +140,30 @@ def _asked(
 
 def _source(
     wrapped: Wrapped,
-    embed_model: BaseEmbedding | Embedder | None,
+    embed_model: BaseEmbedding | Embedder | str | None,
     mode: VectorStoreQueryMode,
     metadata_mode: MetadataMode,
 ) -> Source:
     if isinstance(wrapped, BasePydanticVectorStore):
-        model = Settings.embed_model if embed_model is None else embed_model
-        return VectorStoreSource(wrapped, model, mode, metadata_mode)
+        return VectorStoreSource(wrapped, _embed_model(embed_model), mode, MetadataMode(metadata_mode))
     _check_none(embed_model, "embed_model", "only a vector store needs one")
     if isinstance(wrapped, Pipeline):
         return StoreSource(wrapped.first_stage, wrapped.images)
     if isinstance(wrapped, BaseRetriever):
-        return RetrieverSource(wrapped, metadata_mode)
+        return RetrieverSource(wrapped, MetadataMode(metadata_mode))
     expected = "a vector store, a BaseRetriever or a retrv_r1_retriever.RetrvR1Retriever"
     raise OptionsError(explain("base", expected=expected, got=type(wrapped).__name__, fix="Pass one of these."))
+
+
+def _embed_model(given: BaseEmbedding | Embedder | str | None) -> BaseEmbedding | Embedder:
+    """A name, "local:BAAI/bge-small-en", is LlamaIndex's own affair."""
+    model = Settings.embed_model if given is None else resolve_embed_model(given) if isinstance(given, str) else given
+    if not isinstance(model, BaseEmbedding | Embedder):
+        fix = "Pass LlamaIndex's, or TextEmbedder(function)."
+        raise OptionsError(
+            explain("embed_model", expected="a BaseEmbedding or our Embedder", got=type(model).__name__, fix=fix)
+        )
+    return model
 
 
 def _check_none(value: object, name: str, why: str) -> None:

@@ -153,7 +153,11 @@ class StoreSource:
 
 
 def _filters(bundle: QueryBundle) -> MetadataFilters | Filter | None:
-    return bundle.filters if isinstance(bundle, RerankQuery) else None
+    filters = bundle.filters if isinstance(bundle, RerankQuery) else None
+    if not isinstance(filters, MetadataFilters | Filter | None):
+        fix = "E.g. MetadataFilters(filters=[MetadataFilter(key='shop', value=1)])."
+        raise InputError(explain("filters", expected="MetadataFilters", got=type(filters).__name__, fix=fix))
+    return filters
 
 
 async def _call(owner: object, method: str, *arguments: object, sync: bool) -> Any:

@@ -14,8 +14,7 @@ from llama_index_retrv_r1.nodes import RankedNode
 from llama_index_retrv_r1.retriever import RetrvR1Retriever
 from retrv_r1_retriever._sync import run
 from retrv_r1_retriever.plain import artifact
-from retrv_r1_retriever.shown import PICTURE, PictureOf, Pictures, in_words, named_picture, pictures_of
-from retrv_r1_retriever.types import RankedResults
+from retrv_r1_retriever.shown import PICTURE, PictureOf, for_a_model, named_picture
 
 
 class ToolInput(BaseModel):
@@ -43,12 +42,12 @@ def create_retriever_tool(
     """
 
     def search(query: str = "", image: str | None = None) -> ToolOutput:
-        results = _results(retriever.retrieve(query, image=named_picture(image, picture_of)))
-        return _output(name, query, results, run(_pictures(retriever, results, image_tokens)))
+        found = retriever.retrieve(query, image=named_picture(image, picture_of))
+        return run(_output(retriever, name, query, found, image_tokens))
 
     async def asearch(query: str = "", image: str | None = None) -> ToolOutput:
-        results = _results(await retriever.aretrieve(query, image=named_picture(image, picture_of)))
-        return _output(name, query, results, await _pictures(retriever, results, image_tokens))
+        found = await retriever.aretrieve(query, image=named_picture(image, picture_of))
+        return await _output(retriever, name, query, found, image_tokens)
 
     return FunctionTool.from_defaults(
         fn=search,
@@ -60,23 +59,15 @@ def create_retriever_tool(
     )
 
 
-def _results(found: Sequence[NodeWithScore]) -> RankedResults | None:
-    """None where nothing was found."""
-    first = found[0] if found else None
-    return first.results if isinstance(first, RankedNode) else None
-
-
-async def _pictures(retriever: RetrvR1Retriever, results: RankedResults | None, tokens: int) -> Pictures:
-    if results is None or not tokens:
-        return Pictures()
-    return await pictures_of([result.document for result in results], retriever.images, tokens=tokens)
-
-
-def _output(name: str, query: str, results: RankedResults | None, pictures: Pictures) -> ToolOutput:
-    words = "Nothing found." if results is None else in_words(results)
-    blocks: list[ContentBlock] = [TextBlock(text="\n".join([words, *pictures.remarks]))]
-    for picture in pictures.shown:
+async def _output(
+    retriever: RetrvR1Retriever, name: str, query: str, found: Sequence[NodeWithScore], image_tokens: int
+) -> ToolOutput:
+    results = found[0].results if found and isinstance(found[0], RankedNode) else None  # None: nothing was found
+    if results is None:
+        return ToolOutput(content="Nothing found.", tool_name=name, raw_input={"query": query}, raw_output=None)
+    text, pictures = await for_a_model(results, retriever.images, tokens=image_tokens)
+    blocks: list[ContentBlock] = [TextBlock(text=text)]
+    for picture in pictures:
         blocks.append(TextBlock(text=f"Picture of [{picture.id}]:"))
         blocks.append(ImageBlock(image=base64.b64encode(picture.data), image_mimetype=picture.mime_type))
-    raw = None if results is None else artifact(results)
-    return ToolOutput(tool_name=name, blocks=blocks, raw_input={"query": query}, raw_output=raw)
+    return ToolOutput(tool_name=name, blocks=blocks, raw_input={"query": query}, raw_output=artifact(results))

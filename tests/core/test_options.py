@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from retrv_r1_retriever.errors import OptionsError, RetrvR1Error
-from retrv_r1_retriever.options import BALANCED, FAST, THOROUGH, RerankOptions
+from retrv_r1_retriever.options import BALANCED, FAST, THOROUGH, RerankOptions, as_options, check_reach
 
 
 @pytest.mark.parametrize(
@@ -41,3 +41,18 @@ def test_errors_are_the_builtin_ones_too() -> None:
 
 def test_presets_differ_in_effort() -> None:
     assert (FAST.think, FAST.ranking, THOROUGH.think) == ("never", "logits", "always")
+
+
+def test_a_call_takes_options_whole_or_the_default() -> None:
+    assert as_options(None, FAST) is FAST
+    assert as_options(THOROUGH, FAST) is THOROUGH
+    for given, default in (({"top_n": 1}, FAST), (None, {"top_n": 1}), ({}, FAST)):
+        with pytest.raises(OptionsError, match=r"options: expected RerankOptions, got dict\. E\.g\. BALANCED"):
+            as_options(given, default)  # type: ignore[arg-type]
+
+
+def test_more_than_can_ever_be_ranked() -> None:
+    with pytest.raises(
+        OptionsError, match=r"k: expected at most top_k=127, got 200\. Raise options\.top_k, to 127 at most"
+    ):
+        check_reach("k", RerankOptions(top_k=127, top_n=200))

@@ -133,6 +133,13 @@ def test_harmless_text_is_not_touched(text: str) -> None:
     assert escape(text) == text
 
 
+def test_half_characters_become_whole_ones() -> None:
+    """As texts that were cut in the middle of a UTF-16 pair have them; tokenizers and servers refuse them."""
+    assert escape("cut \ud83d") == "cut \ufffd"
+    assert escape("\udc00<|c3|>") == "\ufffd‹|c3|›"
+    assert escape("whole \U0001f600") == "whole \U0001f600"
+
+
 def test_readable_words_hold_no_label() -> None:
     names = {0: "#4", 1: "#1"}
     text = f"a4 same b7 differs differs{label(0)} red{label(9)}{NONE}{NONE}{NONE} x <|c999|>"

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from retrv_r1_retriever.engines.base import CompressedContent, SlotRead
 from retrv_r1_retriever.engines.scripted import FuzzEngine, ScriptedEngine, ScriptedHandle
-from retrv_r1_retriever.errors import EngineError, ImageError, InputError, RerankTimeout, StaleMemoryError
+from retrv_r1_retriever.errors import EngineError, ImageError, InputError, OptionsError, RerankTimeout, StaleMemoryError
 from retrv_r1_retriever.options import BALANCED, FAST, RerankOptions
 from retrv_r1_retriever.parser import Check, Thought, Verdict
 from retrv_r1_retriever.prompt import NONE, NONE_INDEX, Prompt
@@ -193,6 +193,15 @@ async def test_input_that_cannot_be_used(query: Any, found: int, message: str) -
 async def test_strings_are_no_candidates() -> None:
     with pytest.raises(InputError, match="expected Candidate or Document, got str"):
         await RetrvR1Reranker(ScriptedEngine()).arerank("q", ["a text"])  # type: ignore[list-item]
+
+
+async def test_options_of_another_type_are_named() -> None:
+    for reranker, options in (
+        (RetrvR1Reranker(ScriptedEngine()), {"top_n": 1}),
+        (RetrvR1Reranker(ScriptedEngine(), options={"top_n": 1}), None),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(OptionsError, match="options: expected RerankOptions, got dict"):
+            await reranker.arerank("q", documents(1), options=options)  # type: ignore[arg-type]
 
 
 async def test_a_broken_query_picture_is_the_callers_error_and_no_fallback() -> None:

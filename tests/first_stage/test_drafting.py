@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import tomllib
 import uuid
 from collections.abc import Mapping, Sequence
@@ -156,3 +157,31 @@ async def test_written_by_llama_index_with_the_pictures_in_it() -> None:
     assert made.image == "data:;base64,{_node_content.image}"
     [content] = contents.values()
     assert content_hash(content) == content_hash(Content("a hat", png("red")))
+
+
+def node(**fields: Any) -> dict[str, Any]:
+    return {"_node_content": json.dumps({"text": "a hat", **fields}), "file_path": "hat.png"}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "image", "others"),
+    [
+        ([{"image": "AAAA"}], "data:;base64,{_node_content.image}", "file_path"),
+        ([{"image": "data:image/png;base64,AAAA"}], "_node_content.image", "file_path"),
+        (
+            [{"image": "AAAA"}, {"image_path": "1.png"}, {"image_path": "2.png"}],
+            "_node_content.image_path",
+            "file_path, data:;base64,{_node_content.image}",
+        ),
+        ([{}], "file_path", None),
+    ],
+)
+def test_a_nodes_own_picture_goes_before_its_metadata(
+    nodes: list[dict[str, Any]], image: str, others: str | None
+) -> None:
+    """What LlamaIndex reads, so that memory built of it fits; and whatever else holds pictures is said."""
+    made = draft([node(**fields) for fields in nodes], SIZES, "c")
+    assert (made.shape, made.image) == ("llama-index", image)
+    notes = " ".join(made.notes)
+    assert "metadata_mode=MetadataMode.NONE" in notes
+    assert (f"other fields that hold pictures: {others}" in notes) == (others is not None)

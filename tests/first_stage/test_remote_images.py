@@ -133,8 +133,11 @@ def resolving(monkeypatch: pytest.MonkeyPatch, names: dict[str, str]) -> None:
 
 @pytest.mark.parametrize(
     "address",
-    ["127.0.0.1", "10.0.0.1", "169.254.169.254", "192.168.1.1", "::1", "fe80::1", "0.0.0.0", "::ffff:127.0.0.1"],
-)
+    [
+        "127.0.0.1", "10.0.0.1", "169.254.169.254", "192.168.1.1", "::1", "fe80::1", "fec0::1", "0.0.0.0", "::ffff:127.0.0.1",
+        "::127.0.0.1", "::ffff:0:127.0.0.1", "64:ff9b::169.254.169.254", "2002:7f00:1::",
+    ],
+)  # fmt: skip
 async def test_private_addresses_behind_a_listed_name(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     resolving(monkeypatch, {"img.example.com": address})
     with pytest.raises(ImageError, match=r"expected a public address, got img\.example\.com at .*List the address"):
@@ -238,6 +241,8 @@ def test_names_on_the_list() -> None:
         assert allowed.names_host(host), host
     for host in ("b.example.com", "cdn.example.com", "xcdn.example.com", "10.2.0.1", "example.com", ""):
         assert not allowed.names_host(host), host
+    for address in ("8.8.8.8", "::ffff:8.8.8.8", "64:ff9b::8.8.8.8", "::ffff:10.1.2.3", "::1", "2606:4700::1"):
+        assert allowed.may_reach(address), address
     for entry in ("https://a.example.com", "a.example.com:80", "a/b", "", "*", "a.*.com"):
         with pytest.raises(OptionsError, match="hosts: expected"):
             _AllowList.of([entry])

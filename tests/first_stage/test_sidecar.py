@@ -323,6 +323,31 @@ async def test_lazy_memory_is_there_the_next_time(store: Any) -> None:
     assert (await resolve([await found(store)], NEW, IMAGES, RerankOptions(on_stale="raise"))).fresh == ()
 
 
+@pytest.mark.parametrize("id", ["sku", None])
+async def test_lazy_memory_of_points_that_a_framework_found(id: str | None) -> None:
+    """A framework's own store knows a point by its point id, whatever field [store] id names."""
+    client = QdrantClient(":memory:")
+    fill(client)
+    client.set_payload("shop", {"sku": "3"}, points=[7])  # looks like the point id of another
+    sidecars = QdrantStore("shop", client=client, schema=PayloadSchema(text="text", id=id, vector="")).sidecars
+    write_back = WriteBack(sidecars)
+    named = [Candidate(Document(str(i), Content(f"text number {i}")), None, 1) for i in (3, 4)]
+    write_back([with_memory(candidate) for candidate in named])
+    await write_back.flush()
+    kept = await sidecars.fetch(["3", "4", "7"])
+    assert {id: memory.content_hash for id, memory in kept.items()} == {
+        c.document.id: content_hash(c.document.content) for c in named
+    }
+
+
+async def test_lazy_memory_that_can_never_be_kept_is_said(store: Any, caplog: pytest.LogCaptureFixture) -> None:
+    write_back = WriteBack(store.sidecars)
+    write_back([with_memory(Candidate(Document("unheard of", Content("x")), None, 1))])
+    await write_back.flush()
+    assert "memory of 1 candidates is not kept" in caplog.text
+    assert "fields (text, image, id)" in caplog.text
+
+
 async def test_lazy_memory_of_content_that_has_changed_is_not_written(store: Any) -> None:
     write_back = WriteBack(store.sidecars)
     write_back([with_memory(await found(store), "what it was when the query ran")])

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from retrv_r1_retriever.engines.base import Compressor, Engine
 from retrv_r1_retriever.engines.local import LocalEngine
@@ -19,7 +20,9 @@ from retrv_r1_retriever.engines.local.kv import KvPool
 from retrv_r1_retriever.errors import EngineError, InputError
 from retrv_r1_retriever.model.embedding import encode_pictures
 from retrv_r1_retriever.model.processing import collate
+from retrv_r1_retriever.options import FAST
 from retrv_r1_retriever.prompt import ANSWER_START, INSPECT_END, NONE, THINK_END, THINK_START, build_prompt
+from retrv_r1_retriever.reranker import RetrvR1Reranker
 from retrv_r1_retriever.session import GenerateParams
 from retrv_r1_retriever.trace import Forced, Full, Sampled
 from retrv_r1_retriever.types import Candidate, Content, Document, Query
@@ -166,6 +169,16 @@ async def test_missing_memory_and_overlong_prompt_are_named(engine):
         await engine.open(build_prompt(QUERIES[0], [candidate]))
     with pytest.raises(InputError, match="expected fewer than"):
         await engine.open(make_prompt(engine, Query.of("red " * 5000), 2))
+
+
+async def test_documents_that_cannot_be_read_cost_themselves_only(engine):
+    """A text cut in the middle of a character can be read; a banner 300 times as wide as high cannot."""
+    contents = [Content("red"), Content("cut \ud83d"), Content("banner", Image.new("RGB", (600, 2))), Content("two")]
+    documents = [Document(str(i), content) for i, content in enumerate(contents)]
+    results = await RetrvR1Reranker(engine, options=FAST).arerank("red \ud800", documents)
+    assert (results.status, results.unranked) == ("partial", ("2",))
+    assert "1 of 4 candidates have no usable memory" in results.reason
+    assert "'2' could not be recomputed: picture: expected sides of at most 200 to 1" in " ".join(results.trace.notes)
 
 
 async def test_a_failing_prompt_takes_no_other_with_it(engine, monkeypatch):

@@ -5,13 +5,13 @@ from typing import Any
 import pytest
 from langchain_core.documents import Document
 from langchain_core.runnables import RunnableLambda
-from langchain_retrv_r1 import RetrvR1Reranker
+from langchain_retrv_r1 import RetrvR1Reranker, RetrvR1Retriever
 from pydantic import ValidationError
 
 from retrv_r1_retriever import Query
 from retrv_r1_retriever.engines.scripted import ScriptedEngine
 from retrv_r1_retriever.errors import EngineError, InputError, SchemaError
-from tests.integrations.langchain.parts import OPTIONS, TEXTS, documents, png, reranker, texts
+from tests.integrations.langchain.parts import OPTIONS, TEXTS, Fixed, documents, png, reranker, texts, written
 
 
 @pytest.mark.parametrize("is_async", [False, True])
@@ -70,6 +70,25 @@ def test_calls_that_cannot_be_used() -> None:
     ):
         with pytest.raises(ValidationError, match=message):
             RetrvR1Reranker(**parts)
+
+
+def test_texts_are_no_documents() -> None:
+    with pytest.raises(InputError, match=r"documents: expected LangChain Documents, got str\. Wrap it"):
+        RetrvR1Reranker(reranker=reranker()).compress_documents(["a text"], "q")  # type: ignore[list-item]
+
+
+async def test_reranking_twice_keeps_the_first_stages_score() -> None:
+    """As when our retriever stands in a chain of compressors, or in LangChain's own `ContextualCompressionRetriever`."""
+    once = RetrvR1Retriever(base=written(), reranker=reranker("stars")).invoke("two red rings")
+    first = {d.metadata["_id"]: d.metadata["retrieval_score"] for d in once}
+    assert len(set(first.values())) > 1
+    compressor = RetrvR1Reranker(reranker=reranker("square"))
+    twice = await compressor.acompress_documents(once, "two red rings")
+    again = RetrvR1Retriever(base=Fixed(found=list(once)), reranker=reranker("square")).invoke("two red rings")
+    for found in (twice, again):
+        assert texts(found)[0] == "one blue square"
+        assert {d.metadata["_id"]: d.metadata["retrieval_score"] for d in found} == first
+        assert [d.metadata["retrv_r1"]["retrieval_score"] for d in found] == [first[d.metadata["_id"]] for d in found]
 
 
 def test_top_n_beyond_top_k_is_no_error_here() -> None:

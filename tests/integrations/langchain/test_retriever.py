@@ -247,6 +247,10 @@ def test_a_query_with_its_instruction() -> None:
         ("q", {"options": {"top_n": 1}}, "options: expected RerankOptions, got dict"),
         ("q", {"image": png()}, "search in QdrantVectorStore: expected a text query, got a query with an image"),
         ("q", {"image": b"junk"}, "image .* expected a readable"),
+        ("q", {"image": 3}, "image: expected bytes, a path, a data URI or a Pillow image, got int"),
+        (CoreQuery.of("q"), {"image": png()}, "image: expected None beside a Query"),
+        (b"q", {}, "query: expected str or Query, got bytes"),
+        ({"query": "q"}, {}, "query: expected str or Query, got dict"),
     ],
 )
 def test_calls_that_cannot_be_used(query: Any, options: Any, message: str) -> None:
@@ -268,6 +272,10 @@ def test_calls_that_cannot_be_used(query: Any, options: Any, message: str) -> No
             "our own pipeline",
         ),
         ({"base": Fixed(found=[]), "reranker": reranker(), "embedder": object()}, "a vector store with"),
+        (
+            {"base": written(), "reranker": reranker(), "embedder": DeterministicFakeEmbedding(size=64)},
+            r"embedder: expected a .*Embedder, got DeterministicFakeEmbedding. E.g. TextEmbedder\(embeddings.embed_doc",
+        ),
         ({"base": Fixed(found=[]), "reranker": reranker(), "k": 0}, "k: expected an integer >= 1 or None, got 0"),
         ({"base": Fixed(found=[]), "reranker": reranker(), "options": 3}, "RerankOptions"),
         ({"base": Fixed(found=[]), "reranker": reranker(), "top_k": 3}, "Extra inputs are not permitted"),
@@ -340,3 +348,16 @@ def test_a_template_over_several_fields_is_what_the_model_reads() -> None:
     read = [c.document for c in spy.engine.opened[0].prompt.candidates]
     assert (read[0].id, read[0].content.text) == ("0", "red: two red rings")
     assert found[0].page_content in TEXTS
+
+
+def test_strange_texts_come_back_as_they_were() -> None:
+    """Half a character, a NUL, emoji, other scripts, tags of ours, and very long: in documents and in the query."""
+    strange = ["cut \ud83d", "nul \x00 here", "日本語 🚀", "<|c0|></think><answer>", "word " * 50_000]
+    given = [Document(text) for text in strange]
+    retriever = over(Fixed(found=given), "nul")
+    for query in strange:
+        found = retriever.invoke(query)
+        assert found[0].page_content == strange[1]
+        assert sorted(texts(found)) == sorted(strange)
+        assert {d.metadata["status"] for d in found} == {"reranked"}
+        json.dumps(found.artifact)

@@ -78,6 +78,18 @@ async def test_documents_of_elsewhere_have_no_memory_there() -> None:
     assert (found[0].metadata["status"], texts(found)[0], compressor.seen) == ("reranked", "card 7", 3)
 
 
+async def test_ids_that_hide_the_points_are_said() -> None:
+    """`mapping` may name an id of the application's; memory lies under the point's."""
+    sidecars = sidecars_of(written("dense", TWELVE))
+    await build(sidecars)
+    given = [Document("card 7", metadata={"sku": f"s-{i}"}) for i in range(3)]
+    mapping = PayloadSchema(text="page_content", id="metadata.sku")
+    compressor = Compressor(reranker=reranker(HashCompressor(), sidecars), mapping=mapping)
+    found = compressor.compress_documents(given, "a card")
+    notes = " ".join(found.results.trace.notes)
+    assert "3 candidates have ids that no point can have; memory beside the collection is found by point ids" in notes
+
+
 async def test_memory_of_other_fields_is_not_used_and_said_so() -> None:
     store, compressor = written("dense", TWELVE), HashCompressor()
     sidecars = sidecars_of(store, text="{metadata.n}: {page_content}")

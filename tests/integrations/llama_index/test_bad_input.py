@@ -100,6 +100,59 @@ async def test_no_query_is_an_error(query: Any) -> None:
             rerank.postprocess_nodes(scored(texts(2)), query)
 
 
+@pytest.mark.parametrize("form", ["sync", "async"])
+async def test_arguments_of_another_type_are_named(form: str, tmp_path: Path) -> None:
+    async def retrieve(retriever: RetrvR1Retriever, query: Any = "text 1", **more: Any) -> Any:
+        return retriever.retrieve(query, **more) if form == "sync" else await retriever.aretrieve(query, **more)
+
+    retriever = RetrvR1Retriever(Fixed(scored(texts(2))), reranker=reranker())
+    for options in ({"options": {"top_n": 1}}, {"query": RerankQuery("q", options={"top_n": 1})}):  # type: ignore[arg-type]
+        with pytest.raises(OptionsError, match="options: expected RerankOptions, got dict"):
+            await retrieve(retriever, **options)
+    for source in ("qdrant", "own", "custom"):
+        over = await make(source, texts(2), tmp_path)
+        for filters in ({"even": 1}, "even", [1]):
+            with pytest.raises(InputError, match="filters: expected MetadataFilters, got"):
+                await retrieve(over, filters=filters)
+    with pytest.raises(InputError, match="image: expected bytes, a path, a data URI or a Pillow image, got int"):
+        await retrieve(retriever, image=3)
+
+
+def test_parts_of_another_type_are_named() -> None:
+    options: Any = {"top_n": 1}
+    for build in (
+        lambda: RetrvR1Retriever(Fixed([]), reranker=reranker(), options=options),
+        lambda: RetrvR1Rerank(reranker(), options=options),
+    ):
+        with pytest.raises(OptionsError, match="options: expected RerankOptions, got dict"):
+            build()
+    with pytest.raises(ValueError, match="'junk' is not a valid MetadataMode"):
+        RetrvR1Rerank(reranker(), metadata_mode="junk")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="'junk' is not a valid MetadataMode"):
+        RetrvR1Retriever(Fixed([]), reranker=reranker(), metadata_mode="junk")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"nodes: expected NodeWithScore, got TextNode\. Wrap it"):
+        RetrvR1Rerank(reranker()).postprocess_nodes(texts(2), query_str="q")  # type: ignore[arg-type]
+
+
+def test_embed_models_as_llama_index_takes_them() -> None:
+    store = QdrantVectorStore("things", client=QdrantClient(":memory:"))
+    with pytest.raises(OptionsError, match=r"embed_model: expected a BaseEmbedding or our Embedder, got function"):
+        RetrvR1Retriever(store, reranker=reranker(), embed_model=lambda texts: texts)  # type: ignore[arg-type]
+    with pytest.raises(ImportError, match="llama-index-embeddings-huggingface"):  # LlamaIndex's own words for a name
+        RetrvR1Retriever(store, reranker=reranker(), embed_model="local")
+
+
+def test_strange_texts_come_back_as_they_were() -> None:
+    """Half a character, a NUL, emoji, other scripts, tags of ours, and very long: in nodes and in the query."""
+    strange = ["cut \ud83d", "nul \x00 text 9", "日本語 🚀", "<|c0|></think><answer>", "word " * 50_000]
+    nodes = scored([TextNode(text=text) for text in strange])
+    for query in strange:
+        found = RetrvR1Rerank(reranker()).postprocess_nodes(nodes, query_str=query)
+        assert found[0].node is nodes[1].node
+        assert {n.get_content() for n in found} == set(strange)
+        assert {n.metadata["status"] for n in found} == {"reranked"}
+
+
 def test_top_k_and_top_n_of_zero_are_errors() -> None:
     for options in ({"top_k": 0}, {"top_n": 0}):
         with pytest.raises(OptionsError, match="expected an integer"):

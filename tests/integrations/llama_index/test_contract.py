@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +156,25 @@ async def test_reranking_twice_keeps_the_first_stages_score(form: str) -> None:
     once = await postprocess(form, nodes, QueryBundle("q"))
     twice = await postprocess(form, once, QueryBundle("q"))
     assert [n.metadata["retrieval_score"] for n in twice] == [n.score for n in reversed(nodes)]
+
+
+async def test_one_node_many_times_stays_many(form: str) -> None:
+    [one] = texts(1)
+    nodes = [NodeWithScore(node=one, score=i / 10) for i in range(4)]
+    found = await postprocess(form, nodes, QueryBundle("q"))
+    assert all(n.node is one for n in found)
+    assert sorted(n.retrieval_score for n in found) == [0.0, 0.1, 0.2, 0.3]
+    assert [n.score for n in found] == [1.0, 0.75, 0.5, 0.25]
+
+
+@pytest.mark.parametrize("copied", [lambda found: pickle.loads(pickle.dumps(found)), copy.deepcopy])
+async def test_results_can_be_sent_to_another_process(copied: Any) -> None:
+    """LlamaIndex's own pickling leaves out what is private; a cache or a worker would get nodes without their decision."""
+    found = RetrvR1Retriever(Fixed(scored(texts(3))), reranker=reranker()).retrieve("q")
+    again = copied(found)
+    assert [n.metadata for n in again] == [n.metadata for n in found]
+    assert [n.node for n in again] == [n.node for n in found]
+    assert again[0].results == found[0].results
 
 
 async def test_a_later_sort_or_cutoff_keeps_our_order(form: str) -> None:
