@@ -83,10 +83,10 @@ class Running:
 
 
 @contextmanager
-def vllm_server(folder: Path) -> Iterator[Running]:
+def vllm_server(folder: Path, flags: Sequence[str] = FLAGS) -> Iterator[Running]:
     running = Running(f"http://127.0.0.1:{_free_port()}/v1", checkpoint_path(Config()), folder / "vllm.log")
     try:
-        running.start()
+        running.start(flags)
         yield running
     finally:
         running.stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import cohere
@@ -13,6 +14,7 @@ from llama_index.postprocessor.cohere_rerank import CohereRerank
 
 from retrv_r1_retriever import Query
 from retrv_r1_retriever import RetrvR1Retriever as CoreRetriever
+from retrv_r1_retriever.cli.app import main
 from retrv_r1_retriever.config import open_retriever, read_config
 from retrv_r1_retriever.engines.local import LocalEngine
 from retrv_r1_retriever.types import Status
@@ -77,3 +79,11 @@ def test_clients_for_other_rerankers_reach_the_server(shop: Path) -> None:
     assert [r.index for r in found.results] == places[:4]
     assert [int(n.node.node_id) for n in kept] == places[:5]
     assert [n.score for n in kept] == pytest.approx([1.0, 0.9, 0.8, 0.7, 0.6])
+
+
+def test_doctor_finds_nothing_to_change(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["doctor", "--config", str(shop / "retrv.toml"), "--json"])
+    found = {one["name"]: one for one in json.loads(capsys.readouterr().out)}
+    assert found["engine"]["detail"].endswith("4,096 tokens")
+    assert {found[name]["level"] for name in ("engine", "model server", "prefix cache", "memory")} == {"ok"}
+    assert code == 0
