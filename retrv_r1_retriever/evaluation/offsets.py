@@ -43,7 +43,8 @@ class Skipped:
                 explain(
                     what,
                     expected=f"at most {max_share:.1%} bad rows",
-                    got=f"{self.count:,} of {self.total:,}; " + "; ".join(example.rstrip(".") for example in self.examples[:3]),
+                    got=f"{self.count:,} of {self.total:,}; "
+                    + "; ".join(example.rstrip(".") for example in self.examples[:3]),
                     fix="Fix the rows, or raise --max-bad-share (in a recipe: data.max_bad_share).",
                 )
             )

@@ -96,8 +96,7 @@ def _tiles(queries: int, traces: Sequence[ReasoningTrace]) -> Html:
 def _table(table: ReportTable) -> Html:
     head = join(html("<th scope='col'>{}</th>", cell) for cell in table.header)
     rows = join(
-        html("<tr><th scope='row'>{}</th>{}</tr>", row[0], join(_cells(table.header, row)))
-        for row in table.rows
+        html("<tr><th scope='row'>{}</th>{}</tr>", row[0], join(_cells(table.header, row))) for row in table.rows
     )
     note = html("<p class='note'>{}</p>", table.note) if table.note else EMPTY
     return html(

@@ -33,7 +33,9 @@ def test_what_a_thought_left_out_is_in_the_summary(capsys: pytest.CaptureFixture
 
 def test_words_of_the_verdict_column_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
     thought = Thought("x", (Verdict(0, "blue"), Verdict(1, "keep")), (), 1)
-    assert "verdict: keep, or the model's first reason against it" in shown(ScriptedEngine(thought, slots=SLOTS), capsys)
+    assert "verdict: keep, or the model's first reason against it" in shown(
+        ScriptedEngine(thought, slots=SLOTS), capsys
+    )
     assert "verdict:" not in shown(ScriptedEngine(slots=SLOTS), capsys, FAST), "a direct read has no words"
 
 

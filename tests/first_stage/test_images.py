@@ -165,7 +165,9 @@ async def test_a_bomb_is_refused_before_it_is_decoded(monkeypatch: pytest.Monkey
     with pytest.raises(ImageError, match="raise max_pixels"):
         await LocalImages(max_pixels=1_000).load(png(size=(50, 50)))
     ours = LocalImages(max_pixels=10**12)  # Pillow's own limit is lower: raising ours would not help
-    with pytest.raises(ImageError, match=r"at most 178,956,970 pixels, got 10,000,000,000 .* raise PIL.Image.MAX_IMAGE"):
+    with pytest.raises(
+        ImageError, match=r"at most 178,956,970 pixels, got 10,000,000,000 .* raise PIL.Image.MAX_IMAGE"
+    ):
         await ours.load(header_only_png(100_000, 100_000))
 
 
