@@ -149,15 +149,18 @@ class PointCodec:
 
         A point without usable content is left out with a warning: there is nothing to read, for the model or the caller.
         """
-        candidates = []
+        read: list[tuple[Found, Document]] = []
         for point in found:
             try:
-                candidates.append(self._candidate(point))
+                read.append((point, self.schema.to_document(point.id, point.payload)))
             except SchemaError as error:
                 _logger.warning("Left out of the results: %s", error)
         sign = -1.0 if self.higher_is_better else 1.0
-        candidates.sort(key=lambda c: (sign * (c.retrieval_score or 0.0), c.document.id))
-        return [replace(candidate, rank=rank) for rank, candidate in enumerate(candidates, 1)]
+        read.sort(key=lambda one: (sign * (one[0].score or 0.0), one[1].id))
+        return [
+            Candidate(document, point.score, rank, self._memory(point))
+            for rank, (point, document) in enumerate(read, 1)
+        ]
 
     def in_order(self, ids: Sequence[str], found: Iterable[Found]) -> list[Candidate]:
         """As asked for, unknown ids and other tenants' points left out."""
@@ -271,12 +274,11 @@ class PointCodec:
         listed: list[float] = values.tolist()
         return listed
 
-    def _candidate(self, point: Found) -> Candidate:
-        document: Document = self.schema.to_document(point.id, point.payload)
-        memory, note = point.memory, point.payload.get(RESERVED, {})
-        if self.own and memory is None and point.rows is not None and "memory_digest" in note:
-            memory = noted_memory(point.rows, note)
-        return Candidate(document, point.score, 1, memory)
+    def _memory(self, point: Found) -> Memory | None:
+        note = point.payload.get(RESERVED, {})
+        if self.own and point.memory is None and point.rows is not None and "memory_digest" in note:
+            return noted_memory(point.rows, note)
+        return point.memory
 
 
 def checked_memory(memory: Memory, width: int | None, id: str) -> Memory:
