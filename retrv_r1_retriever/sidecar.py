@@ -118,7 +118,7 @@ class Sidecars:
         found = await self._backend.by_document(ids)
         if not codec.own and codec.schema.id is not None:  # a framework knows the points by their own ids
             points = [id for id in ids if native_id(id) is not None]
-            found = [*found, *await self._backend.points(COLLECTION, points, True, False)]
+            found = [*found, *await self._backend.points(points, True)]
         pairs = {point.id: _document(codec, point) for point in found if codec.is_visible(point.payload)}
         return [(id, document) for id, document in pairs.items() if isinstance(document, Document)]
 

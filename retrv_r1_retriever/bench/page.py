@@ -22,7 +22,8 @@ Made by `python -m retrv_r1_retriever.bench.page docs/bench --out docs/benchmark
 machine and say little about another; ratios within a table say more. The *miniature* is the shipped model of a few million parameters;
 other shapes have random weights and say nothing about quality. On a GPU: not measured.
 """
-MODES = """U: every candidate in full, its picture through the tower at query time; U': the same with tower tokens cached; X: K prompts of one
+MODES = """\
+U: every candidate in full, its picture through the tower at query time; U': the same with tower tokens cached; X: K prompts of one
 candidate (a pointwise cross-encoder of the same backbone); C: two tokens each, compressed at query time; F: two tokens each,
 memory made at index time; F+5: F, then its best five opened in full. The same weights in all of them, one query at a time,
 interleaved, the shortest of the rounds. Not shown: quality (U, U' and X were not trained), batches, other processors."""
