@@ -271,3 +271,26 @@ def test_another_trl_is_refused():
 def test_bad_settings_are_refused(change, message):
     with pytest.raises(OptionsError, match=message):
         replace(CONFIG, **change)
+
+
+def test_a_floor_keeps_small_differences_small():
+    """Four right answers, one of which opened more; and half wrong. Divided by the deviation alone, both groups weigh alike."""
+    rewards = torch.tensor([1.2, 1.2, 1.2, 1.15, 1.2, 0.2, 1.2, 0.2]).view(2, 4)
+    centred = (rewards - rewards.mean(1, keepdim=True)).flatten()
+    alike, soft = (trl_private.softened(centred, 4, floor).view(2, 4).abs().amax(1) for floor in (1e-4, 0.15))
+    assert alike[0] > alike[1] > 0.8
+    assert soft[0] < 0.25 < 0.65 < soft[1]
+    want = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 0.15)
+    torch.testing.assert_close(trl_private.softened(centred, 4, 0.15), want.flatten())
+
+
+def test_the_trainer_softens_its_advantages(loaded, tmp_path):
+    config = replace(CONFIG, std_floor=0.15)
+    made = make_trainer(miniature(), loaded[1], config, 0, tmp_path)
+    batch = generated(made)
+    rewards = torch.tensor(
+        [made.reward_funcs[0](row=[r], trainer_state=made.state, log_metric=lambda *_: None)[0] for r in batch["rows"]]
+    )
+    parts = rewards.view(-1, 4)
+    want = (parts - parts.mean(1, keepdim=True)) / (parts.std(1, keepdim=True) + 0.15)
+    torch.testing.assert_close(batch["advantages"], want.flatten(), atol=1e-5, rtol=1e-4)

@@ -106,7 +106,7 @@ class _Trainer(RolloutTrainer):
     def __init__(
         self, held_out: Sequence[Task], config: GrpoConfig, **kwargs: Any,  # RolloutTrainer's own
     ) -> None:  # fmt: skip
-        super().__init__(**kwargs)
+        super().__init__(std_floor=config.std_floor, **kwargs)
         self._held_out, self._config = held_out, config
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -141,7 +141,8 @@ def _arguments(config: GrpoConfig, seed: int, run: Path) -> GRPOConfig:
         steps_per_generation=accumulation, num_generations=config.group_size, num_iterations=config.iterations,
         max_completion_length=config.max_new_tokens, temperature=config.temperature, loss_type=config.loss_type,
         beta=config.beta if config.lora_rank else 0.0,  # without an adapter TRL would look for the reference by its path
-        epsilon=config.epsilon, scale_rewards=config.scale_rewards, gradient_checkpointing=config.gradient_checkpointing,
+        epsilon=config.epsilon, scale_rewards="none" if config.std_floor else config.scale_rewards,
+        gradient_checkpointing=config.gradient_checkpointing,
         bf16=dtype == "bfloat16", use_cpu=not torch.cuda.is_available(), deepspeed=deepspeed_config(config.deepspeed, dtype),
         logging_steps=1, report_to=list(config.report_to) or "none", disable_tqdm=None, ddp_find_unused_parameters=False,
         save_strategy="steps" if config.save_every else "no", save_steps=config.save_every or config.steps, save_total_limit=2,

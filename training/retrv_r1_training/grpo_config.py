@@ -16,6 +16,8 @@ class GrpoConfig:
     """batch_size: prompts per update over all GPUs, `group_size` thoughts each, scored `micro_batch` at a time on one GPU
 
     beta: weight of the KL term; iterations: updates per rollout; penalty: lambda, "progress" or a fixed number
+    std_floor: added to a group's standard deviation, which the advantage is divided by; 0 = as `scale_rewards` says. Divided by the
+        deviation alone, one opened candidate in a group of right answers weighs as much as being right, whatever lambda is
     lora_rank: 0 trains all weights of the language model
     dtype: None = bfloat16 on a GPU, float32 on the CPU; deepspeed: None = one process or DDP
     evaluate_every, save_every: updates; 0 = only at the end. missing: see `tasks_of`
@@ -31,6 +33,7 @@ class GrpoConfig:
     penalty: str | float = "progress"
     format_weight: float = 0.2
     scale_rewards: str = "group"
+    std_floor: float = 0.0
     epsilon: float = 0.2
     iterations: int = 1
     micro_batch: int = 16
@@ -52,6 +55,10 @@ class GrpoConfig:
             got = f"{self.batch_size} * {self.group_size} over {self.micro_batch} * {world()} ranks"
             fix = "Change micro_batch."
             raise OptionsError(explain("batch_size * group_size", expected="whole micro-batches", got=got, fix=fix))
+        if self.std_floor and self.batch_size % world():
+            got = f"{self.batch_size} over {world()} ranks"
+            fix = "Change batch_size, or set std_floor to 0."
+            raise OptionsError(explain("batch_size", expected="whole groups on each GPU", got=got, fix=fix))
         if self.save_every % self.iterations:
             fix = "Make it one, or a resumed run would differ from an uninterrupted one."
             raise OptionsError(explain("save_every", expected="a multiple of iterations", got=self.save_every, fix=fix))

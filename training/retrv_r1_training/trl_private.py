@@ -60,14 +60,15 @@ class RolloutTrainer(GRPOTrainer):
 
     The dataset's `prompt` column holds prompt numbers as text.
     reference: of the KL term when all weights train; None = no KL, or the adapter's own base
+    std_floor: see `GrpoConfig`; TRL is then told to scale nothing
     """
 
     def __init__(
         self, *args: Any, source: RolloutSource, processor: Processor, beta: float,
-        reference: nn.Module | None = None, **kwargs: Any,  # TRL's own arguments
+        reference: nn.Module | None = None, std_floor: float = 0.0, **kwargs: Any,  # TRL's own arguments
     ) -> None:  # fmt: skip
         check_trl()
-        self.source, self.processor = source, processor
+        self.source, self.processor, self._std_floor = source, processor, std_floor
         self._rows: list[Rollout] = []
         super().__init__(*args, processing_class=processor.tokenizer, rollout_func=_rollout, **kwargs)
         head = self.policy.get_output_embeddings()
@@ -91,6 +92,8 @@ class RolloutTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         scored = super()._generate_and_score_completions(inputs)
+        if self._std_floor:
+            scored["advantages"] = softened(scored["advantages"], self.num_generations, self._std_floor)
         return {**scored, "rows": self._rows}  # a list: TRL permutes and slices it with the tensors
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
@@ -134,6 +137,12 @@ class RolloutTrainer(GRPOTrainer):
             out.log_probs, seen[0], ours.get_output_embeddings(), rows, width - keep, self.temperature
         )
         return out
+
+
+def softened(centred: Tensor, group: int, floor: float) -> Tensor:
+    """(r - mean) / (std + floor) of each group, from r - mean of whole groups, one after another."""
+    parts = centred.view(-1, group)
+    return (parts / (parts.std(1, keepdim=True) + floor)).flatten()
 
 
 def restrict_answers(
