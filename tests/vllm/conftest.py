@@ -17,14 +17,21 @@ from tests.vllm.shop import make_shop
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def installed() -> Path:
+    """The interpreter of an environment with vLLM."""
+    if not PYTHON.exists():
+        reason = f"no vLLM at {PYTHON}: run `make vllm-env`, or `make test-vllm`, which does"
+        (pytest.fail if os.environ.get("RETRV_VLLM_REQUIRED") else pytest.skip)(reason)
+    return PYTHON
+
+
+@pytest.fixture(scope="session")
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A started server; RETRV_VLLM_URL names one that runs already, with the flags of `server.FLAGS`."""
     if url := os.environ.get("RETRV_VLLM_URL"):
         yield Running(url, checkpoint_path(Config()), Path(os.devnull))
         return
-    if not PYTHON.exists():
-        reason = f"no vLLM at {PYTHON}: run `make vllm-env`, or `make test-vllm`, which does"
-        (pytest.fail if os.environ.get("RETRV_VLLM_REQUIRED") else pytest.skip)(reason)
+    request.getfixturevalue("installed")
     with vllm_server(tmp_path_factory.mktemp("vllm")) as running:
         yield running
 

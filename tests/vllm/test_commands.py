@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from retrv_r1_retriever.engines.vllm import TEMPLATE
 from tests.serving.test_compose import COMPOSE
-from tests.vllm.server import FLAGS, PYTHON, ROOT, Running
+from tests.vllm.server import FLAGS, ROOT
 
 pytestmark = pytest.mark.vllm
 
@@ -39,12 +40,17 @@ def commands() -> list[list[str]]:
     return [*found, COMPOSE["services"]["vllm"]["command"], list(FLAGS)]
 
 
-def test_vllm_knows_every_flag(server: Running, tmp_path: Path) -> None:
-    """server: because it waits for, or skips without, an installed vLLM"""
+def test_vllm_knows_every_flag(installed: Path, tmp_path: Path) -> None:
+    (tmp_path / "parts.jinja").write_text(TEMPLATE)
     asked = commands()
     assert len(asked) >= 5
     done = subprocess.run(
-        [str(PYTHON), "-c", PARSE], input=json.dumps(asked), capture_output=True, text=True, cwd=tmp_path, check=False
+        [str(installed), "-c", PARSE],
+        input=json.dumps(asked),
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split("\n")[-len(asked) - 1 : -1] == ["True 8"] * len(asked)

@@ -9,7 +9,7 @@ import pytest
 
 from retrv_r1_retriever.engines.vllm import VllmEngine
 from retrv_r1_retriever.errors import EngineError
-from tests.vllm.server import FLAGS, MODEL, Running, vllm_server
+from tests.vllm.server import FLAGS, MODEL, vllm_server
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -36,8 +36,7 @@ def with_other(flag: str, value: str) -> list[str]:
     ],
     ids=["rows", "pictures", "other template", "no template"],
 )
-def test_a_missing_flag_is_named(flags: Callable[[], list[str]], says: str, server: Running, tmp_path: Path) -> None:
-    """server: for its reasons to skip"""
+def test_a_missing_flag_is_named(flags: Callable[[], list[str]], says: str, installed: Path, tmp_path: Path) -> None:
     with vllm_server(tmp_path, flags()) as bare, pytest.raises(EngineError) as caught:
         VllmEngine(bare.checkpoint, base_url=bare.base_url, model=MODEL)
     print(caught.value)
