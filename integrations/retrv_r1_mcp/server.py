@@ -80,6 +80,10 @@ class Opened:
             raise OpeningError(str(error)) from error
 
     @property
+    def begun(self) -> bool:
+        return self._opening is not None
+
+    @property
     def ready(self) -> bool:
         return self._opening is not None and self._opening.done()
 
@@ -118,7 +122,9 @@ def create_server(open: Callable[[], Calls], tenant_of: Callable[[Context], str 
 
     async def open_after_handshake(ctx: Context, call_next: CallNext) -> HandlerResult:
         answer = await call_next(ctx)
-        if ctx.method not in _HANDSHAKE:
+        if (
+            ctx.method not in _HANDSHAKE and not opened.begun
+        ):  # a failure is tried again by the next call, not behind this one
             opened.start()
         return answer
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hmac
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from typing import Any
 
 from mcp.server import Server
@@ -23,9 +25,11 @@ _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 async def run_stdio(server: Server[Any]) -> None:
-    """Until the client closes the line. Whatever else is written to standard output meanwhile goes to standard error."""
+    """Until the client closes the line. Whatever else is written to standard output meanwhile goes to standard error: the SDK
+    diverts the descriptor, and what Python would keep in its buffer until the descriptor is back must not wait there."""
     async with stdio_server() as (incoming, outgoing):
-        await server.run(incoming, outgoing, server.create_initialization_options())
+        with redirect_stdout(sys.stderr):
+            await server.run(incoming, outgoing, server.create_initialization_options())
 
 
 def nobody(context: ServerRequestContext[Any, Any]) -> None:

@@ -53,9 +53,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
     engine, embedder = open_engine(Config()), open_embedder(Config())
     store = EdgeStore(folder / "retrv-index", spec=collection_spec(engine, embedder))
     for tenant, count in (("alpha", 12), ("beta", 1)):
-        documents = [
-            Document(f"{tenant}-{i}", Content(cards[i].coarse_text, f"{i}.png"), {"number": i}) for i in range(count)
-        ]
+        documents = [Document(f"{tenant}-{i}", Content(image=f"{i}.png"), {"number": i}) for i in range(count)]
         Indexer(store.for_tenant("tenant", tenant), embedder, engine, LocalImages(folder / "pictures")).index(documents)
     asyncio.run(store.close())
     return Shop(folder, cards)

@@ -237,6 +237,8 @@ async def test_the_model_is_loaded_after_the_handshake_and_again_after_a_failure
         assert opened == 0
         answer = await client.call_tool("search", {"query": "card"})
         assert (answer.is_error, text(answer)) == (True, "Run `retrv-r1 index` first")
+        await asyncio.sleep(0.1)  # nothing is tried behind a client's back
+        assert opened == 1
         fails = False
         for _ in range(2):
             assert not (await client.call_tool("search", {"query": "card"})).is_error
