@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from retrv_r1_retriever._lock import FolderLock
 from retrv_r1_retriever.errors import SchemaError, StoreError, explain, missing_extra, not_indexed
 from retrv_r1_retriever.filters import FilterTranslator
 from retrv_r1_retriever.memory_file import MemoryFile
@@ -70,14 +71,25 @@ class EdgeStore:
         self._native = FilterTranslator(self._edge, self._edge.RangeFloat, own=True)
         self._closed = False
         with self._errors():
-            self._shard = _open_shard(self._edge, self.path / _SHARD_FOLDER, self._config())
+            self._lock = FolderLock(self.path)
             try:
-                self._memory = MemoryFile(self.path / _MEMORY_FILE) if self.spec.memory_width is not None else None
-            except StoreError:
-                self._shard.close()  # or the folder stays locked as long as the error is looked at
+                self._open()
+            except BaseException:
+                self._lock.release()  # or the folder stays locked as long as the error is looked at
                 raise
         self._beside = EdgeBackend(self.path, self._edge, self._shard, self._codec, self._call)
         self.sidecars = Sidecars(self._beside)
+
+    def _open(self) -> None:
+        """Only under a lock of ours. Qdrant Edge has one, but an attempt to open a shard that is in use resets one of its files
+        before it fails, and whoever uses the shard can write no more.
+        """
+        self._shard = _open_shard(self._edge, self.path / _SHARD_FOLDER, self._config())
+        try:
+            self._memory = MemoryFile(self.path / _MEMORY_FILE) if self.spec.memory_width is not None else None
+        except StoreError:
+            self._shard.close()
+            raise
 
     def for_tenant(self, field: str, value: Scalar) -> EdgeStore:
         """The same open index, limited to one tenant, for as long as this store is open; closing the view closes nothing."""
@@ -165,6 +177,7 @@ class EdgeStore:
                 self._memory.close()
             self._shard.flush()
             self._shard.close()
+            self._lock.release()
 
         await self._call(close)
 
@@ -199,13 +212,13 @@ class EdgeStore:
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        """Qdrant Edge raises bare `Exception`; its lock shows by its words only."""
+        """Qdrant Edge raises bare `Exception`; its own lock shows by its words only."""
         try:
             yield
         except (StoreError, SchemaError):
             raise
         except Exception as error:
-            if "WouldBlock" in str(error):
+            if isinstance(error, BlockingIOError) or "WouldBlock" in str(error):
                 raise StoreError(
                     explain(
                         f"index {self.path}", expected="to be its only user",

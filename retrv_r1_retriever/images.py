@@ -72,7 +72,12 @@ class LocalImages:
         self.root = None if root is None else Path(root).resolve()
         if self.root is not None and not self.root.is_dir():
             raise ImageError(
-                explain("LocalImages root", expected="a folder", got=str(self.root), fix="Create it or fix root=.")
+                explain(
+                    "LocalImages root",
+                    expected="a folder",
+                    got=str(self.root),
+                    fix="Create it, or fix root= ([images] root in retrv.toml).",
+                )
             )
         self.max_bytes, self.max_pixels, self.max_frames = max_bytes, max_pixels, max_frames
         self.concurrency, self.timeout_s = concurrency, timeout_s

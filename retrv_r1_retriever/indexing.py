@@ -201,8 +201,7 @@ def _as_stored(rows: Sequence[Row]) -> tuple[list[Document], list[IndexFailure]]
         if not isinstance(row, Document):
             failures.append(row if isinstance(row, IndexFailure) else _no_document(row))
             continue
-        if not isinstance(row.id, str) or not row.id:
-            reason = explain("document id", expected="a non-empty str", got=repr(row.id), fix="Use str().")
+        if reason := _bad_id(row.id):
             failures.append(IndexFailure(str(row.id), reason))
             continue
         if row.id in last:
@@ -218,6 +217,17 @@ def _as_stored(rows: Sequence[Row]) -> tuple[list[Document], list[IndexFailure]]
         except Exception as error:  # Pillow decodes a file it has opened only now, and raises many types
             failures.append(IndexFailure(document.id, _reason(error)))
     return documents, failures
+
+
+def _bad_id(id: object) -> str | None:
+    """What is wrong with it. A file name that is no UTF-8 reaches us with half surrogate pairs, which no store takes."""
+    if not isinstance(id, str) or not id:
+        return explain("document id", expected="a non-empty str", got=repr(id), fix="Use str().")
+    try:
+        id.encode()
+    except UnicodeEncodeError:
+        return explain("document id", expected="valid Unicode", got=ascii(id), fix="Rename it (a file: in UTF-8).")
+    return None
 
 
 def _repeated(id: str) -> IndexFailure:

@@ -40,7 +40,8 @@ def read_folder(root: str | os.PathLike[str]) -> Iterator[Row]:
 
 
 def _folder_rows(root: Path) -> Iterator[Row]:
-    for folder, subfolders, names in os.walk(root):
+    unreadable: list[OSError] = []
+    for folder, subfolders, names in os.walk(root, onerror=unreadable.append):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         stems: dict[str, list[Path]] = {}
         for name in sorted(names):
@@ -49,6 +50,10 @@ def _folder_rows(root: Path) -> Iterator[Row]:
                 stems.setdefault(path.stem, []).append(path.relative_to(root))
         for paths in stems.values():
             yield _folder_document(root, paths)
+    for error in unreadable:
+        where = str(error.filename)
+        reason = explain(where, expected="a folder that can be read", got=error.strerror, fix="Check its permissions.")
+        yield IndexFailure(where, reason)
 
 
 def _folder_document(root: Path, paths: list[Path]) -> Row:
@@ -61,8 +66,10 @@ def _folder_document(root: Path, paths: list[Path]) -> Row:
     try:
         text = (root / texts[0]).read_text("utf-8-sig").strip() if texts else None
         return Document(id, Content(text or None, images[0].as_posix() if images else None))
-    except (OSError, ValueError) as error:
+    except InputError as error:
         return IndexFailure(id, f"{texts[0] if texts else id}: {error}")
+    except (OSError, ValueError) as error:
+        return IndexFailure(id, explain(str(texts[0]), expected="a text in UTF-8", got=error, fix="Save it as UTF-8."))
 
 
 def _rows(path: Path, document: Callable[[dict[str, Any]], Document]) -> Iterator[Row]:

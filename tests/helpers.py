@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,6 +21,16 @@ def png(color: str = "red") -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (4, 4), color).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def header_only_png(width: int, height: int) -> bytes:
+    """A few bytes that claim to be width x height pixels."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 def documents(count: int) -> list[Document]:

@@ -6,6 +6,7 @@ import argparse
 import itertools
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -63,6 +64,9 @@ def main(args: argparse.Namespace) -> int:
         )
         report = indexer.index(rows, force=args.force)
         count = run(store.count())
+    except KeyboardInterrupt:
+        print("stopped: what was written stays; the same command goes on from there", file=sys.stderr)
+        raise
     finally:
         run(store.close())
     _print(args, report, count)

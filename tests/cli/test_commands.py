@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,11 @@ from retrv_r1_retriever import config as settings
 from retrv_r1_retriever.cli import index as index_command
 from retrv_r1_retriever.config import read_config
 from retrv_r1_retriever.errors import CheckpointError
+from retrv_r1_retriever.indexing import Indexer, IndexReport, Row
 from retrv_r1_retriever.retriever import RetrvR1Retriever
 from retrv_r1_retriever.store import VectorFirstStage
 from tests.cli.conftest import Run
+from tests.helpers import header_only_png
 from tests.tiny import picture
 
 MODE = "K=20 auto/hybrid"  # of the workplace's config
@@ -38,6 +42,30 @@ def test_index_search_and_again(workplace: Path, run: Run) -> None:
     assert sorted(r["retrieval_rank"] for r in found.json["results"]) == [1, 2, 3, 4]
     assert found.json["status"] == "reranked"
     assert found.json["trace"]["usage"]["uncompressed_tokens"] > 0
+
+
+def test_an_interrupted_run_says_that_it_can_go_on(workplace: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Indexer.index
+
+    def interrupted(self: Indexer, rows: Iterable[Row], *, force: bool = False) -> IndexReport:
+        whole(self, itertools.islice(rows, 3), force=force)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Indexer, "index", interrupted)
+        stopped = run("index", "items")
+    assert (stopped.code, stopped.out) == (130, "")
+    assert stopped.err.endswith("\nstopped: what was written stays; the same command goes on from there\ninterrupted\n")
+    again = run("index", "items", "--json").json
+    assert (again["indexed"], again["skipped"]) == (2, 2)
+
+
+def test_a_bomb_is_told_once_and_costs_itself_only(workplace: Path, run: Run, recwarn: pytest.WarningsRecorder) -> None:
+    """Pillow warns of its own limit on the way; the failure says all of it."""
+    Path("items/bomb.png").write_bytes(header_only_png(10_000, 10_000))
+    failed = {f["id"]: f["reason"] for f in run("index", "items", "--json").json["failed"]}
+    assert "expected at most 50,000,000 pixels, got 10000 x 10000 = 100,000,000 pixels" in failed["bomb"]
+    assert not [w for w in recwarn if "bomb" in str(w.message)]
 
 
 def test_search_by_picture_filters_and_writes_a_report(workplace: Path, run: Run) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import subprocess
 import sys
@@ -20,10 +21,15 @@ from retrv_r1_retriever.types import Memory
 from .conftest import SPEC, WIDTH, point
 
 HOLD = """
-import sys
+import asyncio, sys
+from tests.first_stage.conftest import point
 from retrv_r1_retriever.edge import EdgeStore
 store = EdgeStore(sys.argv[1])
+asyncio.run(store.upsert([point("a")]))
 sys.stdout.write("open\\n"), sys.stdout.flush()
+sys.stdin.readline()
+asyncio.run(store.upsert([point("b")]))
+sys.stdout.write("written\\n"), sys.stdout.flush()
 sys.stdin.read()
 """
 
@@ -40,19 +46,42 @@ async def test_locked_by_another_process(tmp_path: Path) -> None:
             EdgeStore(tmp_path)
         with pytest.raises(StoreError, match="locked"):
             EdgeStore(tmp_path, read_only=True)
-        other.stdin.close()
-        other.wait(30)
-    await EdgeStore(tmp_path).close()
+        other.stdin.write("go on\n")
+        other.stdin.flush()
+        assert other.stdout.readline() == "written\n", "an attempt to open it must not break the index for its user"
+        other.kill()  # gives the lock back, too
+    store = EdgeStore(tmp_path)
+    assert await store.count() == 2
+    await store.close()
 
 
 async def test_opened_twice_in_one_process(tmp_path: Path) -> None:
     store = EdgeStore(tmp_path, spec=SPEC)
+    await store.upsert([point("a")])
     with pytest.raises(StoreError, match="or by another EdgeStore in this one"):
         EdgeStore(tmp_path)
+    await store.upsert([point("b")])
+    assert await store.count() == 2
     await store.close()
     await store.close()  # harmless
     with pytest.raises(StoreError, match="expected an answer"):
         await store.count()
+
+
+async def test_the_lock_is_given_back_by_a_failed_opening_and_by_a_lost_store(tmp_path: Path) -> None:
+    store = EdgeStore(tmp_path, spec=SPEC)
+    await store.close()
+    config = tmp_path / "shard" / "edge_config.json"
+    text = config.read_text()
+    config.write_text("{")
+    with pytest.raises(StoreError, match="expected an answer") as kept:
+        EdgeStore(tmp_path)
+    config.write_text(text)
+    store = EdgeStore(tmp_path)
+    del store
+    gc.collect()
+    await EdgeStore(tmp_path).close()
+    assert kept.value is not None  # its frames still hold the store that failed
 
 
 async def test_survives_reopening_and_optimizing(tmp_path: Path) -> None:

@@ -4,12 +4,10 @@ import asyncio
 import base64
 import io
 import os
-import struct
 import subprocess
 import sys
 import time
 import urllib.parse
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from retrv_r1_retriever.images import (
     load_content,
 )
 from retrv_r1_retriever.types import Content
+from tests.helpers import header_only_png
 
 from .conftest import png
 
@@ -37,16 +36,6 @@ def saved(image: Image.Image, format: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
     return buffer.getvalue()
-
-
-def header_only_png(width: int, height: int) -> bytes:
-    """A few bytes that claim to be width x height pixels."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 def pixel(image: Image.Image, at: tuple[int, int] = (0, 0)) -> Any:

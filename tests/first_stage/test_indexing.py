@@ -231,6 +231,7 @@ async def test_one_bad_item_is_reported_and_skipped(store: Any, tmp_path: Path) 
         Document("json", Content("x"), {"when": object()}),
         Document("half", Content("\ud800")),
         Document("", Content("x")),
+        Document("caf\udce9", Content("a file name in Latin-1")),
         Document("d3", Content("text 3")),
     ]
     report = await Indexer(store, Picky(), HashCompressor(), LocalImages(tmp_path), batch_size=len(rows)).aindex(
@@ -238,7 +239,7 @@ async def test_one_bad_item_is_reported_and_skipped(store: Any, tmp_path: Path) 
     )
     assert (report.indexed, report.skipped) == (4, 0)
     reasons = {failure.id: failure.reason for failure in report.failed}
-    assert set(reasons) == {"broken", "missing", "url", "bad", "nan", "pool.jsonl:8", "json", "half", ""}
+    assert set(reasons) == {"broken", "missing", "url", "bad", "nan", "pool.jsonl:8", "json", "half", "", "caf\udce9"}
     assert "expected a readable PNG" in reasons["broken"]
     assert "no such file" in reasons["missing"]
     assert "got a URL" in reasons["url"]
@@ -247,6 +248,7 @@ async def test_one_bad_item_is_reported_and_skipped(store: Any, tmp_path: Path) 
     assert "expected JSON values" in reasons["json"]
     assert "expected a non-empty str" in reasons[""]
     assert "expected valid Unicode" in reasons["half"]
+    assert "document id: expected valid Unicode, got 'caf\\udce9'" in reasons["caf\udce9"]
     assert await store.count() == 4
 
 

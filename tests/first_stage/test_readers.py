@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +93,29 @@ def test_folder(tmp_path: Path) -> None:
     assert rows["sub/c"] == Document("sub/c", Content(None, "sub/c.webp"))
     failed = {id: row.reason for id, row in rows.items() if isinstance(row, IndexFailure)}
     assert set(failed) == {"empty", "latin", "sub/two"}
-    assert "latin.txt" in failed["latin"]
+    assert failed["latin"].startswith("latin.txt: expected a text in UTF-8, got 'utf-8' codec")
     assert "empty.txt" in failed["empty"]
     assert "expected one picture and one text, got two.jpg, two.png" in failed["sub/two"]
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a/1.txt", "locked/2.txt", "z/3.txt"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("text")
+    scan = os.scandir
+
+    def guarded(path: Any) -> Any:
+        if Path(path).name == "locked":  # a test may run as root, who may read everything
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr("os.scandir", guarded)
+    first, second, failure = read_folder(tmp_path)
+    assert [first.id, second.id] == ["a/1", "z/3"]
+    assert isinstance(failure, IndexFailure)
+    assert failure.reason == (
+        f"{tmp_path / 'locked'}: expected a folder that can be read, got Permission denied. Check its permissions."
+    )
 
 
 @pytest.mark.parametrize("reader", [read_jsonl, read_mbeir, read_folder])
