@@ -16,6 +16,7 @@ import pytest
 from retrv_r1_retriever.edge import EdgeStore
 from retrv_r1_retriever.errors import SchemaError, StoreError
 from retrv_r1_retriever.memory_file import MemoryFile
+from retrv_r1_retriever.store import Equals, Filter
 from retrv_r1_retriever.types import Memory
 
 from .conftest import SPEC, WIDTH, point
@@ -187,3 +188,21 @@ def test_a_write_that_fails_half_way_changes_nothing(tmp_path: Path) -> None:
     file.close()
     with pytest.raises(StoreError, match="closed"):
         file.count()
+
+
+async def test_a_search_behind_a_filter_does_not_trust_the_graph(tmp_path: Path) -> None:
+    store, asked = EdgeStore(tmp_path, spec=SPEC), []
+    await store.upsert([point("a", kind="x")])
+    real = store._shard
+
+    class Shard:
+        def query(self, request):
+            asked.append(request.params.exact)
+            return real.query(request)
+
+    store._shard = Shard()
+    await store.search(np.eye(4)[0], 1)
+    await store.search(np.eye(4)[0], 1, filter=Filter(must=(Equals("kind", "x"),)))
+    assert asked == [False, True]
+    store._shard = real
+    await store.close()
