@@ -276,8 +276,7 @@ def test_several_seeds_print_one_table(small, caplog):
     assert cli.main([*argv, "--seeds", "0", "1"]) == 0
     table = (small / "runs" / "seeds.md").read_text()
     assert table.startswith("2 seeds, 36 validation queries each")
-    assert [line.split(" | ")[0] for line in table.splitlines()[4:]] == ["| first stage"] * 3 + ["| sft"] * 3 + [
-        "| grpo"
-    ] * 3
+    names = [line.split(" | ")[0] for line in table.splitlines()[4:]]
+    assert names == [f"| {name}" for name in ("first stage", "polish", "grpo") for _ in range(3)]
     weights = [torch.load(small / "runs" / f"seed-{seed}" / "captions.pt", weights_only=True) for seed in (0, 1)]
     assert not all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
