@@ -11,6 +11,7 @@ import pytest
 import torch
 from retrv_r1_training import cli
 from retrv_r1_training.ablation import READS, Ablation, Result, Row, Study, shared
+from retrv_r1_training.card import write_card
 from retrv_r1_training.memory_training import learn_memory, learns_memory
 from retrv_r1_training.miniature import STAGES, Miniature
 from retrv_r1_training.overrides import load
@@ -22,7 +23,7 @@ from retrv_r1_training.teacher import Caption, TeacherStyle, write_thought
 
 from retrv_r1_retriever.demo import catalogue
 from retrv_r1_retriever.errors import InputError, OptionsError
-from retrv_r1_retriever.model.checkpoint import load_checkpoint
+from retrv_r1_retriever.model.checkpoint import Manifest, load_checkpoint
 from retrv_r1_retriever.model.configuration import IcmConfig
 from retrv_r1_retriever.model.icm import Icm
 from retrv_r1_retriever.model.processing import collate
@@ -117,6 +118,21 @@ def test_memory_that_learns_is_the_stored_one_made_anew(checkpoint):
     torch.testing.assert_close(seen[0], seen[1], atol=1e-5, rtol=1e-4)
     seen[1].sum().backward()
     assert learning.model.icm.in_proj[1].weight.grad.abs().sum() > 0
+
+
+def test_the_card_leaves_out_a_stage_of_no_steps(tmp_path):
+    """It has no line in the log."""
+    recipe = load(Recipe, cli.RECIPES / "miniature.yaml", ["stages.direct.steps=0"])
+    rows = [
+        {"stage": name, "minutes": 1.0, "steps": steps, "lr": 0.1, "batch_size": 2}
+        for name, steps in (("align", 5), ("direct", 0))
+    ]
+    (tmp_path / "stages.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "log.jsonl").write_text('{"stage": "align", "step": 5, "val_coarse": 0.5}\n')
+    write_card(tmp_path, tmp_path, recipe, Manifest("x"), 7)
+    card = (tmp_path / "README.md").read_text()
+    assert "| align | 5 |" in card
+    assert "| direct |" not in card
 
 
 def quality(r1: float, opened: float) -> dict[str, Quality]:
@@ -260,8 +276,7 @@ def test_several_seeds_print_one_table(small, caplog):
     assert cli.main([*argv, "--seeds", "0", "1"]) == 0
     table = (small / "runs" / "seeds.md").read_text()
     assert table.startswith("2 seeds, 36 validation queries each")
-    assert [line.split(" | ")[0] for line in table.splitlines()[4:]] == ["| first stage"] * 3 + ["| sft"] * 3 + [
-        "| grpo"
-    ] * 3
+    names = [line.split(" | ")[0] for line in table.splitlines()[4:]]
+    assert names == [f"| {name}" for name in ("first stage", "polish", "grpo") for _ in range(3)]
     weights = [torch.load(small / "runs" / f"seed-{seed}" / "captions.pt", weights_only=True) for seed in (0, 1)]
     assert not all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])

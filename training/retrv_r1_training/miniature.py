@@ -243,10 +243,9 @@ class Miniature:
     def _load(self, stage: str) -> RetrvR1ForConditionalGeneration:
         model = self._fresh()
         weights = torch.load(self.run / f"{stage}.pt", weights_only=True)
-        if stage in (
-            "captions",
-            "episodes",
-        ):  # the module is as it was made, and may be of another size than the run's that lent them
+        if (
+            stage in STAGES[:3]
+        ):  # before `align`: the module is as it was made; lent by another run, it may have another size
             weights = {**model.state_dict(), **{k: v for k, v in weights.items() if ".icm." not in k}}
         model.load_state_dict(weights)
         return model
