@@ -165,7 +165,5 @@ def test_first_stage_command(tmp_path, capsys):
     assert cli.main(argv) == 0
     out = capsys.readouterr().out
     assert "1 queries, 0 skipped" in out
-    assert re.search(
-        r"^R@1 [01]\.000, R@3 [01]\.000 of 1 queries with a positive in the pool$", out, re.M
-    )
+    assert re.search(r"^R@1 [01]\.000, R@3 [01]\.000 of 1 queries with a positive in the pool$", out, re.M)
     assert len(RunFile(tmp_path / "run.txt").ranked("90:q")) == 3

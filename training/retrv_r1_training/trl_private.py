@@ -60,6 +60,7 @@ class RolloutTrainer(GRPOTrainer):
 
     The dataset's `prompt` column holds prompt numbers as text.
     reference: of the KL term when all weights train; None = no KL, or the adapter's own base
+    frozen: what must stay without gradients, whatever PEFT switches on in between
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class RolloutTrainer(GRPOTrainer):
         check_trl()
         self.source, self.processor = source, processor
         self._rows: list[Rollout] = []
+        self.frozen: list[nn.Parameter] = []
         super().__init__(*args, processing_class=processor.tokenizer, rollout_func=_rollout, **kwargs)
         head = self.policy.get_output_embeddings()
         if not isinstance(head, nn.Linear):
@@ -95,6 +97,10 @@ class RolloutTrainer(GRPOTrainer):
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         self._rows = inputs["rows"]  # super() hands on only the tensors that it names
+        for (
+            parameter
+        ) in self.frozen:  # PEFT thaws whole modules when it switches adapters on again after the reference's pass
+            parameter.requires_grad_(False)
         loss: Tensor = super()._compute_loss(model, inputs)
         values = self.accelerator.gather(loss.detach()[None])  # all processes see, and stop, together
         if not torch.isfinite(values).all():
