@@ -188,6 +188,17 @@ def test_trained_weights_are_float32_beside_frozen_ones_in_bfloat16(loaded, tmp_
     assert sum(not torch.equal(before[n], p) for n, p in learnt.items()) > len(learnt) / 2
 
 
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_frozen_weights_get_no_gradient_that_clipping_would_count(loaded, tmp_path, lora_rank):
+    """PEFT thaws a module as a whole when its adapter is switched on again, as after the reference's pass."""
+    trainer = make_trainer(miniature(), loaded[1], replace(CONFIG, beta=0.1, lora_rank=lora_rank), 0, tmp_path)
+    learnt = {n for n, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer._compute_loss(trainer.model, generated(trainer)).backward()
+    found = {n for n, p in trainer.model.named_parameters() if p.grad is not None}
+    assert found == learnt
+    assert not any(".in_proj." in n for n in learnt)
+
+
 def test_lora_starts_from_the_seed(loaded, tmp_path):
     config = replace(CONFIG, lora_rank=4)
     one, same, other = (

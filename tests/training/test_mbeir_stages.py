@@ -261,6 +261,7 @@ def test_a_loss_that_is_not_finite_stops_with_a_saved_state(recipes, tmp_path, m
         ("embedder", ["temperature=0"], "temperature: expected a number above 0, got 0"),
         ("embedder", ["data.train=[{queries: q, pool: p}]"], "lists of q: expected a TREC run, got none"),
         ("embedder", ["run.deepspeed=zero3"], "run.deepspeed: expected null or zero2, got zero3"),
+        ("base", ["run.deepspeed=zero2"], "run.deepspeed: expected null, got zero2"),
         ("align", ["described=9"], "described: expected 1 to data.top_k"),
         ("align", ["data.train=[{queries: q, pole: p}]"], "got pole"),
         ("align", ["data.train=7"], "data: train: expected tuple"),

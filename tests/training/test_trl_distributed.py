@@ -106,6 +106,8 @@ def stage(request, recipes, tmp_path_factory):
 @pytest.mark.parametrize("zero", ["null", "zero2"])
 def test_first_stages(stage, recipes, tmp_path, zero):
     name, alone = stage
+    if (name, zero) == ("base", "zero2"):
+        pytest.skip("refused: see BaseRecipe")
     run = launched(name, recipes / f"{name}.yaml", tmp_path / "two", 2, f"run.deepspeed={zero}")
     figure = {"embedder": "eval_recall@5", "align": "eval_relation", "base": "eval_loss"}[name]
     for key, count in (("loss", 4), ("grad_norm", 4), (figure, 2)):

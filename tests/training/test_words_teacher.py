@@ -157,9 +157,9 @@ def put(path, rows):
 
 
 def test_lists_are_read_in_memory_that_does_not_grow_with_the_files(tmp_path):
-    """Ten times the pool and the queries: what Python holds while the lists pass by stays as it was."""
+    """Five times the pool and the queries: what Python holds while the lists pass by stays as it was."""
     peaks = []
-    for count in (300, 3000):
+    for count in (200, 1000):
         folder = tmp_path / str(count)
         folder.mkdir()
         put(folder / "pool.jsonl", [{"did": f"d{i}", "txt": f"{i} " + "word " * 100} for i in range(count)])

@@ -89,8 +89,21 @@ def train_fully(model: RetrvR1ForConditionalGeneration, processor: Processor) ->
 def _train_module(model: RetrvR1ForConditionalGeneration) -> None:
     model.model.icm.requires_grad_(True)
     model.model.icm.in_proj.requires_grad_(False)
-    # Adds one constant to all scores of a softmax, so it never gets a gradient, and DDP waits for one of every parameter.
-    model.model.icm.att1.k.bias.requires_grad_(False)
+    freeze_folded(model)
+
+
+def freeze_memory(model: nn.Module) -> None:
+    """Of a module that PEFT trains as a whole."""
+    for name, parameter in model.named_parameters():
+        if ".in_proj." in name:
+            parameter.requires_grad_(False)
+
+
+def freeze_folded(model: nn.Module) -> None:
+    """The key's bias adds one constant to all scores of a softmax, so it never gets a gradient, and DDP waits for one of each."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(".att1.k.bias"):
+            parameter.requires_grad_(False)
 
 
 def raise_precision(model: nn.Module) -> None:

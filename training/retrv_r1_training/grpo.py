@@ -29,7 +29,7 @@ from retrv_r1_retriever.model.processing import Processor
 from retrv_r1_retriever.prompt import ADDED_TOKENS, NONE_INDEX
 from retrv_r1_retriever.ranking import rank as ranked
 from retrv_r1_retriever.types import StopReason
-from retrv_r1_training.adapters import TARGETS, prepare_deepspeed, raise_precision
+from retrv_r1_training.adapters import TARGETS, freeze_folded, freeze_memory, prepare_deepspeed, raise_precision
 from retrv_r1_training.grpo_config import GrpoConfig
 from retrv_r1_training.processes import from_all, rank, world
 from retrv_r1_training.reward import penalty_at, progress, reward
@@ -89,7 +89,10 @@ def make_trainer(
         source=_Source(tasks, config, seed), train_dataset=Dataset.from_dict({"prompt": order}), processor=processor, beta=config.beta,
         reference=reference, peft_config=None if full else adapter(model, processor, config.lora_rank),
     )  # fmt: skip
-    freeze_memory(trainer.policy)
+    if not full:
+        freeze_memory(trainer.policy)
+    freeze_folded(trainer.policy)
+    trainer.frozen = [p for p in trainer.model.parameters() if not p.requires_grad]
     mixed = dtype_of(config) == "bfloat16" and not config.deepspeed  # DeepSpeed keeps float32 masters of its own
     if mixed:
         raise_precision(trainer.model)
@@ -167,13 +170,6 @@ def adapter(model: RetrvR1ForConditionalGeneration, processor: Processor, lora_r
         r=lora_rank, lora_alpha=2 * lora_rank, lora_dropout=0.0, modules_to_save=["icm"],
         target_modules=TARGETS, trainable_token_indices=dict.fromkeys(tables, rows),
     )  # fmt: skip
-
-
-def freeze_memory(model: nn.Module) -> None:
-    """in_proj; and the key's bias, which is folded away: it never gets a gradient, and DDP waits for one."""
-    for name, parameter in model.named_parameters():
-        if ".in_proj." in name or name.endswith(".att1.k.bias"):
-            parameter.requires_grad_(False)
 
 
 class _Source:

@@ -81,8 +81,12 @@ def _estimate(args: argparse.Namespace) -> int:
 def load_any(file: Path, overrides: Sequence[str]) -> AnyRecipe:
     """The recipe of whatever stage it is of."""
     data = override(read_yaml(file), overrides)
-    stage = data.get("stage", "grpo" if "grpo" in data else None)
+    guess = next(
+        (stage for key, stage in (("grpo", "grpo"), ("thinking", "distill"), ("checkpoint", "sft")) if key in data),
+        None,
+    )
+    stage = data.get("stage", guess)
     if stage not in _RECIPES:
-        expected = f"stage: one of {', '.join(_RECIPES)}; or the block grpo"
-        raise OptionsError(explain(str(file), expected=expected, got=stage or "neither", fix="Name the stage."))
+        expected = f"stage: one of {', '.join(_RECIPES)}"
+        raise OptionsError(explain(str(file), expected=expected, got=stage or "none", fix="Name the stage."))
     return load(_RECIPES[stage], file, overrides)

@@ -126,7 +126,15 @@ class BaseRecipe:
     hardware: Hardware = field(default_factory=lambda: Hardware(gpus=1))
 
     def __post_init__(self) -> None:
-        _refuse_zero3(self.run)
+        # A process whose batch is all texts comes by the tower's gradients at another moment than one with pictures, and ZeRO adds
+        # up what comes at the same moment: the sums would be of different weights. DDP waits for each by its name.
+        if self.run.deepspeed is not None:
+            raise _bad(
+                "run.deepspeed",
+                "null",
+                self.run.deepspeed,
+                "Several processes work without it, and there is nothing to shard.",
+            )
 
 
 def _refuse_zero3(run: Running) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from retrv_r1_retriever.model.checkpoint import save_checkpoint
 from retrv_r1_retriever.model.modeling import RetrvR1ForConditionalGeneration
 from retrv_r1_retriever.model.processing import Processor
-from retrv_r1_training.adapters import load_trained
+from retrv_r1_training.adapters import freeze_folded, load_trained
 from retrv_r1_training.align import Frame, agreement, described, read_two_tokens, relation_loss, two_tokens
 from retrv_r1_training.data import content_embeds
 from retrv_r1_training.describe import Descriptions
@@ -79,7 +79,7 @@ def _train_module(model: RetrvR1ForConditionalGeneration) -> None:
     model.requires_grad_(False)
     model.model.icm.requires_grad_(True)
     model.model.icm.tag_scale.requires_grad_(False)
-    model.model.icm.att1.k.bias.requires_grad_(False)  # folded away: it never gets a gradient, and DDP waits for one
+    freeze_folded(model)
 
 
 def export(recipe: AlignRecipe, state: dict[str, Tensor], out: Path) -> None:

@@ -61,6 +61,7 @@ class RolloutTrainer(GRPOTrainer):
     The dataset's `prompt` column holds prompt numbers as text.
     reference: of the KL term when all weights train; None = no KL, or the adapter's own base
     std_floor: see `GrpoConfig`; TRL is then told to scale nothing
+    frozen: what must stay without gradients, whatever PEFT switches on in between
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class RolloutTrainer(GRPOTrainer):
         check_trl()
         self.source, self.processor, self._std_floor = source, processor, std_floor
         self._rows: list[Rollout] = []
+        self.frozen: list[nn.Parameter] = []
         super().__init__(*args, processing_class=processor.tokenizer, rollout_func=_rollout, **kwargs)
         head = self.policy.get_output_embeddings()
         if not isinstance(head, nn.Linear):
@@ -98,6 +100,10 @@ class RolloutTrainer(GRPOTrainer):
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         self._rows = inputs["rows"]  # super() hands on only the tensors that it names
+        for (
+            parameter
+        ) in self.frozen:  # PEFT thaws whole modules when it switches adapters on again after the reference's pass
+            parameter.requires_grad_(False)
         loss: Tensor = super()._compute_loss(model, inputs)
         values = self.accelerator.gather(loss.detach()[None])  # all processes see, and stop, together
         if not torch.isfinite(values).all():
