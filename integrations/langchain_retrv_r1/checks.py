@@ -29,7 +29,7 @@ def check_base(base: object, reranker: object, embedder: object) -> None:
             explain("base", expected=f"a vector store with {BY_VECTOR}", got=type(base).__name__, fix=fix)
         )
     if embedder is not None and not isinstance(embedder, Embedder):
-        fix = "E.g. TextEmbedder(embeddings.embed_documents) around LangChain's; text alone needs none."
+        fix = "Leave it out: the store embeds texts itself. It is for queries with a picture."
         raise OptionsError(
             explain("embedder", expected="a retrv_r1_retriever.Embedder", got=type(embedder).__name__, fix=fix)
         )

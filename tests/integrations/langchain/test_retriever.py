@@ -274,7 +274,7 @@ def test_calls_that_cannot_be_used(query: Any, options: Any, message: str) -> No
         ({"base": Fixed(found=[]), "reranker": reranker(), "embedder": object()}, "a vector store with"),
         (
             {"base": written(), "reranker": reranker(), "embedder": DeterministicFakeEmbedding(size=64)},
-            r"embedder: expected a .*Embedder, got DeterministicFakeEmbedding. E.g. TextEmbedder\(embeddings.embed_doc",
+            "embedder: expected a .*Embedder, got DeterministicFakeEmbedding. Leave it out: the store embeds texts itself",
         ),
         ({"base": Fixed(found=[]), "reranker": reranker(), "k": 0}, "k: expected an integer >= 1 or None, got 0"),
         ({"base": Fixed(found=[]), "reranker": reranker(), "options": 3}, "RerankOptions"),
