@@ -6,7 +6,7 @@ from langchain_core.retrievers import BaseRetriever
 from langchain_core.vectorstores import VectorStore
 
 from langchain_retrv_r1.first_stage import BY_VECTOR
-from retrv_r1_retriever import BALANCED, Embedder, Engine, OptionsError, RerankOptions
+from retrv_r1_retriever import BALANCED, Embedder, OptionsError, RerankOptions
 from retrv_r1_retriever import RetrvR1Retriever as CoreRetriever
 from retrv_r1_retriever.errors import explain
 from retrv_r1_retriever.options import as_options
@@ -33,13 +33,6 @@ def check_base(base: object, reranker: object, embedder: object) -> None:
         raise OptionsError(
             explain("embedder", expected="a retrv_r1_retriever.Embedder", got=type(embedder).__name__, fix=fix)
         )
-
-
-def check_reranker(reranker: object) -> None:
-    if not hasattr(reranker, "arerank"):
-        fix = "Wrap it: retrv_r1_retriever.RetrvR1Reranker(engine)." if isinstance(reranker, Engine) else "Pass one."
-        got = type(reranker).__name__
-        raise OptionsError(explain("reranker", expected="retrv_r1_retriever.RetrvR1Reranker", got=got, fix=fix))
 
 
 def check_count(name: str, count: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from llama_index.core import instrumentation
 from llama_index.core.callbacks import CallbackManager, CBEventType
@@ -11,14 +12,13 @@ from llama_index.core.callbacks import EventPayload as _Of
 from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
 
 from llama_index_retrv_r1.nodes import NodeCandidate, to_nodes
-from retrv_r1_retriever.errors import OptionsError, explain
 from retrv_r1_retriever.images import ImageSource, LocalImages
 from retrv_r1_retriever.observe import Observers
 from retrv_r1_retriever.options import BALANCED, RerankOptions, as_options
 from retrv_r1_retriever.progress import ProgressFn
 from retrv_r1_retriever.remote import RemoteReranker
 from retrv_r1_retriever.reranker import Candidates, RetrvR1Reranker
-from retrv_r1_retriever.retriever import Reranker
+from retrv_r1_retriever.retriever import Reranker, as_reranker
 from retrv_r1_retriever.types import Query, RankedResults
 
 dispatcher = instrumentation.get_dispatcher(__package__)  # type: ignore[attr-defined]  # re-exported without __all__
@@ -43,10 +43,7 @@ class AnnouncedReranker:
         """With the pictures and options of the reranker itself, as far as it has any."""
         if isinstance(reranker, RetrvR1Reranker | RemoteReranker):
             return cls(reranker, reranker.images, as_options(options, reranker.options), callbacks)
-        if reranker is None or not callable(getattr(reranker, "arerank", None)):
-            fix = "Pass RetrvR1Reranker(engine)."
-            raise OptionsError(explain("reranker", expected="a Reranker", got=type(reranker).__name__, fix=fix))
-        return cls(reranker, LocalImages(), as_options(options, BALANCED), callbacks)
+        return cls(as_reranker(reranker), LocalImages(), as_options(options, BALANCED), callbacks)
 
     @property
     def observers(self) -> Observers:
@@ -67,7 +64,7 @@ class AnnouncedReranker:
         text = query if isinstance(query, str) else query.content.text or ""
         options = options or self.options
         top_n, model = min(options.top_n or len(nodes), len(nodes)), model_name(self.reranker)
-        asked = {_Of.NODES: nodes, _Of.MODEL_NAME: model, _Of.QUERY_STR: text, _Of.TOP_K: top_n}
+        asked: dict[str, Any] = {_Of.NODES: nodes, _Of.MODEL_NAME: model, _Of.QUERY_STR: text, _Of.TOP_K: top_n}
         dispatcher.event(ReRankStartEvent(query=text, nodes=nodes, top_n=top_n, model_name=model))
         with self.callbacks().event(CBEventType.RERANKING, payload=asked) as event:
             results = await self.reranker.arerank(query, candidates, options=options, progress=progress)
