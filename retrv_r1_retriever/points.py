@@ -124,7 +124,8 @@ class PointCodec:
     def filter(self, asked: Filter | None) -> Filter | None:
         if not isinstance(asked, Filter | None):
             fix = "Wrap conditions: Filter(must=(Equals(...),))."
-            raise InputError(explain("filter", expected="Filter or None", got=type(asked).__name__, fix=fix))
+            got = f"{type(asked).__module__.partition('.')[0]}.{type(asked).__name__}"  # Qdrant's has the same name
+            raise InputError(explain("filter", expected="retrv_r1_retriever.Filter or None", got=got, fix=fix))
         if self.tenant is None:
             return asked
         return Filter(must=(Equals(*self.tenant),)) & asked

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.vectorstores import VectorStore
 
@@ -10,6 +12,8 @@ from retrv_r1_retriever import BALANCED, Embedder, OptionsError, RerankOptions
 from retrv_r1_retriever import RetrvR1Retriever as CoreRetriever
 from retrv_r1_retriever.errors import explain
 from retrv_r1_retriever.options import as_options
+
+log = logging.getLogger(__name__)
 
 
 def check_base(base: object, reranker: object, embedder: object) -> None:
@@ -33,6 +37,9 @@ def check_base(base: object, reranker: object, embedder: object) -> None:
         raise OptionsError(
             explain("embedder", expected="a retrv_r1_retriever.Embedder", got=type(embedder).__name__, fix=fix)
         )
+    mode = getattr(getattr(base, "retrieval_mode", None), "value", "dense")
+    if embedder is not None and mode != "dense":
+        log.warning("embedder= searches the dense vectors alone: the sparse half of this %s store is not used", mode)
 
 
 def check_count(name: str, count: object) -> None:
