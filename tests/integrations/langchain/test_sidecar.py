@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -113,8 +114,10 @@ async def test_a_sidecar_that_cannot_be_read_costs_its_memory_not_the_call(monke
     assert "memory beside the collection could not be read: the server is gone" in found.results.trace.notes
 
 
-async def test_lazy_memory_grows_from_being_used() -> None:
-    store, compressor = written("dense", TWELVE), HashCompressor()
+@pytest.mark.parametrize("kind", ["dense", "hybrid"])
+async def test_lazy_memory_grows_from_being_used(kind: str) -> None:
+    store, compressor = written(kind, TWELVE), HashCompressor()
+    before = contents(store.client)["theirs"]
     sidecars = sidecars_of(store)
     keep = WriteBack(sidecars)
     retriever = RetrvR1Retriever(base=store, reranker=reranker(compressor, sidecars, write_back=keep))
@@ -124,3 +127,30 @@ async def test_lazy_memory_grows_from_being_used() -> None:
         await keep.flush()
     assert states == ["partial", "reranked", "reranked"]
     assert compressor.seen == 12
+    assert contents(store.client)["theirs"] == before
+
+
+def test_lazy_memory_of_sync_calls_is_finished_on_request() -> None:
+    store, compressor = written("dense", TWELVE), HashCompressor()
+    sidecars = sidecars_of(store)
+    keep = WriteBack(sidecars)
+    RetrvR1Retriever(base=store, reranker=reranker(compressor, sidecars, write_back=keep)).invoke("a card")
+    asyncio.run(keep.flush())
+    [one] = asyncio.run(sidecars.all())
+    assert (one.points, one.in_use) == (8, True)
+
+
+async def test_a_payload_that_changed_is_read_anew_and_said() -> None:
+    store = written("dense", TWELVE)
+    sidecars, compressor = sidecars_of(store), HashCompressor()
+    await build(sidecars)
+    point = next(p.id for p in store.client.scroll("theirs", limit=99)[0] if p.payload["metadata"]["n"] == 3)
+    store.client.set_payload("theirs", {"page_content": "card 7 now"}, points=[point])
+    found = RetrvR1Retriever(base=store, reranker=reranker(compressor, sidecars)).invoke("a card")
+    assert (found[0].metadata["status"], compressor.seen) == ("reranked", 1)
+    assert "card 7 now" in texts(found)[:2], "the model reads what is there now"
+    assert "stored memory of 1 candidates is of other content" in " ".join(found.results.trace.notes)
+    await MemoryBuilder(sidecars, HashCompressor(), LocalImages()).build()
+    compressor = HashCompressor()
+    again = RetrvR1Retriever(base=store, reranker=reranker(compressor, sidecars)).invoke("a card")
+    assert (again[0].metadata["status"], compressor.seen) == ("reranked", 0)
