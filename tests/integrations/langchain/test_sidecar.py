@@ -91,6 +91,18 @@ async def test_ids_that_hide_the_points_are_said() -> None:
     assert "3 candidates have ids that no point can have; memory beside the collection is found by point ids" in notes
 
 
+async def test_ids_that_look_like_numbers_cost_nobody_the_memory() -> None:
+    store = written("dense", TWELVE)
+    sidecars = sidecars_of(store)
+    await build(sidecars)
+    strange = [Document(f"card 7 {i}", id=id) for i, id in enumerate(("007", "9" * 25, "9" * 5000, "²", "-3"))]
+    compressor = HashCompressor()
+    given = [*store.similarity_search("a card", k=6), *strange]
+    found = Compressor(reranker=reranker(compressor, sidecars)).compress_documents(given, "a card")
+    assert (found[0].metadata["status"], compressor.seen) == ("reranked", len(strange))
+    assert "5 candidates have ids that no point can have" in " ".join(found.results.trace.notes)
+
+
 async def test_memory_of_other_fields_is_not_used_and_said_so() -> None:
     store, compressor = written("dense", TWELVE), HashCompressor()
     sidecars = sidecars_of(store, text="{metadata.n}: {page_content}")
