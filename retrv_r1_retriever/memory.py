@@ -34,24 +34,25 @@ class Readable:
 async def fetch(candidates: Sequence[Candidate], sidecars: Sidecars) -> tuple[list[Candidate], tuple[str, ...]]:
     """Candidates that came without memory, with that of the sidecar in use; their document ids are its point ids.
 
-    Also notes, where it could not be read or cannot be found: a call does not fail for what it can make itself.
+    Also a note, if it could not be read, or not be looked for: a call does not fail for what it can make itself.
     """
     ids = {c.document.id for c in candidates if c.memory is None}
     points = sorted(id for id in ids if native_id(id) is not None)
-    others = len(ids) - len(points)
-    unfound = f"{others} candidates have ids that no point can have; memory beside the collection is found by point ids"
     try:
-        found = await sidecars.fetch(points) if points and await sidecars.ready() else {}
+        in_use = bool(ids) and await sidecars.ready()
+        found = await sidecars.fetch(points) if points and in_use else {}
     except StoreError as error:
         log.warning("memory beside the collection could not be read: %s", error)
         return list(candidates), (f"memory beside the collection could not be read: {error}",)
     memories = {_bare(point): memory for point, memory in found.items()}
+    strange = len(ids) - len(points) if in_use else 0
+    note = f"{strange} candidates have ids that no point can have; memory beside the collection is found by point ids"
     return [
         candidate
         if candidate.memory is not None
         else replace(candidate, memory=memories.get(_bare(candidate.document.id)))
         for candidate in candidates
-    ], ((unfound,) if others else ())
+    ], (note,) if strange else ()
 
 
 def _bare(point_id: str) -> str:

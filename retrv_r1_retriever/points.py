@@ -124,7 +124,8 @@ class PointCodec:
     def filter(self, asked: Filter | None) -> Filter | None:
         if not isinstance(asked, Filter | None):
             fix = "Wrap conditions: Filter(must=(Equals(...),))."
-            raise InputError(explain("filter", expected="Filter or None", got=type(asked).__name__, fix=fix))
+            got = f"{type(asked).__module__.partition('.')[0]}.{type(asked).__name__}"  # Qdrant's has the same name
+            raise InputError(explain("filter", expected="retrv_r1_retriever.Filter or None", got=got, fix=fix))
         if self.tenant is None:
             return asked
         return Filter(must=(Equals(*self.tenant),)) & asked
@@ -319,14 +320,18 @@ def noted_memory(rows: Any, note: Mapping[str, Any]) -> Memory:
     return Memory(rows, note["memory_digest"], note["content_hash"], note["full_tokens"], note["image_hash"])
 
 
-def is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit()
+def whole_number(text: str, below: int) -> int | None:
+    """The number that `str()` made this text of; None if none did, say of "007", or if it is too large."""
+    if not (text.isascii() and text.isdigit() and len(text) <= len(str(below))):
+        return None
+    number = int(text)
+    return number if number < below and str(number) == text else None
 
 
 def native_id(text: str) -> int | str | None:
     """The point id of a foreign collection that `str()` made this document id of; None if none can have."""
-    if is_number(text):
-        return int(text)
+    if (number := whole_number(text, 2**64)) is not None:
+        return number
     try:
         uuid.UUID(text)
     except ValueError:

@@ -20,9 +20,9 @@ from retrv_r1_retriever.points import (
     Encoded,
     Found,
     PointCodec,
-    is_number,
     memory_rows,
     native_id,
+    whole_number,
 )
 from retrv_r1_retriever.qdrant_opening import Call, Opening
 from retrv_r1_retriever.qdrant_transport import Scales, connect, is_remote
@@ -188,7 +188,7 @@ class QdrantStore:
     def _by_field(self, field: str, ids: Sequence[str]) -> Any:
         """Ids may be stored as strings or as numbers; the caller's are always strings."""
         models = self._models
-        kinds: list[list[Any]] = [list(ids), [int(id) for id in ids if is_number(id)]]
+        kinds: list[list[Any]] = [list(ids), [n for id in ids if (n := whole_number(id, 2**63)) is not None]]
         return models.Filter(
             should=[models.FieldCondition(key=field, match=models.MatchAny(any=kind)) for kind in kinds if kind]
         )

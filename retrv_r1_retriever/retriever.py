@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from retrv_r1_retriever._sync import run
 from retrv_r1_retriever.cache import ResultCache
@@ -246,6 +246,16 @@ def _ready(
     if reranker is None or given != ["reranker"]:
         fix = "A reranker brings its own engine, compressor and cache."
         raise OptionsError(explain("model", expected="engine, or reranker alone", got=given, fix=fix))
+    return as_reranker(reranker)
+
+
+def as_reranker(given: Any) -> Reranker:
+    """Raises `OptionsError` for what is none, with what to do about it."""
+    if not callable(getattr(given, "arerank", None)):
+        fix = "Wrap it: retrv_r1_retriever.RetrvR1Reranker(engine)." if isinstance(given, Engine) else "Pass one."
+        got = type(given).__name__
+        raise OptionsError(explain("reranker", expected="retrv_r1_retriever.RetrvR1Reranker", got=got, fix=fix))
+    reranker: Reranker = given
     return reranker
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.vectorstores import VectorStore
 
 from langchain_retrv_r1.first_stage import BY_VECTOR
-from retrv_r1_retriever import BALANCED, Embedder, Engine, OptionsError, RerankOptions
+from retrv_r1_retriever import BALANCED, Embedder, OptionsError, RerankOptions
 from retrv_r1_retriever import RetrvR1Retriever as CoreRetriever
 from retrv_r1_retriever.errors import explain
 from retrv_r1_retriever.options import as_options
+
+log = logging.getLogger(__name__)
 
 
 def check_base(base: object, reranker: object, embedder: object) -> None:
@@ -29,17 +33,13 @@ def check_base(base: object, reranker: object, embedder: object) -> None:
             explain("base", expected=f"a vector store with {BY_VECTOR}", got=type(base).__name__, fix=fix)
         )
     if embedder is not None and not isinstance(embedder, Embedder):
-        fix = "E.g. TextEmbedder(embeddings.embed_documents) around LangChain's; text alone needs none."
+        fix = "Leave it out: the store embeds texts itself. It is for queries with a picture."
         raise OptionsError(
             explain("embedder", expected="a retrv_r1_retriever.Embedder", got=type(embedder).__name__, fix=fix)
         )
-
-
-def check_reranker(reranker: object) -> None:
-    if not hasattr(reranker, "arerank"):
-        fix = "Wrap it: retrv_r1_retriever.RetrvR1Reranker(engine)." if isinstance(reranker, Engine) else "Pass one."
-        got = type(reranker).__name__
-        raise OptionsError(explain("reranker", expected="retrv_r1_retriever.RetrvR1Reranker", got=got, fix=fix))
+    mode = getattr(getattr(base, "retrieval_mode", None), "value", "dense")
+    if embedder is not None and mode != "dense":
+        log.warning("embedder= searches the dense vectors alone: the sparse half of this %s store is not used", mode)
 
 
 def check_count(name: str, count: object) -> None:

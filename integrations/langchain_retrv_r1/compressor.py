@@ -15,13 +15,13 @@ from langchain_core.runnables.config import (
 )
 from pydantic import ConfigDict, InstanceOf, SkipValidation, model_validator
 
-from langchain_retrv_r1.checks import call_options, check_count, check_reranker
+from langchain_retrv_r1.checks import call_options, check_count
 from langchain_retrv_r1.documents import TEXT_ONLY, check_mapping, to_candidates, to_documents
 from langchain_retrv_r1.events import reporter
 from retrv_r1_retriever import PayloadSchema, Query, RerankOptions
 from retrv_r1_retriever._sync import run
 from retrv_r1_retriever.reranker import as_query
-from retrv_r1_retriever.retriever import Reranker
+from retrv_r1_retriever.retriever import Reranker, as_reranker
 
 
 class RetrvR1Reranker(BaseDocumentCompressor):
@@ -44,7 +44,7 @@ class RetrvR1Reranker(BaseDocumentCompressor):
 
     @model_validator(mode="after")
     def _check(self) -> RetrvR1Reranker:
-        check_reranker(self.reranker)
+        as_reranker(self.reranker)
         check_mapping(self.mapping)
         check_count("top_n", self.top_n)
         return self

@@ -71,8 +71,16 @@ class DocumentStage:
 
 
 def accepted(base: BaseRetriever, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Those arguments that this retriever takes per call. A filter it would not see is an error, `k` is its own affair."""
+    """Those arguments that this retriever takes per call. A filter it would not see, or that would take the place of its own,
+    say a tenant's, is an error; `k` is its own affair."""
     if isinstance(base, VectorStoreRetriever):
+        if "filter" in arguments and base.search_kwargs.get("filter") is not None:
+            fix = "Wrap the vector store, and pass both filters as one."
+            raise InputError(
+                explain(
+                    f"filter for {_name(base)}", expected="none beside that of its search_kwargs", got="one", fix=fix
+                )
+            )
         return arguments
     names = inspect.signature(base._get_relevant_documents).parameters
     if "filter" in arguments and "filter" not in names:

@@ -14,7 +14,7 @@ from langchain_core.retrievers import BaseRetriever
 from langchain_core.vectorstores import VectorStore
 from pydantic import ConfigDict, InstanceOf, SkipValidation, model_validator
 
-from langchain_retrv_r1.checks import call_options, check_base, check_count, check_reranker
+from langchain_retrv_r1.checks import call_options, check_base, check_count
 from langchain_retrv_r1.documents import OWN, TEXT_ONLY, RankedDocuments, check_mapping, picture_key, to_documents
 from langchain_retrv_r1.events import reporter
 from langchain_retrv_r1.first_stage import DocumentStage
@@ -23,7 +23,7 @@ from retrv_r1_retriever import RetrvR1Retriever as CoreRetriever
 from retrv_r1_retriever._sync import run
 from retrv_r1_retriever.options import check_reach
 from retrv_r1_retriever.reranker import as_query
-from retrv_r1_retriever.retriever import Reranker
+from retrv_r1_retriever.retriever import Reranker, as_reranker
 from retrv_r1_retriever.types import ImageInput
 
 
@@ -60,7 +60,7 @@ class RetrvR1Retriever(BaseRetriever):
         if isinstance(self.base, CoreRetriever):
             picture_key(self._mapping)
         else:
-            check_reranker(self.reranker)
+            as_reranker(self.reranker)
         check_count("k", self.k)
         return self
 

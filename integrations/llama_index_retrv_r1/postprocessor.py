@@ -36,7 +36,7 @@ class RetrvR1Rerank(BaseNodePostprocessor):
         instruction: str | None = None,
         callback_manager: CallbackManager | None = None,
     ) -> None:
-        announced = AnnouncedReranker.of(reranker, options)
+        announced = AnnouncedReranker.of(reranker, options, lambda: self.callback_manager)
         super().__init__(callback_manager=callback_manager or CallbackManager())
         self.options, self.metadata_mode, self.instruction = announced.options, MetadataMode(metadata_mode), instruction
         self._reranker = announced

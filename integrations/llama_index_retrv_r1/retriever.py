@@ -57,9 +57,11 @@ class RetrvR1Retriever(BaseRetriever):
         super().__init__(callback_manager=callback_manager)
         if isinstance(base, Pipeline):
             _check_none(reranker, "reranker", "a RetrvR1Retriever has its own")
-            self._reranker = AnnouncedReranker(base.reranker, base.images, as_options(options, base.options))
+            self._reranker = AnnouncedReranker(
+                base.reranker, base.images, as_options(options, base.options), lambda: self.callback_manager
+            )
         else:
-            self._reranker = AnnouncedReranker.of(reranker, options)
+            self._reranker = AnnouncedReranker.of(reranker, options, lambda: self.callback_manager)
         self._source = _source(base, embed_model, query_mode, metadata_mode)
         self._observers = base.observers if isinstance(base, Pipeline) else self._reranker.observers
         self.options, self.instruction = self._reranker.options, instruction

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from llama_index.core.base.base_multi_modal_retriever import MultiModalRetriever
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.base.embeddings.base import BaseEmbedding, mean_agg
 from llama_index.core.embeddings import MultiModalEmbedding
@@ -49,18 +50,28 @@ class RetrieverSource:
         if _filters(bundle) is not None:
             fix = "Wrap the vector store itself, or give the retriever its filters."
             raise InputError(explain("filters", expected="none beside a wrapped retriever", got="some", fix=fix))
-        if (
-            query.content.image is not None
-            and isinstance(self.retriever, VectorIndexRetriever)
-            and bundle.embedding is None
-        ):
-            fix = "Wrap the vector store itself, with a multimodal embed_model, or set QueryBundle.embedding."
-            got = "VectorIndexRetriever, which searches by text only"
-            raise InputError(explain("image query", expected="a retriever that reads pictures", got=got, fix=fix))
+        pictured = query.content.image is not None and bundle.embedding is None
+        method = self._by_picture(query, bundle) if pictured else "retrieve"
         plain = QueryBundle(bundle.query_str or "", bundle.image_path, bundle.custom_embedding_strs, bundle.embedding)
         blocks = type(self.retriever)._aretrieve is BaseRetriever._aretrieve
-        nodes = await _call(self.retriever, "retrieve", plain, sync=sync or blocks)
+        nodes = await _call(self.retriever, method, plain, sync=sync or blocks)
         return find_readable(nodes[:top_k], self.metadata_mode)
+
+    def _by_picture(self, query: Query, bundle: QueryBundle) -> str:
+        """The method that searches with the query's picture. An error where that would be a search without it."""
+        kind = type(self.retriever).__name__
+        if isinstance(self.retriever, VectorIndexRetriever):
+            got = f"{kind}, which searches by text only"
+        elif bundle.image_path is None:
+            got = "a picture that is no image_path, the one kind that retrievers are handed"
+        elif not isinstance(self.retriever, MultiModalRetriever):
+            return "retrieve"
+        elif query.content.text is None:
+            return "image_to_image_retrieve"
+        else:
+            got = f"{kind}, which searches by text or by a picture, not by both"
+        fix = "Wrap the vector store itself, with a multimodal embed_model, or set QueryBundle.embedding."
+        raise InputError(explain("image query", expected="a retriever that reads pictures", got=got, fix=fix))
 
 
 @dataclass(frozen=True, slots=True)

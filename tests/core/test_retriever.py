@@ -177,6 +177,11 @@ async def test_a_batch_shares_its_thinking() -> None:
             {"first_stage": FirstStage(), "compressor": object(), "reranker": object()},
             r"got \['compressor', 'reranker'\]",
         ),
+        (
+            {"first_stage": FirstStage(), "reranker": ScriptedEngine()},
+            r"got ScriptedEngine\. Wrap it: .*RetrvR1Reranker\(eng",
+        ),
+        ({"first_stage": FirstStage(), "reranker": "jina"}, "reranker: expected .*RetrvR1Reranker, got str"),
     ],
 )
 def test_half_a_pipeline_is_named(parts: Any, message: str) -> None:

@@ -17,7 +17,7 @@ from qdrant_client.http.exceptions import UnexpectedResponse
 from retrv_r1_retriever._sync import run
 from retrv_r1_retriever.errors import MissingExtraError, OptionsError, SchemaError, StoreError
 from retrv_r1_retriever.indexing import Indexer
-from retrv_r1_retriever.points import CollectionSpec
+from retrv_r1_retriever.points import CollectionSpec, native_id
 from retrv_r1_retriever.qdrant import QdrantStore
 from retrv_r1_retriever.schema import PayloadSchema
 from retrv_r1_retriever.store import Equals, Filter
@@ -263,3 +263,12 @@ async def test_points_the_server_refuses_cost_themselves_only(
     (failure,) = report.failed
     assert failure.id == "d3"
     assert "expected points that Qdrant takes, got UnexpectedResponse" in failure.reason
+
+
+def test_which_ids_are_numbers() -> None:
+    for text in ("0", "7", str(2**64 - 1)):
+        assert native_id(text) == int(text)
+    for text in ("007", str(2**64), "9" * 5000, "-1", "1.0", "²", "x", ""):
+        assert native_id(text) is None, text
+    for text in ("0" * 31 + "7", "6f0e3c1e-7f0f-5a0a-9f57-3a1d5cbe2f41"):
+        assert native_id(text) == text

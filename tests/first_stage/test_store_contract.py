@@ -164,7 +164,10 @@ async def test_unusable_filters(store: Any, condition: Any, message: str) -> Non
 async def test_a_bare_condition_is_no_filter(store: Any) -> None:
     await store.upsert([point("a")])
     for wrong in (Equals("n", 1), {"n": 1}):
-        with pytest.raises(InputError, match=r"filter: expected Filter or None, got (Equals|dict). Wrap conditions"):
+        with pytest.raises(
+            InputError,
+            match=r"filter: expected retrv_r1_retriever\.Filter or None, got (retrv_r1_retriever\.Equals|builtins\.dict)\. Wrap conditions",
+        ):
             await store.search(AXES[0], 1, filter=wrong)
 
 

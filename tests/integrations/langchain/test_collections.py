@@ -25,6 +25,7 @@ from tests.integrations.langchain.parts import (
     contents,
     documents,
     png,
+    red,
     reranker,
     texts,
     written,
@@ -99,6 +100,13 @@ def test_a_wrong_field_or_vector_is_named() -> None:
         QdrantStore("theirs", client=client, schema=PayloadSchema(text="body"))
 
 
+def test_qdrants_own_filter_on_our_own_store_is_named() -> None:
+    store = QdrantStore("theirs", client=written().client, schema=PayloadSchema(text="page_content", vector=""))
+    core = CoreRetriever(store=store, embedder=TextEmbedder(Words().embed_documents), reranker=reranker())
+    with pytest.raises(InputError, match=r"expected retrv_r1_retriever\.Filter or None, got qdrant_client\.Filter"):
+        RetrvR1Retriever(base=core).invoke("one", filter=red())
+
+
 class Colours:
     """A multimodal embedder that knows what the words' one knows: a picture of pure colour is that colour's word."""
 
@@ -128,6 +136,13 @@ async def test_a_query_with_a_picture_needs_an_embedder_that_sees(kind: str) -> 
     blind = RetrvR1Retriever(base=written(kind), reranker=reranker(), embedder=text_only)
     with pytest.raises(InputError, match="TextEmbedder: expected text, got an image without text"):
         blind.invoke("", image=png())
+
+
+def test_an_embedder_in_a_hybrid_stores_place_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    RetrvR1Retriever(base=written("dense"), reranker=reranker(), embedder=Colours())
+    assert caplog.text == ""
+    RetrvR1Retriever(base=written("hybrid"), reranker=reranker(), embedder=Colours())
+    assert "the sparse half of this hybrid store is not used" in caplog.text
 
 
 def test_an_embedder_of_another_size_is_refused() -> None:

@@ -14,6 +14,7 @@ from langchain_core.runnables import ConfigurableField
 from langchain_core.vectorstores import InMemoryVectorStore, VectorStore
 from langchain_retrv_r1 import RankedDocuments, RetrvR1Retriever
 from pydantic import ValidationError
+from qdrant_client import models
 
 from retrv_r1_retriever import Equals, Filter, PayloadSchema, RerankTimeout, SchemaError
 from retrv_r1_retriever import Query as CoreQuery
@@ -193,6 +194,16 @@ def test_a_filter_that_would_be_passed_over_is_refused() -> None:
         over(written()).invoke("q", filter=Filter(must=(Equals("color", "red"),)))
 
 
+def test_a_filter_does_not_take_the_place_of_the_base_retrievers_own() -> None:
+    """As a tenant's, which no caller may drop: LangChain itself would put the call's filter in its place."""
+    mine = over(written().as_retriever(search_kwargs={"filter": red()}))
+    assert {d.metadata["color"] for d in mine.invoke("one")} == {"red"}
+    with pytest.raises(
+        InputError, match="filter for VectorStoreRetriever: expected none beside that of its search_kwargs"
+    ):
+        mine.invoke("one", filter=models.Filter(must=[]))
+
+
 def test_the_number_and_the_filter_reach_any_retriever_that_names_them() -> None:
     class Naming(Fixed):
         def _get_relevant_documents(self, query: str, *, run_manager: Any, k: int = 1, filter: Any = None) -> Any:
@@ -274,7 +285,7 @@ def test_calls_that_cannot_be_used(query: Any, options: Any, message: str) -> No
         ({"base": Fixed(found=[]), "reranker": reranker(), "embedder": object()}, "a vector store with"),
         (
             {"base": written(), "reranker": reranker(), "embedder": DeterministicFakeEmbedding(size=64)},
-            r"embedder: expected a .*Embedder, got DeterministicFakeEmbedding. E.g. TextEmbedder\(embeddings.embed_doc",
+            "embedder: expected a .*Embedder, got DeterministicFakeEmbedding. Leave it out: the store embeds texts itself",
         ),
         ({"base": Fixed(found=[]), "reranker": reranker(), "k": 0}, "k: expected an integer >= 1 or None, got 0"),
         ({"base": Fixed(found=[]), "reranker": reranker(), "options": 3}, "RerankOptions"),

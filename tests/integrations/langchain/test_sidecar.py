@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -90,6 +91,18 @@ async def test_ids_that_hide_the_points_are_said() -> None:
     assert "3 candidates have ids that no point can have; memory beside the collection is found by point ids" in notes
 
 
+async def test_ids_that_look_like_numbers_cost_nobody_the_memory() -> None:
+    store = written("dense", TWELVE)
+    sidecars = sidecars_of(store)
+    await build(sidecars)
+    strange = [Document(f"card 7 {i}", id=id) for i, id in enumerate(("007", "9" * 25, "9" * 5000, "²", "-3"))]
+    compressor = HashCompressor()
+    given = [*store.similarity_search("a card", k=6), *strange]
+    found = Compressor(reranker=reranker(compressor, sidecars)).compress_documents(given, "a card")
+    assert (found[0].metadata["status"], compressor.seen) == ("reranked", len(strange))
+    assert "5 candidates have ids that no point can have" in " ".join(found.results.trace.notes)
+
+
 async def test_memory_of_other_fields_is_not_used_and_said_so() -> None:
     store, compressor = written("dense", TWELVE), HashCompressor()
     sidecars = sidecars_of(store, text="{metadata.n}: {page_content}")
@@ -113,8 +126,10 @@ async def test_a_sidecar_that_cannot_be_read_costs_its_memory_not_the_call(monke
     assert "memory beside the collection could not be read: the server is gone" in found.results.trace.notes
 
 
-async def test_lazy_memory_grows_from_being_used() -> None:
-    store, compressor = written("dense", TWELVE), HashCompressor()
+@pytest.mark.parametrize("kind", ["dense", "hybrid"])
+async def test_lazy_memory_grows_from_being_used(kind: str) -> None:
+    store, compressor = written(kind, TWELVE), HashCompressor()
+    before = contents(store.client)["theirs"]
     sidecars = sidecars_of(store)
     keep = WriteBack(sidecars)
     retriever = RetrvR1Retriever(base=store, reranker=reranker(compressor, sidecars, write_back=keep))
@@ -124,3 +139,30 @@ async def test_lazy_memory_grows_from_being_used() -> None:
         await keep.flush()
     assert states == ["partial", "reranked", "reranked"]
     assert compressor.seen == 12
+    assert contents(store.client)["theirs"] == before
+
+
+def test_lazy_memory_of_sync_calls_is_finished_on_request() -> None:
+    store, compressor = written("dense", TWELVE), HashCompressor()
+    sidecars = sidecars_of(store)
+    keep = WriteBack(sidecars)
+    RetrvR1Retriever(base=store, reranker=reranker(compressor, sidecars, write_back=keep)).invoke("a card")
+    asyncio.run(keep.flush())
+    [one] = asyncio.run(sidecars.all())
+    assert (one.points, one.in_use) == (8, True)
+
+
+async def test_a_payload_that_changed_is_read_anew_and_said() -> None:
+    store = written("dense", TWELVE)
+    sidecars, compressor = sidecars_of(store), HashCompressor()
+    await build(sidecars)
+    point = next(p.id for p in store.client.scroll("theirs", limit=99)[0] if p.payload["metadata"]["n"] == 3)
+    store.client.set_payload("theirs", {"page_content": "card 7 now"}, points=[point])
+    found = RetrvR1Retriever(base=store, reranker=reranker(compressor, sidecars)).invoke("a card")
+    assert (found[0].metadata["status"], compressor.seen) == ("reranked", 1)
+    assert "card 7 now" in texts(found)[:2], "the model reads what is there now"
+    assert "stored memory of 1 candidates is of other content" in " ".join(found.results.trace.notes)
+    await MemoryBuilder(sidecars, HashCompressor(), LocalImages()).build()
+    compressor = HashCompressor()
+    again = RetrvR1Retriever(base=store, reranker=reranker(compressor, sidecars)).invoke("a card")
+    assert (again[0].metadata["status"], compressor.seen) == ("reranked", 0)

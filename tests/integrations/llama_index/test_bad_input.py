@@ -29,6 +29,7 @@ from retrv_r1_retriever import (
     StoreError,
 )
 from retrv_r1_retriever import RetrvR1Retriever as Pipeline
+from retrv_r1_retriever.engines.scripted import ScriptedEngine
 from tests.integrations.llama_index.parts import (
     DIM,
     Fixed,
@@ -202,8 +203,9 @@ async def test_a_missing_collection_is_an_error_and_is_not_made() -> None:
 def test_parts_that_do_not_fit_together(tmp_path: Path) -> None:
     pipeline = Pipeline(first_stage=no_stage, reranker=reranker())
     for source, options, message in (
-        (Fixed([]), {}, "reranker: expected a Reranker, got NoneType"),
-        (Fixed([]), {"reranker": "jina"}, "reranker: expected a Reranker, got str"),
+        (Fixed([]), {}, "reranker: expected retrv_r1_retriever.RetrvR1Reranker, got NoneType"),
+        (Fixed([]), {"reranker": ScriptedEngine()}, r"got ScriptedEngine. Wrap it: .*RetrvR1Reranker\(engine"),
+        (Fixed([]), {"reranker": "jina"}, "reranker: expected retrv_r1_retriever.RetrvR1Reranker, got str"),
         (Fixed([]), {"reranker": reranker(), "embed_model": Words()}, "only a vector store needs one"),
         (pipeline, {"reranker": reranker()}, "a RetrvR1Retriever has its own"),
         ("things", {"reranker": reranker()}, "base: expected a vector store, a BaseRetriever"),

@@ -10,19 +10,21 @@ from typing import Any
 
 import pytest
 from llama_index.core import instrumentation
+from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayload, LlamaDebugHandler
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.instrumentation.events import BaseEvent
 from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
 from llama_index.core.instrumentation.events.retrieval import RetrievalEndEvent, RetrievalStartEvent
 from llama_index.core.llms import MockLLM
 from llama_index.core.postprocessor import SimilarityPostprocessor
+from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.retrievers import QueryFusionRetriever
 from llama_index.core.retrievers.fusion_retriever import FUSION_MODES
 from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 from llama_index.core.vector_stores.types import FilterOperator, MetadataFilter, MetadataFilters
 from llama_index_retrv_r1 import RankedNode, RerankQuery, RetrvR1Rerank, RetrvR1Retriever
 
-from retrv_r1_retriever import FAST, InputError
+from retrv_r1_retriever import FAST, EngineError, InputError
 from tests.integrations.llama_index.parts import SOURCES, Fixed, content_of, make, nodes_of, reranker, scored, texts
 
 KINDS = ("text", "image", "mixed")
@@ -229,6 +231,34 @@ async def test_rerank_events_lie_between_the_retrieval_events(form: str, events:
 async def test_the_postprocessor_announces_itself(form: str, events: list[BaseEvent]) -> None:
     await postprocess(form, scored(texts(4)), QueryBundle("q"))
     assert [type(event) for event in events] == [ReRankStartEvent, ReRankEndEvent]
+
+
+async def test_older_callbacks_hear_of_it_too(form: str) -> None:
+    """As from LlamaIndex's own rerankers; a query engine hands its callbacks to its postprocessors after they were made."""
+    heard = LlamaDebugHandler(print_trace_on_end=False)
+    callbacks = CallbackManager([heard])
+    retriever = RetrvR1Retriever(Fixed(scored(texts(4))), reranker=reranker(), callback_manager=callbacks)
+    engine = RetrieverQueryEngine.from_args(
+        retriever, llm=MockLLM(), node_postprocessors=[RetrvR1Rerank(reranker())], callback_manager=callbacks
+    )
+    found = (engine.query("q") if form == "sync" else await engine.aquery("q")).source_nodes
+    [first, second] = heard.get_event_pairs(CBEventType.RERANKING)
+    for start, end in (first, second):
+        asked, answered = start.payload or {}, end.payload or {}
+        assert (asked[EventPayload.QUERY_STR], asked[EventPayload.TOP_K]) == ("q", 4)
+        assert asked[EventPayload.MODEL_NAME] == "retrv-r1 scripted"
+        assert [n.node_id for n in answered[EventPayload.NODES]] == [n.node_id for n in found]
+    [(retrieving, _)] = heard.get_event_pairs(CBEventType.RETRIEVE)
+    assert heard._trace_map[retrieving.id_] == [first[0].id_]
+    broken = RetrvR1Retriever(
+        Fixed(scored(texts(2))),
+        reranker=reranker(failing={"probe": EngineError("down")}),
+        options=FAST.with_options(on_failure="raise"),
+        callback_manager=callbacks,
+    )
+    with pytest.raises(EngineError, match="down"):
+        await retrieve(form, broken, "q")
+    assert len(heard.get_event_pairs(CBEventType.RERANKING)) == 3, "a failed one is ended, too"
 
 
 async def test_an_index_without_an_async_client_says_so(tmp_path: Path) -> None:

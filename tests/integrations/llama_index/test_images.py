@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from llama_index.core import StorageContext
+from llama_index.core.indices.multi_modal import MultiModalVectorStoreIndex
 from llama_index.core.schema import BaseNode, ImageNode, MediaResource, Node, QueryBundle, TextNode
 from llama_index.vector_stores.qdrant import QdrantVectorStore
 from llama_index_retrv_r1 import RerankQuery, RetrvR1Rerank, RetrvR1Retriever
@@ -273,6 +276,54 @@ async def test_a_picture_on_a_text_only_index_is_an_error() -> None:
     decides = RetrvR1Reranker(opening_engine(), options=THINK.with_options(top_k=2))
     with pytest.raises(InputError, match="VectorIndexRetriever, which searches by text only"):
         RetrvR1Retriever(index.as_retriever(), reranker=decides).retrieve("x", image=png("blue"))
+
+
+@pytest.mark.parametrize("form", ["sync", "async"])
+async def test_a_multimodal_index_is_searched_by_the_picture(form: str, tmp_path: Path) -> None:
+    """LlamaIndex's own way to keep texts and pictures, in two collections; its `retrieve` searches by the words alone."""
+    client = (
+        {"client": QdrantClient(":memory:"), "aclient": None}
+        if form == "sync"
+        else {"aclient": AsyncQdrantClient(":memory:")}
+    )
+    texts, pictures = (QdrantVectorStore(name, **client) for name in ("texts", "pictures"))
+    nodes: list[Any] = [TextNode(text=f"text {i}", embedding=vector(b"x")) for i in range(2)]
+    shown = [image_node(color, 5 + i) for i, color in enumerate(("red", "green", "blue"))]
+    for node, color in zip(shown, ("red", "green", "blue"), strict=True):
+        node.embedding = vector(picture(color).tobytes())
+    for store, found in ((texts, nodes), (pictures, shown)):
+        await asyncio.to_thread(store.add, found) if form == "sync" else await store.async_add(found)
+    storage = StorageContext.from_defaults(vector_store=texts, image_store=pictures)
+    index = MultiModalVectorStoreIndex([], storage_context=storage, embed_model=Words(), image_embed_model=Pictures())
+    base = index.as_retriever(similarity_top_k=50, image_similarity_top_k=1)
+    decides = RetrvR1Reranker(opening_engine(), images=LocalImages(tmp_path), options=THINK.with_options(top_k=50))
+    retriever = RetrvR1Retriever(base, reranker=decides)
+
+    async def retrieve(query: Any, **more: Any) -> list[Any]:
+        return retriever.retrieve(query, **more) if form == "sync" else await retriever.aretrieve(query, **more)
+
+    (tmp_path / "blue.png").write_bytes(png("blue"))
+    path = str(tmp_path / "blue.png")
+    [found] = await retrieve(QueryBundle("", image_path=path))
+    assert found.get_content() == "text 7"
+    assert len(await retrieve("text 1")) == 3  # both texts, and the picture nearest to the words
+    with pytest.raises(InputError, match="which searches by text or by a picture, not by both"):
+        await retrieve(QueryBundle("but green", image_path=path))
+
+
+@pytest.mark.parametrize("form", ["sync", "async"])
+async def test_a_picture_that_a_wrapped_retriever_would_not_see_is_an_error(form: str) -> None:
+    source = Fixed(scored([image_node("blue", 1)]))
+    retriever = RetrvR1Retriever(source, reranker=RetrvR1Reranker(opening_engine(), options=THINK))
+    with pytest.raises(
+        InputError, match="got a picture that is no image_path, the one kind that retrievers are handed"
+    ):
+        retriever.retrieve("q", image=png("blue")) if form == "sync" else await retriever.aretrieve(
+            "q", image=png("blue")
+        )
+    assert source.asked == []
+    found = await retriever.aretrieve(QueryBundle("q", embedding=[1.0]), image=png("blue"))
+    assert len(found) == 1, "with an embedding it is known what is searched with"
 
 
 async def test_a_wrapped_retriever_gets_the_path(tmp_path: Path) -> None:
