@@ -78,6 +78,8 @@ def _modes(report: dict[str, Any]) -> list[str]:
         ceiling = shape["ceiling"]
         rates = f"{ceiling['flops'] / 1e9:,.0f} GFLOP/s in a large matmul, {ceiling['bytes'] / 1e9:,.1f} GB/s read"
         out += [f"Measured ceilings in the same process: {rates}.\n", table(shape["modes"]), *_goals(shape["modes"])]
+        if shape.get("auto"):
+            out += ["F, and a thought only where its two best slots are close:\n", table(shape["auto"])]
         if len(shape["stages"]) > 1:
             out.append(table([_stage(s) for s in shape["stages"]]))
     return out
