@@ -18,7 +18,7 @@ import numpy as np
 
 from retrv_r1_retriever._lock import FolderLock
 from retrv_r1_retriever.errors import SchemaError, StoreError, explain, missing_extra, not_indexed
-from retrv_r1_retriever.filters import FilterTranslator
+from retrv_r1_retriever.filters import SAMPLED, FilterTranslator, payload_indexes
 from retrv_r1_retriever.memory_file import MemoryFile
 from retrv_r1_retriever.points import CollectionSpec, Encoded, Found, PointCodec
 from retrv_r1_retriever.sidecar import Sidecars, join
@@ -133,8 +133,7 @@ class EdgeStore:
 
     async def upsert(self, points: Sequence[Point]) -> None:
         """Written to disk when this returns."""
-        if self.read_only:
-            raise StoreError(explain(f"index {self.path}", expected="no writes", got="upsert", fix="Drop read_only."))
+        self._check_writable("upsert")
 
         def write() -> None:
             encoded = self._codec.encode(points)  # in the thread too: pictures may have to be encoded
@@ -165,6 +164,26 @@ class EdgeStore:
         count: int = await self._call(lambda: self._shard.count(request))
         return count
 
+    async def index_fields(self, *fields: str) -> None:
+        """Make filters on these payload fields, and on the tenant's, fast. Without, each one reads the payload of every point.
+
+        Once for all: it stays with the index, also for points that come later. Raises `InputError` for a field whose kind the
+        documents do not tell; needs some documents.
+        """
+        self._check_writable("index_fields")
+        named = self._codec.filtered_fields(fields)
+        indexes = payload_indexes(named, [candidate.document for candidate in await self.sample(SAMPLED)])
+        kinds = self._edge.PayloadSchemaType
+
+        def work() -> None:
+            for field, kind in indexes.items():
+                self._shard.update(
+                    self._edge.UpdateOperation.create_field_index(field, getattr(kinds, kind.capitalize()))
+                )
+            self._shard.flush()
+
+        await self._call(work)
+
     async def optimize(self) -> None:
         """Build the approximate index. Worth it from about 100,000 documents on: until then every search is exact and fast."""
         await self._call(self._shard.optimize)
@@ -183,6 +202,10 @@ class EdgeStore:
             self._lock.release()
 
         await self._call(close)
+
+    def _check_writable(self, what: str) -> None:
+        if self.read_only:
+            raise StoreError(explain(f"index {self.path}", expected="no writes", got=what, fix="Drop read_only."))
 
     async def _joined(self, found: list[Found]) -> list[Found]:
         return await join(found, self.sidecars, lambda ids: self._retrieve(ids, True, True))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from retrv_r1_retriever.errors import InputError, explain
-from retrv_r1_retriever.schema import RESERVED
+from retrv_r1_retriever.schema import RESERVED, lookup
 from retrv_r1_retriever.store import Condition, Equals, Filter, OneOf, Range, Scalar
+from retrv_r1_retriever.types import Document
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,40 @@ class FilterTranslator:
                 self._equals(field, value)  # raises where no field can have it
             return self.sdk.FieldCondition(key=field, match=self.sdk.MatchAny(any=list(values)))
         return self.sdk.Filter(should=[self._equals(field, value) for value in values])
+
+
+#: Documents whose values say of what kind a field is, as `index_fields` wants to know.
+SAMPLED = 256
+
+
+def payload_indexes(fields: Sequence[str], documents: Sequence[Document]) -> dict[str, str]:
+    """Payload field -> "keyword", "integer" or "float", as Qdrant calls the index that makes filters on it fast.
+
+    Of our own layout, in which booleans are matched by name. Raises `InputError` where the documents do not tell.
+    """
+    indexes: dict[str, str] = {}
+    for field in fields:
+        values = [value for document in documents for value in _values(lookup(document.metadata, field))]
+        kinds = {_KINDS.get(type(value), "") for value in values}
+        if kinds == {"integer", "float"}:
+            kinds = {"float"}
+        if len(kinds) != 1 or not (kind := kinds.pop()):
+            found = ", ".join(sorted({type(value).__name__ for value in values}))
+            raise InputError(
+                explain(f"index of the field {field!r}", expected="values of one kind: text, whole numbers, numbers or booleans",
+                        got=found or f"none in {len(documents)} documents", fix="Name a field of the documents' metadata.")
+            )  # fmt: skip
+        indexes |= {f"{RESERVED}.{name}": "keyword" for name in ("true", "false")} if kind == "bool" else {field: kind}
+    return indexes
+
+
+_KINDS: dict[type, str] = {str: "keyword", int: "integer", float: "float", bool: "bool"}
+
+
+def _values(value: object) -> Iterable[object]:
+    if value is None:
+        return ()
+    return value if isinstance(value, list) else (value,)
 
 
 def check_value(field: str, value: object) -> None:

@@ -130,6 +130,10 @@ class PointCodec:
             return asked
         return Filter(must=(Equals(*self.tenant),)) & asked
 
+    def filtered_fields(self, fields: Iterable[str]) -> list[str]:
+        """These, and the tenant's, which is part of every filter."""
+        return list(dict.fromkeys((*fields, *([] if self.tenant is None else [self.tenant[0]]))))
+
     def check_query(self, vector: np.ndarray, top_k: int) -> list[float]:
         if top_k < 1:
             raise InputError(explain("top_k", expected="1 or more", got=top_k, fix="Raise it."))

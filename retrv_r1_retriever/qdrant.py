@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from retrv_r1_retriever.errors import InputError, OptionsError, StoreError, explain, missing_extra, not_indexed
-from retrv_r1_retriever.filters import FilterTranslator
+from retrv_r1_retriever.filters import SAMPLED, FilterTranslator, payload_indexes
 from retrv_r1_retriever.points import (
     MEMORY,
     CollectionSpec,
@@ -145,16 +145,18 @@ class QdrantStore:
         return codec.in_order(ids, await self._joined(codec, found) if beside else found)
 
     async def upsert(self, points: Sequence[Point]) -> None:
-        codec = await self.open()
-        if not codec.own or self.read_only:
-            what = "this package never writes to a collection it did not make" if not codec.own else "read_only=True"
-            raise StoreError(
-                explain(self._where, expected="no writes", got=f"upsert ({what})", fix="Index into one of our own.")
-            )
+        codec = await self._writable("upsert")
         encoded = await asyncio.to_thread(codec.encode, points)  # pictures may have to be encoded
         structs = [self._models.PointStruct(id=e.id, vector=_vectors_of(e), payload=e.payload) for e in encoded]
         if structs:
             await self._call("upsert", points=structs, wait=True)
+
+    async def index_fields(self, *fields: str) -> None:
+        """Make filters on these payload fields fast, as `EdgeStore.index_fields` does."""
+        named = (await self._writable("index_fields")).filtered_fields(fields)
+        indexes = payload_indexes(named, [candidate.document for candidate in await self.sample(SAMPLED)])
+        for field, kind in indexes.items():
+            await self._call("create_payload_index", field_name=field, field_schema=kind, wait=True)
 
     async def content_hashes(self, ids: Sequence[str], *, memory_digest: str | None = None) -> dict[str, str]:
         codec = await self.open()
@@ -177,6 +179,15 @@ class QdrantStore:
     async def close(self) -> None:
         if self._owns_client:
             await asyncio.to_thread(self._client.close)
+
+    async def _writable(self, what: str) -> PointCodec:
+        codec = await self.open()
+        if not codec.own or self.read_only:
+            why = "this package never writes to a collection it did not make" if not codec.own else "read_only=True"
+            raise StoreError(
+                explain(self._where, expected="no writes", got=f"{what} ({why})", fix="Index into one of our own.")
+            )
+        return codec
 
     @property
     def _where(self) -> str:

@@ -26,8 +26,18 @@ import transformers
 
 from retrv_r1_retriever._sync import run
 from retrv_r1_retriever.bench.floors import Counts, measure_ceiling
-from retrv_r1_retriever.bench.modes import Mode, Task, counted, interleaved, modes, thought, throughput
-from retrv_r1_retriever.bench.shapes import SHAPES, random_checkpoint, random_task
+from retrv_r1_retriever.bench.modes import (
+    Mode,
+    Task,
+    auto,
+    counted,
+    interleaved,
+    margin_below,
+    modes,
+    thought,
+    throughput,
+)
+from retrv_r1_retriever.bench.shapes import SHAPES, Shape, random_checkpoint, random_task
 from retrv_r1_retriever.bench.stages import stages
 from retrv_r1_retriever.config import Config, ModelConfig, checkpoint_path
 from retrv_r1_retriever.demo.catalogue import TASKS, pool_path, read_queries, write_catalogue
@@ -42,6 +52,7 @@ from retrv_r1_retriever.store import Point
 from retrv_r1_retriever.types import Candidate, Content, Document, Memory, Query
 
 Row = dict[str, float | str]
+AUTO_QUERIES = 10
 _FOLDERS = ("--out", "--dir")
 
 
@@ -52,6 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=7, help="timed passes through all modes (default: 7)")
     parser.add_argument("--steps", type=int, default=100, help="decoded tokens of a thought (default: 100; 0 = none)")
     parser.add_argument("--concurrency", type=int, nargs="*", default=[1, 8])
+    parser.add_argument(
+        "--margin", type=float, help="nats below which `auto` thinks (default: the checkpoint's, else by --think-share)"
+    )
+    parser.add_argument("--think-share", type=float, default=0.2, help="of the queries that `auto` thinks about (0.2)")
     parser.add_argument("--modes", nargs="+", help="only these, U and F among them (default: all)")
     parser.add_argument(
         "--stages", action=argparse.BooleanOptionalAction, default=True, help="also time the stages of a query"
@@ -79,13 +94,15 @@ def bench_shape(name: str, args: argparse.Namespace) -> dict[str, Any]:
     engine = LocalEngine(checkpoint, max_batch_tokens=1 << 17)
     ceiling = measure_ceiling(checkpoint.model.device, checkpoint.model.dtype)
     say(f"\n## {name}: {ceiling.flops / 1e9:,.0f} GFLOP/s in a large matmul, {ceiling.bytes / 1e9:,.1f} GB/s read\n")
-    out: dict[str, Any] = {"shape": name, "ceiling": asdict(ceiling), "modes": [], "stages": []}
+    out: dict[str, Any] = {"shape": name, "ceiling": asdict(ceiling), "modes": [], "auto": [], "stages": []}
     for k in args.top_k:
-        tasks = miniature_tasks(k) if name == "miniature" else {"image + text": random_task(SHAPES[name], k)}
-        for label, (query, candidates) in tasks.items():
-            task = Task.of(engine, query, candidates)
+        tasks = miniature_tasks(k) if name == "miniature" else {"image + text": _random_tasks(SHAPES[name], k)}
+        for label, (queries, candidates) in tasks.items():
+            task = Task.of(engine, queries[0], candidates)
             head: Row = {"task": label, "K": str(k)}
             out["modes"] += [head | row for row in run(time_modes(checkpoint, engine, task, args))]
+            if args.steps:
+                out["auto"].append(head | run(time_auto(engine, queries, task, args, checkpoint.model.device)))
             found = [asdict(s) for s in stages(checkpoint, task, ceiling, args.rounds)] if args.stages else []
             memory = task.stored[0].memory
             assert memory is not None
@@ -93,6 +110,8 @@ def bench_shape(name: str, args: argparse.Namespace) -> dict[str, Any]:
             found.append({"name": "fetch with memory (Edge)", "seconds": fetch, "floor": None})
             out["stages"] += [head | stage for stage in found]
     say(table(out["modes"]))
+    if out["auto"]:
+        say(table(out["auto"]))
     say(table([_stage_row(s) for s in out["stages"]]))
     return out
 
@@ -125,8 +144,31 @@ async def time_modes(checkpoint: Checkpoint, engine: LocalEngine, task: Task, ar
     return rows
 
 
-def miniature_tasks(top_k: int) -> dict[str, tuple[Query, tuple[Candidate, ...]]]:
-    """The first fine query of each task of the catalogue, over K candidates of the modality it asks for."""
+async def time_auto(
+    engine: LocalEngine, queries: Sequence[Query], task: Task, args: argparse.Namespace, device: torch.device
+) -> Row:
+    """F over several queries, a thought where a read is unsure: threshold, share that thought, milliseconds a query."""
+    prompts, chosen = [build_prompt(query, task.stored) for query in queries], "given"
+    threshold = args.margin
+    if threshold is None:
+        threshold, chosen = engine.think_margin, "calibrated"
+    if threshold is None:
+        threshold = await margin_below(engine, prompts, args.think_share)
+        chosen = f"leaves {args.think_share:.0%} below it"
+    found = await auto(engine, prompts, args.steps, threshold, args.rounds, device)
+    return {
+        "mode": "auto", "queries": str(len(queries)), "threshold, nats": threshold, "chosen": chosen,
+        "thought about, %": 100 * found.share, f"ms a query, {args.steps} tokens a thought": 1e3 * found.seconds,
+    }  # fmt: skip
+
+
+def _random_tasks(shape: Shape, top_k: int) -> tuple[tuple[Query, ...], tuple[Candidate, ...]]:
+    query, candidates = random_task(shape, top_k)
+    return (query, *(random_task(shape, 1, seed)[0] for seed in range(1, AUTO_QUERIES))), candidates
+
+
+def miniature_tasks(top_k: int) -> dict[str, tuple[tuple[Query, ...], tuple[Candidate, ...]]]:
+    """The first queries of each task of the catalogue, a fine one first, over K candidates of the modality they ask for."""
     out = {}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -134,14 +176,16 @@ def miniature_tasks(top_k: int) -> dict[str, tuple[Query, tuple[Candidate, ...]]
         images = LocalImages(root)
         documents = [d for d in read_mbeir(pool_path(root, "test")) if isinstance(d, Document)]
         for task in TASKS:
-            labelled = next(q for q in read_queries(root, "test", task) if q.stratum == "fine")
-            chosen = [d for d in documents if d.metadata["modality"] == labelled.target_modality][:top_k]
+            asked = read_queries(root, "test", task)
+            strata = ([q for q in asked if q.stratum == name][: AUTO_QUERIES // 2] for name in ("fine", "coarse"))
+            labelled = [q for one in strata for q in one]
+            chosen = [d for d in documents if d.metadata["modality"] == labelled[0].target_modality][:top_k]
             contents = [run(load_content(images, d.content))[0] for d in chosen]
-            query = Query(run(load_content(images, labelled.query.content))[0], labelled.query.instruction)
+            queries = [Query(run(load_content(images, q.query.content))[0], q.query.instruction) for q in labelled]
             candidates = (
                 Candidate(Document(d.id, c), None, i) for i, (d, c) in enumerate(zip(chosen, contents, strict=True), 1)
             )
-            out[task] = (query, tuple(candidates))
+            out[task] = (tuple(queries), tuple(candidates))
     return out
 
 

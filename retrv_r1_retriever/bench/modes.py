@@ -6,11 +6,14 @@ X    a pointwise cross-encoder of the same backbone: K prompts of one candidate 
 C    two tokens per candidate, compressed at query time: tower and projection run for all K
 F    two tokens per candidate, memory made at index time
 F+5  F, then its best five opened in full behind it, and a second read
+
+With a thought behind the read, F is what the issue of speed calls P. `auto` is F, and a thought only where its read is unsure.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
@@ -79,15 +82,54 @@ async def direct_read(engine: LocalEngine, prompt: Prompt) -> int:
         await engine.close(handle)
 
 
-async def thought(engine: LocalEngine, prompt: Prompt, steps: int) -> int:
-    """A direct read, then exactly `steps` sampled tokens unless the model ends its turn earlier; returns those."""
+async def thought(engine: LocalEngine, prompt: Prompt, steps: int, below: float = math.inf) -> int:
+    """A direct read, then exactly `steps` sampled tokens unless the model ends its turn earlier; returns those.
+
+    below: none are sampled where the two best slots are this many nats apart or more
+    """
     handle = await engine.open(prompt)
     try:
-        await engine.probe(handle, ANSWER_START)
+        if (await engine.probe(handle, ANSWER_START)).margin >= below:
+            return 0
         await engine.append(handle, [Forced(THINK_START)])
         return (await engine.generate(handle, GenerateParams((), steps))).tokens
     finally:
         await engine.close(handle)
+
+
+@dataclass(frozen=True, slots=True)
+class Auto:
+    """threshold: nats; share: of the queries that a thought was spent on; seconds: per query, the best of the rounds"""
+
+    threshold: float
+    share: float
+    seconds: float
+
+
+async def auto(
+    engine: LocalEngine, prompts: Sequence[Prompt], steps: int, threshold: float, rounds: int, device: torch.device
+) -> Auto:
+    """All prompts one after another, each with a thought only if its read is less sure than the threshold."""
+    sampled: list[int] = []
+
+    async def through() -> int:
+        sampled[:] = [await thought(engine, prompt, steps, threshold) for prompt in prompts]
+        return sum(sampled)
+
+    seconds = (await interleaved({"auto": through}, rounds, device))["auto"]
+    return Auto(threshold, sum(tokens > 0 for tokens in sampled) / len(sampled), seconds / len(prompts))
+
+
+async def margin_below(engine: LocalEngine, prompts: Sequence[Prompt], share: float) -> float:
+    """The threshold under which this share of the prompts' direct reads lies: halfway to the next one."""
+    margins = []
+    for prompt in prompts:
+        handle = await engine.open(prompt)
+        margins.append((await engine.probe(handle, ANSWER_START)).margin)
+        await engine.close(handle)
+    margins.sort()
+    count = round(share * len(margins))
+    return (margins[count - 1] + margins[count]) / 2 if 0 < count < len(margins) else math.inf if count else -math.inf
 
 
 async def interleaved(calls: dict[str, Mode], rounds: int, device: torch.device) -> dict[str, float]:

@@ -78,6 +78,8 @@ def _modes(report: dict[str, Any]) -> list[str]:
         ceiling = shape["ceiling"]
         rates = f"{ceiling['flops'] / 1e9:,.0f} GFLOP/s in a large matmul, {ceiling['bytes'] / 1e9:,.1f} GB/s read"
         out += [f"Measured ceilings in the same process: {rates}.\n", table(shape["modes"]), *_goals(shape["modes"])]
+        if shape.get("auto"):
+            out += ["F, and a thought only where its two best slots are close:\n", table(shape["auto"])]
         if len(shape["stages"]) > 1:
             out.append(table([_stage(s) for s in shape["stages"]]))
     return out
@@ -123,8 +125,8 @@ def _quality(report: dict[str, Any]) -> list[str]:
 _SEARCHED = (
     "Synthetic clustered vectors of 256 dimensions (the module says how they are made, and why uniform ones would be a bad model), one "
     "search thread, `filter` leaves that share of the points. RAM: pages of the searching process beyond those before it opened the "
-    "index. `scan` is what `EdgeStore` does until `optimize()`, `HNSW` what it does after; it makes no payload index and does not "
-    "quantize. Not shown: memory of the candidates, real embeddings, cold disks."
+    "index. `scan` is what `EdgeStore` does until `optimize()`, `HNSW` what it does after; a payload index is what "
+    "`index_fields` makes. It does not quantize. Not shown: memory of the candidates, real embeddings, cold disks."
 )
 _BENCH, _FIRST = "python -m retrv_r1_retriever.bench", "python -m retrv_r1_retriever.bench.first_stage"
 SECTIONS = (

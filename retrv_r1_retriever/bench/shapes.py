@@ -90,9 +90,9 @@ def random_checkpoint(shape: Shape, device: str | None = None) -> Checkpoint:
     return Checkpoint(model, Processor(words, images, 512), manifest)
 
 
-def random_task(shape: Shape, top_k: int) -> tuple[Query, tuple[Candidate, ...]]:
+def random_task(shape: Shape, top_k: int, seed: int = 0) -> tuple[Query, tuple[Candidate, ...]]:
     """A query of words and a picture over K candidates, each a picture and words; no memory yet."""
-    rng, noise = random.Random(0), np.random.default_rng(0)
+    rng, noise = random.Random(seed), np.random.default_rng(seed)
 
     def content(words: int) -> Content:
         pixels = noise.integers(0, 256, (shape.picture, shape.picture, 3), dtype=np.uint8)

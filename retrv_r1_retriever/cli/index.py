@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -38,6 +39,13 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="write again what looks unchanged, e.g. after replacing pictures under the same names",
     )
     parser.add_argument("--batch-size", type=int, default=32, metavar="N")
+    parser.add_argument(
+        "--filter-field",
+        action="append",
+        default=[],
+        metavar="FIELD",
+        help="make searches that filter by it fast; repeatable",
+    )
     parser.set_defaults(run=main)
 
 
@@ -63,7 +71,10 @@ def main(args: argparse.Namespace) -> int:
             store, embedder, engine, settings.open_images(config), batch_size=args.batch_size, progress=show
         )
         report = indexer.index(rows, force=args.force)
-        count = run(store.count())
+        if count := run(store.count()):
+            with contextlib.suppress(InputError):  # the documents' own field of that name may be of any kind
+                run(store.index_fields("modality"))
+            run(store.index_fields(*args.filter_field))
     except KeyboardInterrupt:
         print("stopped: what was written stays; the same command goes on from there", file=sys.stderr)
         raise

@@ -15,12 +15,14 @@ from retrv_r1_retriever import config as settings
 from retrv_r1_retriever._sync import run
 from retrv_r1_retriever.config import Config, ImagesConfig, StoreConfig
 from retrv_r1_retriever.demo.catalogue import TASKS, LabelledQuery, pool_path, read_queries, write_catalogue
+from retrv_r1_retriever.edge import EdgeStore
 from retrv_r1_retriever.embedders import Embedder
 from retrv_r1_retriever.engines.base import Compressor, Engine
 from retrv_r1_retriever.evaluation.comparison import Comparison, compare
 from retrv_r1_retriever.images import LocalImages
 from retrv_r1_retriever.indexing import Indexer, IndexReport
 from retrv_r1_retriever.options import RerankOptions
+from retrv_r1_retriever.qdrant import QdrantStore
 from retrv_r1_retriever.readers import read_mbeir
 from retrv_r1_retriever.retriever import RetrvR1Retriever
 from retrv_r1_retriever.store import Equals, Filter, Store
@@ -72,7 +74,7 @@ def demo_config(folder: Path, base: Config, checkpoint_digest: str, split: str =
 
 def build_index(
     config: Config,
-    store: Store,
+    store: EdgeStore | QdrantStore,
     embedder: Embedder,
     compressor: Compressor,
     progress: ProgressFn,
@@ -86,7 +88,9 @@ def build_index(
         progress("indexing", report.indexed + report.skipped + len(report.failed), total)
 
     images = settings.open_images(config)
-    return Indexer(store, embedder, compressor, images, batch_size=64, progress=show).index(read_mbeir(pool))
+    report = Indexer(store, embedder, compressor, images, batch_size=64, progress=show).index(read_mbeir(pool))
+    run(store.index_fields("modality"))
+    return report
 
 
 def scan(

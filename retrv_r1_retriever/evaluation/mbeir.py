@@ -111,8 +111,16 @@ class Qrels:
         self.lines = limits.open(path, LineFormat("qrels-1", lambda line: _judgement(line)[0], unique=False))
 
     def grades(self, qid: str) -> dict[str, int]:
-        """candidate id -> grade, as written; empty for an unknown query."""
-        return {did: grade for _, did, grade in map(_judgement, self.lines.find(qid))}
+        """candidate id -> grade, as written; empty for an unknown query. Two grades of one candidate are an `InputError`."""
+        grades: dict[str, int] = {}
+        for _, did, grade in map(_judgement, self.lines.find(qid)):
+            if (known := grades.setdefault(did, grade)) != grade:
+                got = f"{did!r} as {known} and {grade}"
+                raise InputError(
+                    explain(f"{self.lines.path.name}, query {qid!r}", expected="one grade per candidate", got=got,
+                            fix="Keep one of the lines.")
+                )  # fmt: skip
+        return grades
 
 
 class RunFile:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
@@ -53,6 +54,7 @@ def write_qrels(path: Path, qrels: Mapping[str, Mapping[str, int]]) -> None:
 
 
 def read_qrels(path: Path) -> dict[str, dict[str, int]]:
+    """query -> document -> grade. A grade that is no whole number, or two grades of one document, are an `InputError`."""
     qrels: dict[str, dict[str, int]] = {}
     with _opened(path) as file:
         beir = file.readline().split() == ["query-id", "corpus-id", "score"]
@@ -61,7 +63,12 @@ def read_qrels(path: Path) -> dict[str, dict[str, int]]:
         if beir and number == 1:
             continue
         query, document, grade = fields[:3] if beir else (fields[0], fields[2], fields[3])
-        qrels.setdefault(query, {})[document] = int(_number(grade, f"{path}:{number}"))
+        value, where = _number(grade, f"{path}:{number}"), f"{path}:{number}"
+        if not value.is_integer():
+            raise InputError(explain(where, expected="a whole number as grade", got=grade, fix="Fix the line."))
+        if (known := qrels.setdefault(query, {}).setdefault(document, int(value))) != value:
+            got = f"{document!r} of query {query!r} as {known} and {grade}"
+            raise InputError(explain(where, expected="one grade per document", got=got, fix="Keep one of the lines."))
     return qrels
 
 
@@ -108,11 +115,14 @@ def _rows(path: Path, columns: int, layout: str) -> Iterator[tuple[int, list[str
                 yield number, fields
 
 
-def _opened(path: Path) -> TextIO:
+@contextmanager
+def _opened(path: Path) -> Iterator[TextIO]:
     try:
-        return path.open(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(explain(str(path), expected="a readable file", got=error, fix="Fix the path.")) from None
+        with path.open(encoding="utf-8-sig") as file:
+            yield file
+    except (OSError, UnicodeDecodeError) as error:
+        expected = "a readable file, in UTF-8"
+        raise InputError(explain(str(path), expected=expected, got=error, fix="Fix the path, or convert it.")) from None
 
 
 def _number(text: object, where: str) -> float:

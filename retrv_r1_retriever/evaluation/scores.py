@@ -98,6 +98,8 @@ def _positives(run: TaskRun, problems: list[str]) -> dict[str, frozenset[str]]:
     for number in range(len(run.data)):
         judged = run.data.graded(run.data.queries[number])
         positives[judged.id] = frozenset(judged.grades)
+        if run.data.qrels is not None and not run.data.qrels.grades(judged.id):
+            problems.append(f"query {judged.id}: not in the qrels; the positives of its own row count")
         if not judged.grades:
             problems.append(f"query {judged.id}: no right answer in the qrels")
         elif not any(id in run.data.pool for id in judged.grades):

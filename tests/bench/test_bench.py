@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from retrv_r1_retriever._sync import run
 from retrv_r1_retriever.bench import __main__ as bench
 from retrv_r1_retriever.bench.floors import Ceiling, Counts, Work
-from retrv_r1_retriever.bench.modes import OPENED, Task, counted, modes, thought
+from retrv_r1_retriever.bench.modes import OPENED, Task, auto, counted, margin_below, modes, thought
 from retrv_r1_retriever.bench.shapes import SHAPES, Shape, random_checkpoint, random_task
 from retrv_r1_retriever.edge import EdgeStore
 from retrv_r1_retriever.engines.local import LocalEngine
@@ -65,6 +65,22 @@ def test_every_mode_reads_exactly_what_it_must(checkpoint, k):
     assert engine.forward_tokens - read == got["F"].prompt + 1 + 1 + 6
 
 
+def test_auto_thinks_where_the_read_is_unsure(checkpoint):
+    engine = LocalEngine(checkpoint, max_batch_tokens=1 << 17)
+    query, candidates = random_task(SMALL, 8)
+    others = [random_task(SMALL, 1, seed)[0] for seed in range(1, 5)]
+    task = Task.of(engine, query, candidates)
+    prompts = [build_prompt(one, task.stored) for one in (query, *others)]
+    for share in (0.0, 0.4, 1.0):
+        threshold = run(margin_below(engine, prompts, share))
+        read = engine.forward_tokens
+        found = run(auto(engine, prompts, 6, threshold, 0, checkpoint.model.device))
+        assert found.share == share
+        counts = [len(checkpoint.processor.chunk(p.segments, p)) for p in prompts]
+        # a probe each; `<think>` and all but the last sampled token of a thought
+        assert engine.forward_tokens - read == sum(counts) + 5 + 5 * share * (1 + 5)
+
+
 def test_formulas_agree_with_a_counter_on_the_model(checkpoint):
     """Attention is kept small by reading few tokens: the counter knows nothing of causality, nor of every CPU kernel."""
     model, counts = checkpoint.model, Counts(checkpoint.model.config, 4)
@@ -104,6 +120,8 @@ def test_the_command_prints_tables_and_writes_json_and_a_picture(tmp_path, capsy
     assert "tower, K pictures" in printed
     report = json.loads((tmp_path / "bench.json").read_text())
     assert [row["mode"] for row in report["shapes"][0]["modes"]] == ["U", "U'", "X", "C", "F", f"F+{OPENED}"]
+    [row] = report["shapes"][0]["auto"]
+    assert (row["queries"], row["chosen"], row["thought about, %"]) == ("10", "leaves 20% below it", 20.0)
     assert all(stage["seconds"] > 0 for stage in report["shapes"][0]["stages"])
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 

@@ -165,6 +165,11 @@ def spoiled(whole: Path, tmp_path: Path, file: str, change: Callable[[str], str]
         (CIRR.queries, lambda text: text[:-20], r"cirr_task7_test.jsonl: expected at most 0.0% bad rows, got 1 of 4"),
         (CIRR.queries, lambda text: text + text.splitlines()[0] + "\n", r"id '8:70' a second time"),
         (CIRR.pool("local"), lambda text: text[:-20], r"cirr_task7_cand_pool.jsonl: expected at most 0.0% bad rows"),
+        (
+            CIRR.qrels,
+            lambda text: text + text.splitlines()[0].replace(" 1 7", " 0 7"),
+            r"expected one grade per candidate",
+        ),
         (CIRR.queries, lambda text: "", r"cirr_task7_test.jsonl: expected at least one query, got none"),
     ],
 )
@@ -178,6 +183,11 @@ def test_bad_files_are_errors(whole: Path, tmp_path: Path, file: str, change: Ca
     [
         (CIRR.qrels, lambda text: text.replace(" 8:", " 8:9", 1), "its right answers are not in the pool (8:9"),
         (CIRR.qrels, lambda text: text.replace(" 1 7", " 0 7", 1), "query 8:70: no right answer in the qrels"),
+        (
+            CIRR.qrels,
+            lambda text: text.replace("8:70 ", "9:70 "),
+            "query 8:70: not in the qrels; the positives of its own",
+        ),
     ],
 )
 def test_queries_that_cannot_be_answered_are_named(

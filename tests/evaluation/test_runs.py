@@ -37,6 +37,18 @@ def test_bad_lines_name_file_and_line(tmp_path: Path) -> None:
     path.write_text("q 0 d yes\n")
     with pytest.raises(InputError, match=r"qrels\.txt:1: expected a number, got 'yes'"):
         read_qrels(path)
+    path.write_text("q 0 d 0.5\n")
+    with pytest.raises(InputError, match=r"qrels\.txt:1: expected a whole number as grade, got 0\.5"):
+        read_qrels(path)
+    path.write_text("q 0 d 1\nq 0 d 1\nq 0 d 0\n")
+    with pytest.raises(
+        InputError, match=r"qrels\.txt:3: expected one grade per document, got 'd' of query 'q' as 1 and 0"
+    ):
+        read_qrels(path)
+    path.write_bytes("q Q0 é 1 0.5 t\n".encode("latin-1"))
+    for read in (read_qrels, read_run):
+        with pytest.raises(InputError, match=r"qrels\.txt: expected a readable file, in UTF-8"):
+            read(path)
     with pytest.raises(InputError, match="expected ids without spaces, got 'two words'"):
         write_run(path, {"q": ["two words"]}, "t")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import qdrant_edge
 
 from retrv_r1_retriever.edge import EdgeStore
 from retrv_r1_retriever.errors import SchemaError, StoreError
@@ -94,6 +95,25 @@ async def test_survives_reopening_and_optimizing(tmp_path: Path) -> None:
     found = await store.search(np.eye(4)[1], 2)
     assert [c.document.id for c in found] == ["b", "a"]
     assert all(c.memory is not None for c in found)
+    await store.close()
+
+
+async def test_fields_that_are_filtered_by_have_an_index_that_stays(tmp_path: Path) -> None:
+    store = EdgeStore(tmp_path, spec=SPEC, tenant=("team", "red"))
+    await store.upsert([point("a", colour="red", price=1, sale=True), point("b", colour="blue", price=2.5, sale=False)])
+    await store.index_fields("colour", "price", "sale")
+    await store.index_fields("colour")  # harmless
+    await store.close()
+    store = EdgeStore(tmp_path)
+    kinds = {field: index.data_type for field, index in store._shard.info().payload_schema.items()}
+    keyword, number = qdrant_edge.PayloadSchemaType.Keyword, qdrant_edge.PayloadSchemaType.Float
+    assert kinds == {
+        "colour": keyword,
+        "price": number,
+        "_retrv.true": keyword,
+        "_retrv.false": keyword,
+        "team": keyword,
+    }
     await store.close()
 
 

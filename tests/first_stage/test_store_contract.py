@@ -132,18 +132,36 @@ CASES = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:Payload indexes have no effect in the local Qdrant")
+@pytest.mark.parametrize("indexed", [(), ("colour", "size", "price", "sale", "tags", "attrs.brand", "attrs.new")])
 @pytest.mark.parametrize(("filter", "expected"), CASES)
-async def test_filters(store: Any, filter: Filter, expected: str) -> None:
+async def test_filters(store: Any, filter: Filter, expected: str, indexed: tuple[str, ...]) -> None:
+    """The same with and without an index of the fields, and for points that came after it."""
     await store.upsert(
         [
             point(
                 "a", colour="red", size=1, price=1.5, sale=True, tags=["x", "y"], attrs={"brand": "acme", "new": True}
             ),
             point("b", colour="blue", size=2, price=2.0, sale=True, tags=["x"]),
-            point("c", colour="red", size=3, price=3.0, sale=False, tags=[]),
         ]
     )
+    await store.index_fields(*indexed)
+    await store.upsert([point("c", colour="red", size=3, price=3.0, sale=False, tags=[])])
     assert ids(await store.search(AXES[0], 9, filter=filter)) == list(expected)
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("nowhere", "got none in 2 documents"),
+        ("mixed", "expected values of one kind: .* got int, str"),
+        ("nested", "got dict"),
+    ],
+)
+async def test_a_field_that_cannot_be_indexed(store: Any, field: str, message: str) -> None:
+    await store.upsert([point("a", mixed=1, nested={"x": 1}), point("b", mixed="one")])
+    with pytest.raises(InputError, match=message):
+        await store.index_fields(field)
 
 
 @pytest.mark.parametrize(
@@ -221,6 +239,8 @@ async def test_read_only_reads(open_store: Callable[..., Any]) -> None:
     assert ids(await store.search(AXES[0], 1)) == ["a"]
     with pytest.raises(StoreError, match="expected no writes, got upsert"):
         await store.upsert([point("b")])
+    with pytest.raises(StoreError, match="expected no writes, got index_fields"):
+        await store.index_fields("colour")
 
 
 async def test_what_it_was_made_with_is_kept(open_store: Callable[..., Any]) -> None:
