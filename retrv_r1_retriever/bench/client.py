@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from retrv_r1_retriever.bench.floors import Counts, measure_ceiling
 from retrv_r1_retriever.bench.shapes import Shape, random_checkpoint
 from retrv_r1_retriever.engines.vllm import VllmEngine
 from retrv_r1_retriever.engines.vllm.engine import Handle
@@ -32,7 +33,7 @@ from retrv_r1_retriever.model.checkpoint import save_checkpoint
 from retrv_r1_retriever.model.configuration import IcmConfig
 from retrv_r1_retriever.prompt import ANSWER_START, THINK_END, Prompt, build_prompt
 from retrv_r1_retriever.session import GenerateParams
-from retrv_r1_retriever.trace import Forced
+from retrv_r1_retriever.trace import Forced, Text
 from retrv_r1_retriever.types import Candidate, Content, Document, Memory, Query
 
 WORDS = ("red", "two", "ring", "dots")
@@ -46,13 +47,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--top-k", type=int, default=50)
     parser.add_argument("--query-words", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--json", action="store_true", help="one line of JSON")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         engine = make_engine(Path(folder), args.hidden)
-        measured = asyncio.run(measure(engine, task(engine, args.top_k, args.query_words), args.rounds))
-    sys.stdout.write(json.dumps({"hidden": args.hidden, "top_k": args.top_k} | measured) + "\n")
+        found = asyncio.run(measure(engine, task(engine, args.top_k, args.query_words), args.rounds))
+    found = {"hidden": args.hidden, "top_k": args.top_k, "rounds": args.rounds} | found
+    sys.stdout.write(json.dumps(found) + "\n" if args.json else describe(found))
     return 0
+
+
+def describe(found: dict[str, Any]) -> str:
+    size = f"K = {found['top_k']}, width {found['hidden']:,}, {found['query tokens']} query tokens"
+    lines = [f"{size}; one thread, fastest of {found['rounds']}"]
+    for step, words in (
+        ("open", "make the list"),
+        ("direct read", "make it and ask once"),
+        ("step", "one step of a thought"),
+    ):
+        lines.append(f"{words:<22} {found[step]['ms']:6.2f} ms, {found[step]['cpu ms']:.2f} of the processor")
+    lines.append(f"{'request':<22} {found['bytes']:,} bytes")
+    lines.append(
+        f"{'floor of a list':<22} {found['floor ms']:6.2f} ms: the module's multiplications at this machine's matmul rate"
+    )
+    return "\n".join(lines) + "\n"
 
 
 @dataclass
@@ -130,9 +149,16 @@ async def measure(engine: VllmEngine, prompt: Prompt, rounds: int) -> dict[str, 
         http.answer = answer(sum(part.count for part in parts), words, [engine._keep_id])
         await engine.generate(thinking, GenerateParams((THINK_END,), len(words)))
 
+    asked = sum(len(engine._processor.tokenise(s.text)) for s in prompt.segments if isinstance(s, Text) and s.query)
     out: dict[str, Any] = {"open": await best(opened, rounds), "direct read": await best(direct, rounds)}
-    out |= {"bytes": http.sizes[-1], "step of a thought": await best(step, rounds), "sampled": len(words)}
-    return out
+    out |= {"bytes": http.sizes[-1], "step": await best(step, rounds), "query tokens": asked}
+    return out | {"floor ms": floor_ms(engine, len(prompt.candidates), asked)}
+
+
+def floor_ms(engine: VllmEngine, top_k: int, asked: int) -> float:
+    """Of the module's two tokens alone, with attention to the query as it is written, not folded."""
+    work = Counts(engine.wire._model.config, 4).compression(top_k, engine.memory_shape[0], asked)
+    return round(1e3 * measure_ceiling(torch.device("cpu"), torch.float32).floor(work), 2)
 
 
 async def best(call: Callable[[], Awaitable[object]], rounds: int) -> dict[str, float]:

@@ -197,14 +197,14 @@ class _Builder:
         self._pictures: list[Picture] = []
         self._candidates: list[int] = []
         self._memories: list[np.ndarray] = []
-        self._next = start
+        self._next, self._text = start, 0  # text tokens since the last picture
 
     def ids(self, ids: Sequence[int], *, query: bool = False, sampled: bool = False) -> None:
         n = len(ids)
         self._ids += ids
-        self._positions.append(np.broadcast_to(np.arange(self._next, self._next + n), (3, n)))
         self._marks.append((n, query, sampled, False))
         self._next += n
+        self._text += n
 
     def text(self, text: str, *, query: bool = False) -> None:
         self.ids(self._p.tokenise(text), query=query)
@@ -216,11 +216,17 @@ class _Builder:
         n = t * rows * columns
         grid = np.stack(np.meshgrid(np.arange(t), np.arange(rows), np.arange(columns), indexing="ij")).reshape(3, -1)
         self._ids += [self._p.token_id(IMAGE_PAD)] * n
+        self._place_text()
         self._positions.append(grid + self._next)
         self._marks.append((n, query, False, True))
         self._pictures.append(picture)
         self._next += max(rows, columns)  # as Qwen2.5-VL's get_rope_index
         self.ids([self._p.token_id(VISION_END)], query=query)
+
+    def _place_text(self) -> None:
+        """One position after the other, for all of it at once: a list is a hundred pieces of text."""
+        n, self._text = self._text, 0
+        self._positions.append(np.broadcast_to(np.arange(self._next - n, self._next), (3, n)))
 
     def content(self, content: Content) -> None:
         if content.image is not None:
@@ -236,7 +242,8 @@ class _Builder:
     def chunk(self) -> Chunk:
         counts = [m[0] for m in self._marks]
         query, sampled, image = (np.repeat([m[k] for m in self._marks], counts) for k in (1, 2, 3))
-        positions = np.concatenate(self._positions, axis=1) if self._positions else np.zeros((3, 0))
+        self._place_text()
+        positions = np.concatenate(self._positions, axis=1)
         return Chunk(
             np.asarray(self._ids, dtype=np.int64), positions.astype(np.int64), query.astype(bool), sampled.astype(bool),
             image.astype(bool), tuple(self._pictures), tuple(self._candidates), tuple(self._memories), self._next,

@@ -161,7 +161,9 @@ class Wire:
         query = icm.rows([self._query(chunk)])[0]
         content, relation = icm.of_one_query(stored.float(), mask, query)
         tag: Tensor = self._table(self._labels[torch.tensor(chunk.candidates)]) * icm.tag_scale
-        return torch.stack([content + tag, relation + tag], 1).to(self._table.weight.dtype)
+        tokens = torch.empty(len(tag), 2, tag.shape[1], dtype=self._table.weight.dtype)
+        tokens[:, 0], tokens[:, 1] = content + tag, relation + tag
+        return tokens
 
     def _query(self, chunk: Chunk) -> Tensor:
         """T_q, the input embeddings that relation tokens are made of: (q, H)."""

@@ -26,7 +26,8 @@ FLAGS = (
     "--enable-prompt-embeds", "--enable-prompt-tokens-details", "--chat-template", TEMPLATE,
     "--limit-mm-per-prompt", '{"image":8,"video":0}',
     "--dtype", "float32", "--enforce-eager", "--max-model-len", "4096", "--max-num-seqs", "16", "--block-size", "32",
-    "--structured-outputs-config", '{"backend":"xgrammar","disable_any_whitespace":true}',  # else the miniature writes tabs for ever
+    # or the miniature, no chat model, writes tabs for ever
+    "--structured-outputs-config", '{"backend":"xgrammar","disable_any_whitespace":true}',
 )  # fmt: skip
 SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB

@@ -78,13 +78,14 @@ async def test_the_stub_is_a_server(vllm: Vllm, folder: Path, found: list[Candid
 
 
 async def test_requests_of_one_list_have_one_session(vllm: Vllm, folder: Path, found: list[Candidate]) -> None:
-    """By which a router sends the steps of a thought to the server that has read its beginning."""
+    """By which a router finds the server that has read the beginning, and no other list can hit what was kept of this one."""
     with vllm_stub(vllm) as stub:
         reranker = RetrvR1Reranker(engine(folder, stub.url), options=THINK)
         for _ in range(2):
             vllm.written = 0
             assert (await reranker.arerank("which", found)).status is Status.RERANKED
         sessions = [request.headers["X-Session-ID"] for request in stub.requests]
+    assert [body["cache_salt"] for body in vllm.bodies] == sessions
     assert len(sessions) == 8
     assert len(set(sessions[:4])) == len(set(sessions[4:])) == 1
     assert sessions[0] != sessions[4]

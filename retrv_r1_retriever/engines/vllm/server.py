@@ -66,11 +66,13 @@ class VllmServer:
         self.http, self.model, self.traffic = http, model, Traffic()
 
     async def complete(self, parts: Sequence[Part], sampling: Sampling, session: str = "") -> Completion:
-        """session: the same for requests that continue one another, so that a router can send them where the prefix is kept
+        """session: the same for requests that continue one another, and hard to guess. A router can send them where the prefix is
+        kept, and the server shares what it keeps of them with no other caller, who could learn from an answer's time what was sent.
 
         Raises `ServerError` for a refusal, `EngineError` for an answer that cannot be used.
         """
-        body = _body(parts, {"model": self.model, **_parameters(sampling)})
+        salt = {"cache_salt": session} if session else {}
+        body = _body(parts, {"model": self.model, **_parameters(sampling), **salt})
         try:
             # Idempotent: the server keeps nothing of a completion but a cache.
             headers = {SESSION: session} if session else {}
