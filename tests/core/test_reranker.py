@@ -253,7 +253,7 @@ async def test_a_thought_that_passed_over_most_candidates_is_noted(judged: int, 
     assert any(f"passed over {4 - judged} of 4 candidates" in note for note in results.trace.notes) is said
 
 
-@pytest.mark.parametrize(("count", "said"), [(1, True), (4, True), (5, False), (10, False), (11, True)])
+@pytest.mark.parametrize(("count", "said"), [(1, True), (5, True), (9, True), (10, False), (11, True)])
 async def test_a_list_unlike_those_of_the_training_is_noted(count: int, said: bool) -> None:
     engine = ScriptedEngine(slots=lambda prompt: [0.0] * len(prompt.slots), trained_top_k=10)
     results = await RetrvR1Reranker(engine, options=FAST).arerank("q", candidates(count))
