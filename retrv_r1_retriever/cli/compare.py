@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from retrv_r1_retriever.cli.terminal import one_line, print_json, print_table, print_wrapped, printable
+from retrv_r1_retriever.cli.terminal import at_least_one, one_line, print_json, print_table, print_wrapped, printable
 from retrv_r1_retriever.errors import InputError, explain
 from retrv_r1_retriever.evaluation.metrics import Qrels, Run, values
 from retrv_r1_retriever.evaluation.runs import read_qrels, read_run
@@ -25,7 +25,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--metric", action="append", metavar="NAME", help=f"recall@K, mrr, ndcg@K, map@K; default: {' '.join(METRICS)}"
     )
-    parser.add_argument("--samples", type=int, default=SAMPLES, metavar="N", help="of bootstrap and randomisation")
+    parser.add_argument(
+        "--samples", type=at_least_one, default=SAMPLES, metavar="N", help="of bootstrap and randomisation"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.set_defaults(run=main)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from retrv_r1_retriever import config as settings
 from retrv_r1_retriever.cli.search import load_config
 from retrv_r1_retriever.cli.show import describe, print_results
-from retrv_r1_retriever.cli.terminal import Progress, print_json, print_table, print_wrapped, printable
+from retrv_r1_retriever.cli.terminal import Progress, at_least_one, print_json, print_table, print_wrapped, printable
 from retrv_r1_retriever.demo import run as demo
 from retrv_r1_retriever.evaluation.comparison import Comparison
 from retrv_r1_retriever.images import LocalImages
@@ -30,7 +30,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--dir", type=Path, default=Path("demo-data"), help="where everything goes (default: ./demo-data)"
     )
     parser.add_argument(
-        "--queries", type=int, default=demo.PER_STRATUM, metavar="N", help="scanned per kind and stratum"
+        "--queries", type=at_least_one, default=demo.PER_STRATUM, metavar="N", help="scanned per kind and stratum"
     )
     parser.set_defaults(run=main)
 

@@ -11,7 +11,7 @@ from typing import Any, get_args
 from retrv_r1_retriever._sync import run
 from retrv_r1_retriever.cli.queries import Asked, read_queries
 from retrv_r1_retriever.cli.search import add_options, check_output, load_config, opened_retriever, options_of
-from retrv_r1_retriever.cli.terminal import Progress, print_json, print_table, print_wrapped, printable
+from retrv_r1_retriever.cli.terminal import Progress, at_least_one, print_json, print_table, print_wrapped, printable
 from retrv_r1_retriever.errors import InputError, OptionsError, explain
 from retrv_r1_retriever.evaluation.first_stage import RunFirstStage
 from retrv_r1_retriever.evaluation.measure import Measured, label, measure, tag
@@ -36,7 +36,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "M-BEIR's and BEIR's query files are read too. Without positives: where first stage and reranking disagree",
     )
     parser.add_argument("--qrels", type=Path, metavar="FILE", help="TREC or BEIR judgements in place of the positives")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N queries")
+    parser.add_argument("--limit", type=at_least_one, metavar="N", help="only the first N queries")
     parser.add_argument(
         "--from-run", type=Path, metavar="FILE", help="rerank this TREC or BEIR run; its documents must be in the store"
     )
@@ -58,7 +58,9 @@ def add_modes(parser: argparse.ArgumentParser) -> None:
         "--top-k", metavar="K[,K...]", help="candidates from the first stage; several: one after another"
     )
     parser.add_argument("--mode", action="append", metavar="THINK/RANKING", help="e.g. never/logits; repeatable")
-    parser.add_argument("--concurrency", type=int, default=1, metavar="N", help="queries at a time; 1 measures latency")
+    parser.add_argument(
+        "--concurrency", type=at_least_one, default=1, metavar="N", help="queries at a time; 1 measures latency"
+    )
 
 
 def main(args: argparse.Namespace) -> int:

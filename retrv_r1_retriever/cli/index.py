@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from retrv_r1_retriever import config as settings
 from retrv_r1_retriever._sync import run
 from retrv_r1_retriever.cli.search import load_config
-from retrv_r1_retriever.cli.terminal import Progress, print_json, print_wrapped, printable
+from retrv_r1_retriever.cli.terminal import Progress, at_least_one, print_json, print_wrapped, printable
 from retrv_r1_retriever.config import Config
 from retrv_r1_retriever.errors import InputError, explain
 from retrv_r1_retriever.types import Content, Document
@@ -38,7 +38,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="write again what looks unchanged, e.g. after replacing pictures under the same names",
     )
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N")
+    parser.add_argument("--batch-size", type=at_least_one, default=32, metavar="N")
     parser.add_argument(
         "--filter-field",
         action="append",

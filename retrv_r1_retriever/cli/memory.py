@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from retrv_r1_retriever import config as settings
 from retrv_r1_retriever._sync import run
 from retrv_r1_retriever.cli.search import load_config
-from retrv_r1_retriever.cli.terminal import Progress, one_line, print_json, print_table, terminal_width
+from retrv_r1_retriever.cli.terminal import Progress, at_least_one, one_line, print_json, print_table, terminal_width
 from retrv_r1_retriever.config import Config
 from retrv_r1_retriever.errors import OptionsError, StoreError, explain
 
@@ -31,8 +31,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         "longer needed, and with --yes delete it",
     )
     parser.add_argument("--shard", default="1/1", metavar="I/N", help="build: only part I of N; plan: with N processes")
-    parser.add_argument("--sample", type=int, default=32, metavar="N", help="plan: documents measured")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N")
+    parser.add_argument("--sample", type=at_least_one, default=32, metavar="N", help="plan: documents measured")
+    parser.add_argument("--batch-size", type=at_least_one, default=32, metavar="N")
     parser.add_argument("--digest", help="switch, drop: this memory (default: the checkpoint's)")
     parser.add_argument("--force", action="store_true", help="switch: although documents have no memory yet")
     parser.add_argument("--yes", action="store_true", help="drop: delete what is listed")

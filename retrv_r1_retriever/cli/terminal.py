@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import sys
 import textwrap
@@ -30,6 +31,17 @@ def terminal_width() -> int:
 
 def print_json(value: Any) -> None:
     print(strict_json(value, indent=2, default=str))
+
+
+def at_least_one(text: str) -> int:
+    """A count, as the `type` of an argument."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return value
 
 
 def print_wrapped(text: str, *, indent: int = 0) -> None:

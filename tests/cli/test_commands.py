@@ -278,6 +278,14 @@ def test_usage_errors_and_help(run: Run) -> None:
     as_json = run("search", "--top-k", "many", "--json")
     assert (as_json.code, as_json.err) == (2, "")
     assert as_json.json["error"]["message"].startswith("argument --top-k: invalid int value: 'many'. See: retrv-r1 sea")
+    for command, flag in (("demo", "--queries"), ("eval", "--limit"), ("index", "--batch-size")):
+        for count in ("0", "-2", "x"):
+            source = [] if command == "demo" else ["file"]
+            ran = run(command, *source, flag, count)
+            assert (ran.code, f"argument {flag}: expected a whole number of at least 1, got '{count}'" in ran.err) == (
+                2,
+                True,
+            )
     assert run("serach", "--json").json["error"]["type"] == "OptionsError"
     assert "COMMAND" in run("--help").out
     assert run("search", "--help").code == 0
