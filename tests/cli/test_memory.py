@@ -153,7 +153,7 @@ def test_lazy_memory_is_written_before_the_command_ends(run: Run, shop: Path, se
     ("arguments", "message"),
     [
         (("build", "--shard", "3/2"), "shard: expected i/n"),
-        (("build", "--batch-size", "0"), "batch_size: expected 1 or more"),
+        (("build", "--batch-size", "0"), "--batch-size: expected a whole number of at least 1, got '0'"),
         (("drop", "--digest", "nope"), "--digest: expected memory beside this collection, got nope"),
     ],
 )
