@@ -150,6 +150,12 @@ class EdgeStore:
         point_ids = [self._codec.point_id(id) for id in dict.fromkeys(ids)]
         found = await self._retrieve(point_ids, self._codec.note_fields, with_memory=False)
         self._codec.check_ids(ids, found)
+        file = self._memory
+        if (
+            memory_digest is not None and file is not None
+        ):  # the point remembers its memory also where the file was lost
+            made = await self._call(lambda: file.content_hashes(point_ids))
+            found = [point for point in found if point.id in made]
         return self._codec.hashes(found, memory_digest)
 
     async def sample(self, limit: int = 10) -> list[Candidate]:

@@ -330,15 +330,6 @@ def _decide(
                 else "were not named in the thought, and there is no direct read to place them"
             )
         )
-    notes = (*readable.notes, *reading.trace.notes)
-    if 2 * len(passed_over) > len(read):
-        notes = (*notes, f"the thought passed over {len(passed_over)} of {len(read)} candidates: most got no verdict")
-    if reading.outcome and (reading.outcome.answer == NONE_INDEX) != order.none_chosen:
-        said, is_now = ("none", "a candidate") if reading.outcome.answer == NONE_INDEX else ("a candidate", "none")
-        notes = (*notes, f"the thought answered {said}; by the calibrated lead of none the answer is {is_now}")
-    if skipped:
-        labels = ", ".join(str(i) for i in readable.positions)
-        notes = (*notes, f"labels count only the candidates in the prompt, at these places of the list: {labels}")
     return RankedResults(
         query=query,
         results=to_results(read, order, skipped)[: options.top_n],
@@ -356,9 +347,26 @@ def _decide(
                 stale_memories=len(readable.fresh) + len(skipped) + len(reading.stale),
             ),
             timings=timings,
-            notes=notes,
+            notes=_notes(readable, reading, order, len(passed_over), all_read=not skipped),
         ),
     )
+
+
+def _notes(
+    readable: memory.Readable, reading: Reading, order: Order, passed_over: int, *, all_read: bool
+) -> tuple[str, ...]:
+    """What weakened the decision without taking it away."""
+    notes = [*readable.notes, *reading.trace.notes]
+    read = len(readable.positions)
+    if 2 * passed_over > read:
+        notes.append(f"the thought passed over {passed_over} of {read} candidates: most got no verdict")
+    if reading.outcome and (reading.outcome.answer == NONE_INDEX) != order.none_chosen:
+        said, is_now = ("none", "a candidate") if reading.outcome.answer == NONE_INDEX else ("a candidate", "none")
+        notes.append(f"the thought answered {said}; by the calibrated lead of none the answer is {is_now}")
+    if not all_read:
+        labels = ", ".join(str(i) for i in readable.positions)
+        notes.append(f"labels count only the candidates in the prompt, at these places of the list: {labels}")
+    return tuple(notes)
 
 
 def _passed_over(order: Order, outcome: Outcome | None) -> tuple[int, ...]:

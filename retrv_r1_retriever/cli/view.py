@@ -11,7 +11,7 @@ from pathlib import Path
 
 from retrv_r1_retriever import config as settings
 from retrv_r1_retriever.cli.search import check_output, load_config
-from retrv_r1_retriever.cli.terminal import print_json
+from retrv_r1_retriever.cli.terminal import at_least_one, print_json
 from retrv_r1_retriever.errors import InputError, explain
 from retrv_r1_retriever.types import RankedResults
 
@@ -24,7 +24,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="PAGE.html", help="the page (default: beside the first file; opened)"
     )
-    parser.add_argument("--last", type=int, default=LAST, metavar="N", help=f"the last N calls (default: {LAST:,})")
+    parser.add_argument(
+        "--last", type=at_least_one, default=LAST, metavar="N", help=f"the last N calls (default: {LAST:,})"
+    )
     parser.set_defaults(run=main)
 
 
@@ -35,8 +37,6 @@ def main(args: argparse.Namespace) -> int:
     config = load_config(args)
     page = args.out or args.files[0].with_suffix(".html")
     check_output(page)
-    if args.last < 1:
-        raise InputError(explain("--last", expected="at least 1", got=args.last, fix="Say how many."))
     shown, stored = deque[RankedResults](maxlen=args.last), 0
     for path in args.files:
         for results in read_traces(path):

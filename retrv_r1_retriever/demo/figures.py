@@ -46,7 +46,9 @@ class Asked:
     candidates: tuple[Candidate, ...]
 
 
-async def ask(folder: Path, split: str, first_stage: VectorFirstStage, limit: int | None) -> list[Asked]:
+async def ask(
+    folder: Path, split: str, first_stage: VectorFirstStage, limit: int | None, top_k: int = K
+) -> list[Asked]:
     """Candidates of all queries of a split; `limit` per task and stratum."""
     images, asked = LocalImages(folder), []
     for task in TASKS:
@@ -56,15 +58,15 @@ async def ask(folder: Path, split: str, first_stage: VectorFirstStage, limit: in
                 content, _ = await load_content(images, labelled.query.content)
                 query = Query(content, labelled.query.instruction, labelled.query.id)
                 only = Filter(must=(Equals("modality", labelled.target_modality),))
-                asked.append(Asked(labelled, query, tuple(await first_stage(query, top_k=K, filter=only))))
+                asked.append(Asked(labelled, query, tuple(await first_stage(query, top_k=top_k, filter=only))))
     return asked
 
 
 def measure(
     reranker: RetrvR1Reranker, asked: Sequence[Asked], progress: Callable[[str, int, int], None], batch: int = 100
 ) -> dict[str, dict[str, Comparison]]:
-    """mode -> stratum -> comparison."""
-    out = {}
+    """mode -> stratum -> comparison. Lists as long as they are given."""
+    out, top_k = {}, max(len(a.candidates) for a in asked)
     for name, options in MODES.items():
         if options.think == "auto" and reranker.engine.think_margin is None:
             continue
@@ -72,7 +74,10 @@ def measure(
         for start in range(0, len(asked), batch):
             part = asked[start : start + batch]
             results += reranker.rerank_batch(
-                [a.query for a in part], [a.candidates for a in part], options=options, concurrency=batch
+                [a.query for a in part],
+                [a.candidates for a in part],
+                options=options.with_options(top_k=top_k),
+                concurrency=batch,
             )
             progress(name, len(results), len(asked))
         if options is _THINK:
@@ -88,12 +93,12 @@ def _promote(results: RankedResults) -> RankedResults:
     return replace(results, results=tuple(order))
 
 
-def markdown(table: dict[str, dict[str, Comparison]], split: str) -> str:
+def markdown(table: dict[str, dict[str, Comparison]], split: str, top_k: int = K) -> str:
     """One row per mode and stratum; the first stage on top."""
     any_mode = next(iter(table.values()))
     lines = [
         f"Split `{split}`, {any_mode['all'].queries} queries ({any_mode['coarse'].queries} coarse, "
-        f"{any_mode['fine'].queries} fine), K = {K}.",
+        f"{any_mode['fine'].queries} fine), K = {top_k}.",
         "",
         "| order | stratum | R@1 | R@5 | MRR | opened per query | thought about |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -101,7 +106,7 @@ def markdown(table: dict[str, dict[str, Comparison]], split: str) -> str:
     for stratum in STRATA:
         c = any_mode[stratum]
         s = c.first_stage
-        name = f"first stage (R@{K} {c.ceiling:.3f})"
+        name = f"first stage (R@{top_k} {c.ceiling:.3f})"
         lines.append(f"| {name} | {stratum} | {s.recall_at_1:.3f} | {s.recall_at_5:.3f} | {s.mrr:.3f} | | |")
     for mode, strata in table.items():
         for stratum in STRATA:
@@ -126,6 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint", default="miniature", help="a checkpoint folder; default: the shipped miniature")
     parser.add_argument("--dir", type=Path, default=Path("demo-data"), help="where catalogue and index are kept")
     parser.add_argument("--limit", type=int, help="queries per task and stratum")
+    parser.add_argument("--top-k", type=int, default=K, help=f"K; the miniature was trained on lists of {K} only")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     args = parser.parse_args(argv)
 
@@ -140,11 +146,11 @@ def main(argv: list[str] | None = None) -> int:
     store = settings.open_store(config, settings.collection_spec(engine, embedder))
     try:
         demo.build_index(config, store, embedder, engine, progress, args.split)
-        asked = run(ask(args.dir, args.split, VectorFirstStage(store, embedder), args.limit))
+        asked = run(ask(args.dir, args.split, VectorFirstStage(store, embedder), args.limit, args.top_k))
     finally:
         run(store.close())
     table = measure(RetrvR1Reranker(engine, images=LocalImages(args.dir)), asked, progress)
-    sys.stdout.write(markdown(table, args.split) + "\n")
+    sys.stdout.write(markdown(table, args.split, args.top_k) + "\n")
     if args.json:
         args.json.write_text(json.dumps({m: {s: asdict(c) for s, c in t.items()} for m, t in table.items()}, indent=1))
     return 0

@@ -186,6 +186,17 @@ async def test_many_searches_at_once_beside_a_write(tmp_path: Path) -> None:
     await store.close()
 
 
+async def test_memory_whose_file_was_lost_is_made_again(tmp_path: Path) -> None:
+    store = EdgeStore(tmp_path, spec=SPEC)
+    await store.upsert([point("a")])
+    await store.close()
+    (tmp_path / "memory.sqlite").unlink()
+    store = EdgeStore(tmp_path)
+    assert await store.content_hashes(["a"], memory_digest="digest-1") == {}  # so an indexing run takes it for new
+    assert list(await store.content_hashes(["a"])) == ["a"]
+    await store.close()
+
+
 async def test_a_damaged_file_of_memory(tmp_path: Path) -> None:
     await EdgeStore(tmp_path, spec=SPEC).close()
     (tmp_path / "memory.sqlite").write_bytes(b"no database" * 100)

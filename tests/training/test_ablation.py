@@ -183,17 +183,14 @@ def small(monkeypatch, tmp_path):
     return tmp_path
 
 
+def arguments(folder):
+    places = {"recipe": "ablation.yaml", "out": "out", "work": "work"}
+    return ["ablation", *(word for name, place in places.items() for word in (f"--{name}", str(folder / place)))]
+
+
 @pytest.mark.slow
 def test_two_rows_train_measure_and_resume(small, monkeypatch):
-    argv = [
-        "ablation",
-        "--recipe",
-        str(small / "ablation.yaml"),
-        "--out",
-        str(small / "out"),
-        "--work",
-        str(small / "work"),
-    ]
+    argv = arguments(small)
     argv += ["--steps", "2", "--threads", "1", "--seeds", "0"]
     stages: list[tuple[str, str]] = []
     inner = Miniature.stage
@@ -236,15 +233,7 @@ def test_two_rows_train_measure_and_resume(small, monkeypatch):
     ],
 )
 def test_the_other_rows_train_and_measure(small, name):
-    argv = [
-        "ablation",
-        "--recipe",
-        str(small / "ablation.yaml"),
-        "--out",
-        str(small / "out"),
-        "--work",
-        str(small / "work"),
-    ]
+    argv = arguments(small)
     assert cli.main([*argv, "--steps", "1", "--threads", "1", "--seeds", "0", "--rows", name]) == 0
     found = json.loads((small / "out" / f"{name}-s0.json").read_text())
     assert 0 <= found["quality"]["all"]["hybrid"] <= 1

@@ -31,6 +31,7 @@ from retrv_r1_retriever.ranking import rank as ranked
 from retrv_r1_retriever.types import StopReason
 from retrv_r1_training.adapters import TARGETS, freeze_folded, freeze_memory, prepare_deepspeed, raise_precision
 from retrv_r1_training.grpo_config import GrpoConfig
+from retrv_r1_training.memory_training import learns_memory
 from retrv_r1_training.processes import from_all, rank, world
 from retrv_r1_training.reward import penalty_at, progress, reward
 from retrv_r1_training.rollout import Rollout, RolloutRunner, Sampling, Task
@@ -76,7 +77,7 @@ def make_trainer(
     )  # `rollout_func` is experimental in TRL, which is why we guard it
     model, processor = checkpoint.model, checkpoint.processor
     torch.manual_seed(seed)  # LoRA's start
-    full = config.lora_rank == 0
+    full, learns = config.lora_rank == 0, learns_memory(model)  # asked before PEFT wraps the module
     if config.deepspeed:
         prepare_deepspeed(model)
     reference = copy.deepcopy(model).requires_grad_(False) if full and config.beta else None
@@ -89,7 +90,7 @@ def make_trainer(
         source=_Source(tasks, config, seed), train_dataset=Dataset.from_dict({"prompt": order}), processor=processor, beta=config.beta,
         reference=reference, peft_config=None if full else adapter(model, processor, config.lora_rank),
     )  # fmt: skip
-    if not full:
+    if not full and not learns:
         freeze_memory(trainer.policy)
     freeze_folded(trainer.policy)
     trainer.frozen = [p for p in trainer.model.parameters() if not p.requires_grad]

@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from langchain_classic.retrievers import ContextualCompressionRetriever
 from langchain_core.documents import Document
 from langchain_core.runnables import RunnableLambda
 from langchain_retrv_r1 import RetrvR1Reranker, RetrvR1Retriever
@@ -35,6 +36,15 @@ async def test_nothing_in_nothing_out_and_no_call() -> None:
     compressor = RetrvR1Reranker(reranker=core)
     assert (compressor.compress_documents([], "q"), await compressor.acompress_documents([], "q")) == ([], [])
     assert core.engine.opened == []
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_in_the_framework_s_own_compression_retriever(is_async: bool) -> None:
+    compressor = RetrvR1Reranker(reranker=reranker("stars"), top_n=2)
+    retriever = ContextualCompressionRetriever(base_compressor=compressor, base_retriever=written().as_retriever())
+    found = await retriever.ainvoke("a ring") if is_async else retriever.invoke("a ring")
+    assert (texts(found)[0], len(found)) == ("three green stars", 2)
+    assert found[0].metadata["status"] == "reranked"
 
 
 def test_queries_with_pictures_and_instructions() -> None:
