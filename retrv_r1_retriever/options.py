@@ -26,7 +26,7 @@ class RerankOptions:
     think_margin: threshold for `auto`; None = the checkpoint's calibrated one, and without that `auto` means `always`
     max_think_share: upper bound, in [0, 1], on the share of a batch that `auto` lets think; smallest margins first
     ranking: `hybrid`, `logits` (implies think="never") or `promote`, see docs/concepts.md
-    max_inspections: candidates opened in full, at most
+    max_inspections: candidates opened in full, at most; a thought with more refused requests than that is ended, too
     max_new_tokens: tokens sampled by the model over the whole thought, at most
     temperature, seed: 0 = greedy; otherwise seeded sampling
     timeout_s: for the whole call, first stage included; None = no limit

@@ -69,7 +69,9 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class SessionLimits:
-    """max_context: tokens the engine can hold (prompt included); None = unlimited."""
+    """max_inspections: opened candidates; one refused request more than that ends the thought as well
+    max_context: tokens the engine can hold (prompt included); None = unlimited
+    """
 
     max_inspections: int = 4
     max_new_tokens: int = 512
@@ -184,6 +186,8 @@ class InspectionSession:
         closed = index is None or index >= len(self._prompt.candidates)
         if closed or index in self._inspected or index in self._unreadable:
             self._refused += 1
+            if self._refused > self._limits.max_inspections:
+                return self._close(StopReason.FORCED_BY_BUDGET)  # a model in a loop would spend every token it has
             return self._think()
         assert index is not None
         if len(self._inspected) >= self._limits.max_inspections or self._tokens_left < 1:

@@ -125,7 +125,7 @@ def _quality(report: dict[str, Any]) -> list[str]:
 _SEARCHED = (
     "Synthetic clustered vectors of 256 dimensions (the module says how they are made, and why uniform ones would be a bad model), one "
     "search thread, `filter` leaves that share of the points. RAM: pages of the searching process beyond those before it opened the "
-    "index. `scan` is what `EdgeStore` does until `optimize()`, `HNSW` what it does after; a payload index is what "
+    "index. `EdgeStore` searches by `scan` until `optimize()` and behind every filter, else by `HNSW`; a payload index is what "
     "`index_fields` makes. It does not quantize. Not shown: memory of the candidates, real embeddings, cold disks."
 )
 _BENCH, _FIRST = "python -m retrv_r1_retriever.bench", "python -m retrv_r1_retriever.bench.first_stage"

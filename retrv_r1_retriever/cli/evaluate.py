@@ -67,7 +67,7 @@ def main(args: argparse.Namespace) -> int:
     config = load_config(args)
     modes = modes_of(args, config.rerank)
     check_output(args.report, args.run_file)
-    asked = read_queries(args.file, config, qrels=args.qrels, limit=args.limit)
+    asked, unjudged = read_queries(args.file, config, qrels=args.qrels, limit=args.limit)
     qrels = {one.query.id or "": one.grades for one in asked} if asked[0].grades else None
     with opened_retriever(config) as retriever:
         stage = _stage(args, retriever, asked)
@@ -86,11 +86,13 @@ def main(args: argparse.Namespace) -> int:
         _write_report(args.report, measured, outcome, settings, retriever)
         written.append(args.report)
     if args.json:
-        print_json(_json(measured, outcome, settings) | {"missing_positives": missing})
+        print_json(_json(measured, outcome, settings) | {"missing_positives": missing, "unjudged_queries": unjudged})
         return 0
     _print(measured, outcome, args)
     if missing:
         print_wrapped(_missing_words(missing))
+    if unjudged:
+        print_wrapped(f"queries without a right answer in {args.qrels}, left out: {unjudged}")
     for path in written:
         print(f"wrote {path}")
     return 0

@@ -32,24 +32,31 @@ class Asked:
     grades: Mapping[str, int] = field(default_factory=dict)
 
 
-def read_queries(path: Path, config: Config, *, qrels: Path | None = None, limit: int | None = None) -> list[Asked]:
-    """All of them labelled, or none. Raises `InputError` naming file and line: a measurement over the readable part would be
-    another measurement. qrels: judgements in place of the rows' own; queries they do not know are left out
+def read_queries(
+    path: Path, config: Config, *, qrels: Path | None = None, limit: int | None = None
+) -> tuple[list[Asked], int]:
+    """All of them labelled, or none; and how many were left out because `qrels` do not judge them.
+
+    qrels: judgements in place of the rows' own. Raises `InputError` naming file and line: a measurement over the readable part would
+    be another measurement.
     """
     given = read_qrels(qrels) if qrels else None
     asked: dict[str, Asked] = {}
+    unjudged: set[str] = set()
     for where, row in _rows(path):
         try:
             one = _asked(row, where, path.parent, config)
         except (ValueError, AttributeError, TypeError) as error:  # our InputError is a ValueError
             raise InputError(f"{where}: {error}") from None
         id = one.query.id or ""
-        if id in asked:
+        if id in asked or id in unjudged:
             raise InputError(explain(where, expected="distinct ids", got=f"{id!r} a second time", fix="Rename one."))
         if given is not None:
             one = Asked(one.query, {did: grade for did, grade in given.get(id, {}).items() if grade > 0})
         if given is None or one.grades:
             asked[id] = one
+        else:
+            unjudged.add(id)
     if not asked:
         expected = "at least one query" + (f" that {qrels} judges" if qrels else "")
         raise InputError(explain(str(path), expected=expected, got="none", fix="Write one per line."))
@@ -58,7 +65,7 @@ def read_queries(path: Path, config: Config, *, qrels: Path | None = None, limit
     if 0 < len(bare) < len(chosen):
         got = f"{len(bare)} of {len(chosen)} queries without positives (first: {bare[0]!r})"
         raise InputError(explain(str(path), expected="right answers for all or none", got=got, fix="Add or drop them."))
-    return chosen
+    return chosen, len(unjudged)
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:

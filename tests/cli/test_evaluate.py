@@ -81,6 +81,9 @@ def test_an_existing_run_is_reranked(indexed: Path, run: Run) -> None:
     mode = ran["modes"][MODE]
     assert (ran["queries"], mode["first_stage"]["mrr"], mode["ceiling"]) == (1, 0.5, 1.0)
     assert ran["configuration"]["first_stage"] == "run run.json"
+    assert ran["unjudged_queries"] == 2
+    out = run("eval", "queries.jsonl", "--from-run", "run.json", "--qrels", "qrels.tsv").out
+    assert "queries without a right answer in qrels.tsv, left out: 2" in out
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,12 @@ def test_refused_inspections_cost_a_count_and_nothing_else() -> None:
     assert outcome.stop_reason is StopReason.ANSWERED
 
 
+def test_a_loop_of_refused_inspections_ends_the_thought() -> None:
+    _, outcome = run(session(max_inspections=2), request(3), request(3), request(3), request(3), said(label(3)))
+    assert (outcome.refused, outcome.inspected, outcome.answer) == (3, (3,), 3)
+    assert outcome.stop_reason is StopReason.FORCED_BY_BUDGET
+
+
 def test_spent_inspections_force_the_answer() -> None:
     steps, outcome = run(session(max_inspections=1, temperature=1), request(3), request(2), said(NONE))
     assert steps[2].append == (Forced("</think><answer>"),)
