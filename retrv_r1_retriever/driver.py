@@ -104,10 +104,13 @@ def should_think(
     return not direct.margin >= threshold, None  # a margin that is no number is no certainty
 
 
-def _unlike_training(count: int, trained: int) -> str | None:
-    """A note on a list of any other length: the shipped miniature, trained on lists of 20, goes wrong on 16 (docs/experiments.md)."""
-    if count == trained or not trained:
+def _unlike_training(count: int, engine: Engine) -> str | None:
+    """A note on a list of a length it never saw: a miniature trained on lists of 20 went wrong on 16 (docs/experiments.md)."""
+    longest = engine.trained_top_k
+    shortest = engine.trained_min_k or longest
+    if not longest or shortest <= count <= longest:
         return None
+    trained = f"{longest}" if shortest == longest else f"{shortest} to {longest}"
     return (
         f"this list is {count} long and the model was trained on lists of {trained}: "
         "its order may mean little (`retrv-r1 eval` measures it)"
@@ -137,7 +140,7 @@ class _Run:
     async def open(self) -> None:
         with self._stage("open"), _engine_errors("open"):
             self.handle = await self.engine.open(self.prompt)
-        if note := _unlike_training(len(self.prompt.candidates), self.engine.trained_top_k):
+        if note := _unlike_training(len(self.prompt.candidates), self.engine):
             self.notes.append(note)
 
     async def read_directly(self) -> None:

@@ -110,8 +110,9 @@ def _checkpoint(config: Config, manifest: Manifest) -> Iterator[Finding]:
     yield Finding("warn" if restricted else "ok", "base", f"{manifest.base}, licence {licence}", fix)
     if config.engine.kind == "chat":
         return  # the checkpoint only embeds then
-    if manifest.trained_top_k and config.rerank.top_k > manifest.trained_top_k:
-        detail = f"top_k {config.rerank.top_k}, but trained with lists of {manifest.trained_top_k}"
+    shortest = manifest.trained_min_k or manifest.trained_top_k
+    if manifest.trained_top_k and not shortest <= config.rerank.top_k <= manifest.trained_top_k:
+        detail = f"top_k {config.rerank.top_k}, but trained with lists of {shortest} to {manifest.trained_top_k}"
         yield Finding(
             "warn", "top_k", detail, f"Set top_k = {manifest.trained_top_k} in [rerank], or measure: retrv-r1 eval"
         )

@@ -62,6 +62,10 @@ class Engine(Protocol):
         """K of the lists it was trained on; 0 = unknown, or any."""
 
     @property
+    def trained_min_k(self) -> int:
+        """The shortest of them; 0 = all were of that K."""
+
+    @property
     def direct_read(self) -> bool:
         """False: `probe` works, but was never trained; it is read only where a caller insists on it (`think="never"`)."""
 

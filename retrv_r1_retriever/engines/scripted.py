@@ -41,7 +41,7 @@ class ScriptedEngine:
     script: a `Thought`, or its generations one by one, or a function from the prompt to these
     slots: the direct read as scores, candidates first, none last (normalised here); None = offers no direct read
     keep: log p(keep) reported for a candidate's label where it stands outside an inspection request
-    think_margin, none_margin, trained_top_k, direct_read: as in `Engine`
+    think_margin, none_margin, trained_top_k, trained_min_k, direct_read: as in `Engine`
     failing: step ("open", "probe", "append", "generate", "close") -> the error it raises
     delay_s: seconds every step takes
     """
@@ -56,6 +56,7 @@ class ScriptedEngine:
         none_margin: float | None = None,
         max_context: int | None = None,
         trained_top_k: int = 0,
+        trained_min_k: int = 0,
         direct_read: bool = True,
         failing: Mapping[str, Exception] | None = None,
         delay_s: float = 0.0,
@@ -66,7 +67,7 @@ class ScriptedEngine:
         self.think_margin = think_margin
         self.none_margin = none_margin
         self.max_context = max_context
-        self.trained_top_k = trained_top_k
+        self.trained_top_k, self.trained_min_k = trained_top_k, trained_min_k
         self.direct_read = direct_read
         self.failing = dict(failing or {})
         self.delay_s = delay_s

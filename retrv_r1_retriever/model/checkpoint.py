@@ -48,7 +48,8 @@ class Manifest:
 
     base, base_revision, licence: of the backbone; they bind users of the checkpoint
     teachers: who wrote the thoughts it was trained on -> licence of what they wrote ("" = unknown)
-    trained_top_k: K of the training lists; think_margin: calibrated threshold of `think="auto"`, None = not calibrated
+    trained_top_k: K of the training lists; trained_min_k: the shortest of them, 0 = all were of K
+    think_margin: calibrated threshold of `think="auto"`, None = not calibrated
     none_margin: nats by which none must lead the best candidate to be the answer, calibrated; None = any lead will do
     direct_read: whether the direct read was trained; False keeps it from deciding unless asked to (`think="never"`)
     max_text_tokens: longest candidate text kept; embedder_dim: 0 = no embedder inside
@@ -65,6 +66,7 @@ class Manifest:
     memory_version: int = MEMORY_VERSION
     max_text_tokens: int = 512
     trained_top_k: int = 0
+    trained_min_k: int = 0
     think_margin: float | None = None
     none_margin: float | None = None
     direct_read: bool = True

@@ -253,15 +253,26 @@ async def test_a_thought_that_passed_over_most_candidates_is_noted(judged: int, 
     assert any(f"passed over {4 - judged} of 4 candidates" in note for note in results.trace.notes) is said
 
 
-@pytest.mark.parametrize(("count", "said"), [(1, True), (5, True), (9, True), (10, False), (11, True)])
-async def test_a_list_unlike_those_of_the_training_is_noted(count: int, said: bool) -> None:
-    engine = ScriptedEngine(slots=lambda prompt: [0.0] * len(prompt.slots), trained_top_k=10)
+@pytest.mark.parametrize(
+    ("count", "shortest", "trained"),
+    [
+        (1, 0, "10"),
+        (9, 0, "10"),
+        (10, 0, None),
+        (11, 0, "10"),
+        (2, 3, "3 to 10"),
+        (3, 3, None),
+        (9, 3, None),
+        (11, 3, "3 to 10"),
+    ],
+)
+async def test_a_list_unlike_those_of_the_training_is_noted(count: int, shortest: int, trained: str | None) -> None:
+    engine = ScriptedEngine(slots=lambda p: [0.0] * len(p.slots), trained_top_k=10, trained_min_k=shortest)
     results = await RetrvR1Reranker(engine, options=FAST).arerank("q", candidates(count))
     assert results.trace is not None
-    assert (
-        any(f"this list is {count} long and the model was trained on lists of 10" in n for n in results.trace.notes)
-        is said
-    )
+    notes = [note for note in results.trace.notes if "was trained on lists of" in note]
+    assert len(notes) == (trained is not None)
+    assert all(f"this list is {count} long and the model was trained on lists of {trained}:" in note for note in notes)
 
 
 async def test_an_untrained_direct_read_decides_only_where_it_must() -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from retrv_r1_training import cli, sft
-from retrv_r1_training.lists import ListConfig, Lists
+from retrv_r1_training.lists import MIN_K, ListConfig, Lists, candidate_list
 from retrv_r1_training.loop import Schedule, train
 from retrv_r1_training.loss import TokenWeights, hidden_states, token_weights
 from retrv_r1_training.miniature import STAGES, Miniature, with_fewer_steps
@@ -53,7 +54,7 @@ def test_every_stage_leaves_a_checkpoint_that_serves(run):
     stages = [json.loads(line)["stage"] for line in (run / "stages.jsonl").read_text().splitlines()]
     assert stages == list(STAGES)
     loaded = load_checkpoint(run / "checkpoint", device="cpu")
-    assert loaded.manifest.trained_top_k == 20
+    assert (loaded.manifest.trained_min_k, loaded.manifest.trained_top_k) == (MIN_K, 20)
     assert len(loaded.manifest.memory_digest) == 16
     assert BackboneEmbedder.from_pretrained(run / "checkpoint", device="cpu").dim == loaded.manifest.embedder_dim
 
@@ -125,7 +126,7 @@ def test_weights_follow_the_role_of_a_token(run):
     miniature.__dict__["processor"] = loaded.processor
     lists = miniature.lists[-1]
     fine = next(i for i, q in enumerate(lists.pool.queries) if q.stratum == "fine")
-    config, style = ListConfig(20, 0.0, 1.0, 0.0, 0.0), TeacherStyle(extra=1.0, careful=1.0)
+    config, style = ListConfig(20, 0.0, 1.0, 0.0, 0.0, 0.0), TeacherStyle(extra=1.0, careful=1.0)
     example = sft.make_example(loaded.processor, lists, fine, config, style, random.Random(1))
     batch = collate([type(example.prompt).join([example.prompt, example.turn])], loaded.processor)
     weights = token_weights(batch, loaded.processor, TokenWeights())[0]
@@ -138,6 +139,20 @@ def test_weights_follow_the_role_of_a_token(run):
     assert weights[answer] == TokenWeights().answer
     injected = [i for i, w in enumerate(words) if w == "<|image_pad|>"]
     assert all(weights[i] == 0 for i in injected), "opened candidates carry no loss"
+
+
+def test_half_of_the_lists_are_short(run):
+    lists = Miniature(with_fewer_steps(load(Recipe, RECIPE), 2), run).lists[-1]
+    rng, config, count = random.Random(0), ListConfig(20), len(lists.pool.queries)
+    made = [candidate_list(lists, number % count, config, rng) for number in range(400)]
+    lengths = Counter(len(chosen) for chosen, _ in made)
+    assert set(lengths) == set(range(MIN_K, 21))
+    assert 0.4 < sum(n for length, n in lengths.items() if length < 20) / 400 < 0.6
+    assert all(len(candidate_list(lists, n, ListConfig.as_served(20), rng)[0]) == 20 for n in range(count))
+    positives = [lists.pool.target(lists.pool.queries[number % count]) for number in range(400)]
+    assert all(
+        at is None if p not in chosen else chosen[at] == p for (chosen, at), p in zip(made, positives, strict=True)
+    )
 
 
 def test_memory_of_lists_is_what_the_engine_compresses(run):

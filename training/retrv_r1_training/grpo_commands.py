@@ -62,7 +62,7 @@ def run_grpo(args: argparse.Namespace) -> None:
         out = args.out or args.run / "checkpoint"
         start = load_checkpoint(opened.folder, device="cpu", dtype="float32")
         merged = replace(start, model=onto(start.model, model, start.processor))
-        saved = save_stage(opened.folder, out, merged, top_k=recipe.data.top_k)
+        saved = save_stage(opened.folder, out, merged, data=recipe.data)
         log.info("checkpoint %s in %s, memory %s", saved.checkpoint_digest, out, saved.memory_digest)
     from_all(None)  # the first process is done, too
 

@@ -17,6 +17,7 @@ from retrv_r1_retriever.evaluation.offsets import LineFormat, Skipped
 from retrv_r1_retriever.types import MAX_CANDIDATES, Candidate, Document, Query
 
 Missing = Literal["none", "inject", "drop"]
+SHORT = 0.5  # of the lists, where `min_k` is given
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +66,14 @@ class ListSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ListOptions:
-    """top_k: K. shuffle: share of lists in random order, so that rank alone decides nothing.
-
+    """top_k: K. min_k: half of the lists are cut to a random length from this to K; 0 = none: a thought taught on one length may go wrong
+    on every other (docs/experiments.md)
+    shuffle: share of lists in random order, so that rank alone decides nothing
     missing: a list without a right answer trains `<|none|>` ("none"), gets one put in at a random place ("inject"), or is dropped
     """
 
     top_k: int = 20
+    min_k: int = 0
     shuffle: float = 0.5
     missing: Missing = "none"
     seed: int = 0
@@ -80,6 +83,10 @@ class ListOptions:
         if not 1 <= self.top_k <= MAX_CANDIDATES:
             raise OptionsError(
                 explain("top_k", expected=f"1 to {MAX_CANDIDATES}", got=self.top_k, fix="Pass such a number.")
+            )
+        if not 0 <= self.min_k <= self.top_k:
+            raise OptionsError(
+                explain("min_k", expected=f"0 to top_k ({self.top_k})", got=self.min_k, fix="Pass such a number.")
             )
         if not 0.0 <= self.shuffle <= 1.0:
             raise OptionsError(explain("shuffle", expected="a share, 0 to 1", got=self.shuffle, fix="Pass a share."))
@@ -148,6 +155,8 @@ class MbeirLists:
             self.counts["without a first-stage list"] += 1
             return None
         rng = random.Random(f"{options.seed}:{id}")
+        if options.min_k and rng.random() < SHORT:
+            ranked = ranked[: rng.randint(options.min_k, options.top_k)]
         if not set(ranked) & set(positives):
             if options.missing == "drop" or (options.missing == "inject" and not positives):
                 self.counts["dropped: no right answer in the list"] += 1

@@ -17,6 +17,9 @@ from retrv_r1_retriever.types import Candidate, Document, Memory, Query
 from retrv_r1_training.data import Pool, content_embeds
 from retrv_r1_training.memory_training import learns_memory
 
+#: Shortest list.
+MIN_K = 2
+
 
 @dataclass(frozen=True, slots=True)
 class ListConfig:
@@ -27,6 +30,7 @@ class ListConfig:
     diversify: share of lists in which every second negative is exchanged for one whose first contradiction is a random word:
         a first stage that is good at colours would otherwise leave no colours to learn from
     spread: share of lists under labels drawn from all 127
+    short: share of lists cut to a random length of MIN_K to K: a thought taught on one length is wrong on every other
     """
 
     top_k: int = 20
@@ -34,11 +38,12 @@ class ListConfig:
     inject: float = 0.5
     diversify: float = 0.7
     spread: float = 0.2
+    short: float = 0.5
 
     @classmethod
     def as_served(cls, top_k: int) -> ListConfig:
         """The first stage's lists as they are."""
-        return cls(top_k, 0.0, 0.0, 0.0, 0.0)
+        return cls(top_k, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,8 @@ def make_lists(
 
 def candidate_list(lists: Lists, number: int, config: ListConfig, rng: random.Random) -> tuple[list[int], int | None]:
     positive = lists.pool.target(lists.pool.queries[number])
-    chosen: list[int] = lists.ranked[number, : config.top_k].tolist()
+    length = rng.randint(min(MIN_K, config.top_k), config.top_k) if rng.random() < config.short else config.top_k
+    chosen: list[int] = lists.ranked[number, :length].tolist()
     if positive not in chosen and rng.random() < config.inject:
         chosen[rng.randrange(len(chosen))] = positive
     if rng.random() < config.diversify:

@@ -25,7 +25,7 @@ from retrv_r1_training import align, base, direct, embedder, pointwise, sft
 from retrv_r1_training.backbone import build_model, build_processor, build_tokenizer
 from retrv_r1_training.card import write_card
 from retrv_r1_training.data import Pool, encode_pool, load_pool
-from retrv_r1_training.lists import Contrast, ListConfig, Lists, make_lists
+from retrv_r1_training.lists import MIN_K, Contrast, ListConfig, Lists, make_lists
 from retrv_r1_training.loss import TokenWeights
 from retrv_r1_training.memory_training import learn_memory
 from retrv_r1_training.quality import Quality, plain, quality
@@ -183,7 +183,7 @@ class Miniature:
         model, first_stage = self._load(self.last), self._load("embedder")
         manifest = Manifest(
             "retrv-r1-miniature (from scratch)", base_revision=f"seed {self.recipe.seed}", licence="Apache-2.0",
-            trained_top_k=self.recipe.top_k, embedder_dim=self.recipe.embedder_dim,
+            trained_top_k=self.recipe.top_k, trained_min_k=MIN_K, embedder_dim=self.recipe.embedder_dim,
         )  # fmt: skip
         saved = save_checkpoint(out, model, self.processor, manifest, first_stage, torch.float16)
         parameters = sum(p.numel() for p in model.parameters())

@@ -13,22 +13,28 @@ from safetensors import safe_open
 
 from retrv_r1_retriever.errors import CheckpointError, explain
 from retrv_r1_retriever.model.checkpoint import Checkpoint, Manifest, read_manifest, save_checkpoint
+from retrv_r1_training.data_config import DataConfig
 
 
 def save_stage(
-    start: Path, out: Path, trained: Checkpoint, *, top_k: int | None = None, teachers: Mapping[str, str] | None = None
+    start: Path,
+    out: Path,
+    trained: Checkpoint,
+    *,
+    data: DataConfig | None = None,
+    teachers: Mapping[str, str] | None = None,
 ) -> Manifest:
     """Write `trained` to `out` in the dtype of `start`, with the embedder of `start` as it is and no thresholds: they were
     calibrated on other weights.
 
-    top_k: K of the stage's lists, None = as before; teachers: who wrote its thoughts, with licences, added to those before
+    data: its lists, None = as before; teachers: who wrote its thoughts, with licences, added to those before
     Raises `CheckpointError` if a frozen weight moved.
     """
     before = trained.manifest
+    lists = {"trained_top_k": data.top_k, "trained_min_k": data.min_k} if data else {}
     manifest = replace(
-        before, trained_top_k=top_k or before.trained_top_k, think_margin=None, none_margin=None,
-        teachers={**before.teachers, **(teachers or {})},
-    )  # fmt: skip
+        before, **lists, think_margin=None, none_margin=None, teachers={**before.teachers, **(teachers or {})}
+    )
     return save_whole(start, out, replace(trained, manifest=manifest))
 
 

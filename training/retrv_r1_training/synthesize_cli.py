@@ -54,6 +54,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--instruction", metavar="TEXT", help="the task in words, for every query, in place of the data's own"
     )
     data.add_argument("--top-k", type=int, default=20, metavar="K")
+    data.add_argument("--min-k", type=int, default=0, metavar="N",
+                      help="cut half of the lists to a random length from N to K: a model for lists of many lengths")  # fmt: skip
     data.add_argument("--shuffle", type=float, default=0.5, metavar="SHARE", help="of lists in random order")
     data.add_argument("--missing", choices=("none", "inject", "drop"), default="none",
                       help="what a list without a right answer trains")  # fmt: skip
@@ -112,7 +114,7 @@ async def _run(args: argparse.Namespace) -> int:
     images = LocalImages(args.images)
     source = MbeirLists(
         args.queries, args.pool, args.lists,
-        ListOptions(args.top_k, args.shuffle, args.missing, args.seed, args.instruction), args.qrels, args.captions,
+        ListOptions(args.top_k, args.min_k, args.shuffle, args.missing, args.seed, args.instruction), args.qrels, args.captions,
         args.images, Limits(args.index_dir, args.max_bad_share),
     )  # fmt: skip
     if args.teacher == "words":

@@ -265,5 +265,5 @@ def export(recipe: SftRecipe, state: dict[str, Tensor], out: Path, teachers: Map
         table[rows] = plain.get_input_embeddings().weight[rows]
         plain.get_input_embeddings().weight.copy_(table)
     trained = replace(start, model=plain)
-    saved = save_stage(folder, out, trained, top_k=recipe.data.top_k, teachers=teachers)
+    saved = save_stage(folder, out, trained, data=recipe.data, teachers=teachers)
     log.info("checkpoint %s in %s, memory %s", saved.checkpoint_digest, out, saved.memory_digest)

@@ -59,7 +59,7 @@ class ChatEngine:
     max_context: int | None = None
     think_margin: float | None = None
     none_margin: float | None = None
-    trained_top_k = 0
+    trained_top_k = trained_min_k = 0
     direct_read = True
 
     def __init__(

@@ -63,6 +63,10 @@ class LocalEngine:
         return self._checkpoint.manifest.trained_top_k
 
     @property
+    def trained_min_k(self) -> int:
+        return self._checkpoint.manifest.trained_min_k
+
+    @property
     def direct_read(self) -> bool:
         return self._checkpoint.manifest.direct_read
 

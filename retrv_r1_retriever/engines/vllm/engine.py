@@ -72,8 +72,9 @@ class VllmEngine:
         self._slot_of = {token: slot for slot, token in enumerate(self._processor.slot_ids)}
         manifest = self.wire.manifest
         self.max_context: int | None = self.wire.max_context
-        self.think_margin, self.trained_top_k = manifest.think_margin, manifest.trained_top_k
-        self.none_margin, self.direct_read = manifest.none_margin, manifest.direct_read
+        self.trained_top_k, self.trained_min_k = manifest.trained_top_k, manifest.trained_min_k
+        self.think_margin, self.none_margin = manifest.think_margin, manifest.none_margin
+        self.direct_read = manifest.direct_read
         self.memory_digest, self.memory_shape = manifest.memory_digest, self.wire.memory_shape
         self.versions = {
             "engine": "vllm", "checkpoint": manifest.checkpoint_digest, "memory": manifest.memory_digest, "base": manifest.base,
