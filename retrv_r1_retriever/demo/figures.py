@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -35,6 +35,7 @@ MODES = {
     "hybrid, think=always, max_inspections=0": _THINK.with_options(max_inspections=0),
 }
 STRATA = ("coarse", "fine", "all")
+Table = dict[str, dict[str, Comparison]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ async def ask(
 
 def measure(
     reranker: RetrvR1Reranker, asked: Sequence[Asked], progress: Callable[[str, int, int], None], batch: int = 100
-) -> dict[str, dict[str, Comparison]]:
+) -> Table:
     """mode -> stratum -> comparison. Lists as long as they are given."""
     out, top_k = {}, max(len(a.candidates) for a in asked)
     for name, options in MODES.items():
@@ -93,7 +94,7 @@ def _promote(results: RankedResults) -> RankedResults:
     return replace(results, results=tuple(order))
 
 
-def markdown(table: dict[str, dict[str, Comparison]], split: str, top_k: int = K) -> str:
+def markdown(table: Table, split: str, top_k: int = K) -> str:
     """One row per mode and stratum; the first stage on top."""
     any_mode = next(iter(table.values()))
     lines = [
@@ -116,6 +117,21 @@ def markdown(table: dict[str, dict[str, Comparison]], split: str, top_k: int = K
     return "\n".join(lines)
 
 
+def by_length(tables: Mapping[int, Table]) -> str:
+    """R@1 of every mode by K, beside the share of lists that hold the answer."""
+    modes = list(next(iter(tables.values())))
+    lines = [
+        "| K | stratum | in the list | first stage | " + " | ".join(modes) + " |",
+        "|" + " --- |" * (4 + len(modes)),
+    ]
+    for top_k, table in tables.items():
+        for stratum in STRATA:
+            c = table[modes[0]][stratum]
+            cells = [c.ceiling, c.first_stage.recall_at_1, *(table[m][stratum].reranked.recall_at_1 for m in modes)]
+            lines.append(f"| {top_k} | {stratum} | " + " | ".join(f"{cell:.3f}" for cell in cells) + " |")
+    return "\n".join(lines)
+
+
 def _compare(asked: Sequence[Asked], results: Sequence[RankedResults], stratum: str) -> Comparison:
     pairs = [
         (a.labelled.positives, r) for a, r in zip(asked, results, strict=True) if stratum in (a.labelled.stratum, "all")
@@ -131,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint", default="miniature", help="a checkpoint folder; default: the shipped miniature")
     parser.add_argument("--dir", type=Path, default=Path("demo-data"), help="where catalogue and index are kept")
     parser.add_argument("--limit", type=int, help="queries per task and stratum")
-    parser.add_argument("--top-k", type=int, default=K, help=f"K; the miniature was trained on lists of {K} only")
+    parser.add_argument("--top-k", type=int, nargs="+", default=[K], metavar="K", help="several: one table of R@1 by K")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     args = parser.parse_args(argv)
 
@@ -146,13 +162,18 @@ def main(argv: list[str] | None = None) -> int:
     store = settings.open_store(config, settings.collection_spec(engine, embedder))
     try:
         demo.build_index(config, store, embedder, engine, progress, args.split)
-        asked = run(ask(args.dir, args.split, VectorFirstStage(store, embedder), args.limit, args.top_k))
+        asked = run(ask(args.dir, args.split, VectorFirstStage(store, embedder), args.limit, max(args.top_k)))
     finally:
         run(store.close())
-    table = measure(RetrvR1Reranker(engine, images=LocalImages(args.dir)), asked, progress)
-    sys.stdout.write(markdown(table, args.split, args.top_k) + "\n")
+    reranker = RetrvR1Reranker(engine, images=LocalImages(args.dir))
+    tables = {
+        k: measure(reranker, [replace(a, candidates=a.candidates[:k]) for a in asked], progress) for k in args.top_k
+    }
+    text = by_length(tables) if len(tables) > 1 else markdown(tables[args.top_k[0]], args.split, args.top_k[0])
+    sys.stdout.write(text + "\n")
     if args.json:
-        args.json.write_text(json.dumps({m: {s: asdict(c) for s, c in t.items()} for m, t in table.items()}, indent=1))
+        plain = {k: {m: {s: asdict(c) for s, c in t.items()} for m, t in table.items()} for k, table in tables.items()}
+        args.json.write_text(json.dumps(plain, indent=1))
     return 0
 
 

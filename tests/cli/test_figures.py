@@ -42,3 +42,20 @@ def test_auto_is_measured_where_a_margin_is_calibrated_and_says_how_often_it_tho
     assert table["logits, think=never"]["all"].thought == 0.0
     assert "| hybrid, think=always | all |" in (text := figures.markdown(table, "val"))
     assert "| 100% |" in text
+
+
+def test_several_lengths_make_one_table():
+    query, asked = Query.of("q"), []
+    for stratum, right in (("coarse", "doc-2"), ("fine", "doc-6")):
+        asked.append(
+            figures.Asked(LabelledQuery(query, "t2i", stratum, (right,), "image", ""), query, tuple(candidates(8)))
+        )
+    reranker = RetrvR1Reranker(
+        ScriptedEngine(Thought("x", (), (), 0), slots=lambda p: [float(i == 2) for i in range(len(p.slots))])
+    )
+    cut = {k: [replace(a, candidates=a.candidates[:k]) for a in asked] for k in (4, 8)}
+    text = figures.by_length({k: figures.measure(reranker, part, lambda *_: None) for k, part in cut.items()})
+    assert "| 4 | coarse | 1.000 | 0.000 | 1.000 |" in text
+    assert "| 4 | fine | 0.000 | 0.000 | 0.000 |" in text
+    assert "| 8 | fine | 1.000 | 0.000 | 0.000 |" in text
+    assert text.count("\n") == 1 + 2 * len(figures.STRATA)
