@@ -148,7 +148,8 @@ class Miniature:
             return model
         from retrv_r1_training.grpo import train_grpo  # TRL: only this stage needs it
 
-        tasks, held_out = tasks_of(self.lists[:-1], top_k, config.missing), tasks_of(self.lists[-1:], top_k)
+        tasks = tasks_of(self.lists[:-1], top_k, config.missing, ListConfig(top_k).short)
+        held_out = tasks_of(self.lists[-1:], top_k)
         start = Checkpoint(model, self.processor, Manifest("miniature"))
         config = replace(config, max_inspections=self.recipe.max_inspections)
         few = held_out[:: max(1, len(held_out) // 150)]

@@ -52,12 +52,14 @@ class Task:
         return len(self.prompt.candidates)
 
 
-def tasks_of(lists: Sequence[Lists], top_k: int, missing: str = "none") -> list[Task]:
-    """Every query over the first stage's own list. missing: a list without its positive asks for `none`, or is left out (`drop`)."""
-    tasks = []
+def tasks_of(lists: Sequence[Lists], top_k: int, missing: str = "none", short: float = 0.0) -> list[Task]:
+    """Every query over the first stage's own list. missing: a list without its positive asks for `none`, or is left out (`drop`);
+    short: see `ListConfig`
+    """
+    config, tasks = replace(ListConfig.as_served(top_k), short=short), []
     for part in lists:
         for number, query in enumerate(part.pool.queries):
-            chosen, place = candidate_list(part, number, ListConfig.as_served(top_k), random.Random(number))
+            chosen, place = candidate_list(part, number, config, random.Random(number))
             if place is None and missing == "drop":
                 continue
             prompt = prompt_of(part, number, chosen, range(len(chosen)))
