@@ -122,7 +122,7 @@ def test_export_carries_the_licences_of_base_and_teachers(tmp_path, capsys):
     for row in (
         "| backbone | Qwen/Qwen2.5-VL-3B-Instruct | Qwen Research |", "| thoughts it was trained on | gpt | its terms |",
         "| thoughts it was trained on | qwen2.5-vl-72b | **unknown** |", "# Shop reranker",
-        "| thoughts it was trained on | words | that of the data: rules, no model |",
+        "| thoughts it was trained on | words | that of the data: rules, no model |", "| trained on | lists of 2 to 20 |",
     ):  # fmt: skip
         assert row in card
     assert manifest.teachers["gpt"] == "its terms"

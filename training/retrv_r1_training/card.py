@@ -24,7 +24,8 @@ serves demos and tests. It knows nothing but these cards: for real data, train o
 
 - Method: Retrv-R1, arXiv 2510.02745. No official code or weights exist; this is an independent implementation.
 - Data: `retrv_r1_retriever.demo.catalogue`, made by this package; combinations of the validation and test pools never occur in training.
-- Base: none. Licence: Apache-2.0. Seed: {seed}. Lists of K = {top_k} candidates. First-stage embedding: {dim} dimensions, small on purpose.
+- Base: none. Licence: Apache-2.0. Seed: {seed}. Lists of {min_k} to {top_k} candidates. First-stage embedding: {dim} dimensions,
+  small on purpose.
 - Checkpoint digest `{checkpoint}`, memory digest `{memory}`.
 - Test results: `python -m retrv_r1_retriever.demo.figures --split test` prints them; the README quotes them.
 """
@@ -34,7 +35,7 @@ def write_card(folder: Path, run: Path, recipe: Recipe, manifest: Manifest, para
     stages = [row for row in _rows(run / "stages.jsonl") if row["steps"]]  # 0: left out, and not in the log
     last = {row["stage"]: row for row in _rows(run / "log.jsonl")}
     text = _HEAD.format(
-        parameters=f"{parameters / 1e6:.1f}", seed=recipe.seed, top_k=recipe.top_k, dim=recipe.embedder_dim,
+        parameters=f"{parameters / 1e6:.1f}", seed=recipe.seed, min_k=manifest.trained_min_k, top_k=recipe.top_k, dim=recipe.embedder_dim,
         checkpoint=manifest.checkpoint_digest, memory=manifest.memory_digest,
     )  # fmt: skip
     text += "\n| stage | steps | batch | learning rate | minutes | at the end, on validation data |\n"

@@ -126,13 +126,16 @@ def _inside(manifest: Manifest, dtype: str) -> list[str]:
         if manifest.none_margin is None
         else f"{manifest.none_margin:.4g} nats"
     )
+    lengths = f"{manifest.trained_min_k or manifest.trained_top_k} to {manifest.trained_top_k}"
+    if not manifest.trained_top_k:
+        lengths = "unknown length"
     return [
         "A Retrv-R1 reranker (arXiv 2510.02745): it reads each candidate as two compressed tokens, reasons, opens the few it is",
         "unsure of, and answers with one of them or with none. No official weights exist; this is an independent implementation.",
         "", "| | |", "| --- | --- |",
         f"| backbone | {manifest.base}{f', revision {manifest.base_revision}' if manifest.base_revision else ''} |",
         f"| weights | {dtype} |",
-        f"| trained on | lists of {manifest.trained_top_k or 'unknown length'} |",
+        f"| trained on | lists of {lengths} |",
         f"| memory of a candidate | at most {memory} |",
         f"| embedder inside | {f'{manifest.embedder_dim} dimensions' if manifest.embedder_dim else 'no'} |",
         f"| thinks below a margin of | {think} |",
