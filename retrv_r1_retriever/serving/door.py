@@ -77,7 +77,9 @@ class Door:
             await _refuse(receive, send, call, error)
         except QueueFull as error:
             await _refuse(receive, send, call, too_many(error))
-        except asyncio.CancelledError:  # only the server does that, when `shutdown_s` is over; raised on, it would log a traceback
+        except (
+            asyncio.CancelledError
+        ):  # only the server does that, when `shutdown_s` is over; raised on, it would log a traceback
             if call.answering:
                 raise
             await _send_refusal(send, call, Refused(503, "ShuttingDown", "This server stops. Ask another, or later."))
