@@ -38,9 +38,8 @@ def _place(error: Mapping[str, Any], body: Any) -> str:
     path = error["loc"][1:]
     for i, part in enumerate(path):
         last = i == len(path) - 1
-        if isinstance(at, Mapping) and part in at:
-            at = at[part]
-        elif isinstance(at, list) and isinstance(part, int) and part < len(at):
+        inside = part in at if isinstance(at, Mapping) else isinstance(at, list) and part in range(len(at))
+        if inside:
             at = at[part]
         elif not (last and error["type"] == "missing"):
             continue
