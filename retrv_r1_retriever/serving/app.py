@@ -70,7 +70,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     for code, words in (
         (400, "Not JSON"), (401, "API key missing or unknown"), (404, "Nothing is indexed yet"), (408, "The body took too long"),
         (409, "Stored memory is stale, and on_stale is 'raise'"), (413, "Body too large"), (422, "Input or options wrong"),
-        (429, "Too many calls; see Retry-After"), (503, "The collection does not answer"), (504, "The first stage took too long"),
+        (429, "Too many calls; see Retry-After"), (503, "No answer from the collection, or this server stops"),
+        (504, "The first stage took too long"),
     )
 }  # fmt: skip
 
