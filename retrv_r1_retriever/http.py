@@ -65,6 +65,9 @@ class JsonHttp:
             self._httpx: Any = importlib.import_module("httpx")
         except ImportError as error:
             raise missing_extra("httpx", "http") from error
+        if api_key and not fits_header(api_key):  # an HTTP library's own error would quote it
+            got = "spaces or a line's end around it, or characters that no header can carry"
+            raise OptionsError(explain("api_key", expected="an API key", got=got, fix="Pass the key alone."))
         self.base_url = base_url.rstrip("/")
         self.limits = limits or HttpLimits()
         self._api_key = api_key
@@ -180,7 +183,7 @@ class JsonHttp:
         if wait is not None:
             fix = f"It asks to wait {wait:g} s."
         detail = self._shown(data)
-        return self._error(url, f"{got}: {detail}" if detail else got, fix, status, detail, wait)
+        return self._error(url, f"{got}: {detail.removesuffix('.')}" if detail else got, fix, status, detail, wait)
 
     def _error(
         self,
@@ -207,6 +210,10 @@ class JsonHttp:
 
     def _without_key(self, text: str) -> str:
         return text.replace(self._api_key, "***") if self._api_key else text
+
+
+def fits_header(key: str) -> bool:
+    return key.isascii() and key.isprintable() and key == key.strip()
 
 
 _FIXES = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import sys
 from dataclasses import replace
 
@@ -52,7 +53,7 @@ def listen(app: object, host: str, port: int, shutdown_s: float) -> int:
         access_log=False,
         server_header=False,
         lifespan="on",
-        timeout_graceful_shutdown=int(shutdown_s),
+        timeout_graceful_shutdown=math.ceil(shutdown_s),
     )
     try:
         uvicorn.Server(settings).run()

@@ -35,6 +35,7 @@ from retrv_r1_retriever.reranker import less_time
 from retrv_r1_retriever.serving import schema
 from retrv_r1_retriever.serving.answers import header_text, to_answer
 from retrv_r1_retriever.serving.door import Call, Door, error_json, too_many
+from retrv_r1_retriever.serving.invalid import explain_body
 from retrv_r1_retriever.serving.metrics import Metrics
 from retrv_r1_retriever.serving.queue import Queue, QueueFull
 from retrv_r1_retriever.serving.requests import (
@@ -69,9 +70,17 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     for code, words in (
         (400, "Not JSON"), (401, "API key missing or unknown"), (404, "Nothing is indexed yet"), (408, "The body took too long"),
         (409, "Stored memory is stale, and on_stale is 'raise'"), (413, "Body too large"), (422, "Input or options wrong"),
-        (429, "Too many calls; see Retry-After"), (503, "The collection does not answer"), (504, "The first stage took too long"),
+        (429, "Too many calls; see Retry-After"), (503, "No answer from the collection, or this server stops"),
+        (504, "The first stage took too long"),
     )
 }  # fmt: skip
+
+#: FastAPI's own refusals.
+_ROUTING = {
+    400: "body: expected JSON, got what cannot be read as it. Send what a JSON library writes, less deep, with smaller numbers.",
+    404: "route: expected one of /openapi.json, got another. Fix the URL: POST /v1/rerank or /v1/search.",
+    405: "method: expected another for this route. Take the one in /openapi.json: POST for /v1/rerank and /v1/search.",
+}
 
 
 def create_app(service: Service, config: ServeConfig, keys: Mapping[str, str | None]) -> FastAPI:
@@ -206,15 +215,14 @@ async def _answer_full(request: Request, error: Exception) -> Response:
 
 
 async def _answer_invalid(request: Request, error: Exception) -> Response:
-    """Where and what, without the input: it may be of any size, and no JSON."""
     assert isinstance(error, RequestValidationError)
     found = error.errors()
     code = 400 if any(one["type"] == "json_invalid" for one in found) else 422
-    shown = [f"{'.'.join(str(part) for part in one['loc'][1:]) or 'body'}: {one['msg']}" for one in found[:5]]
-    more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
-    return _error(request, code, "InputError", "; ".join(shown) + more)
+    said = explain_body(found, error.body, request.headers.get("content-type", ""))
+    return _error(request, code, "InputError", said)
 
 
 async def _answer_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return _error(request, error.status_code, "HTTPException", str(error.detail), error.headers)
+    said = _ROUTING.get(error.status_code, str(error.detail))
+    return _error(request, error.status_code, "HTTPException", said, error.headers)

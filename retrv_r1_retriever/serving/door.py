@@ -45,6 +45,7 @@ class Call:
     started: float = field(default_factory=time.monotonic)
     route: str = "none"
     code: int = 500
+    answering: bool = False
     facts: dict[str, object] = field(default_factory=dict)
 
 
@@ -76,6 +77,12 @@ class Door:
             await _refuse(receive, send, call, error)
         except QueueFull as error:
             await _refuse(receive, send, call, too_many(error))
+        except (
+            asyncio.CancelledError
+        ):  # only the server does that, when `shutdown_s` is over; raised on, it would log a traceback
+            if call.answering:
+                raise
+            await _send_refusal(send, call, Refused(503, "ShuttingDown", "This server stops. Ask another, or later."))
         finally:
             self._tell(scope, call)
 
@@ -154,13 +161,18 @@ def error_json(id: str, kind: str, message: str) -> dict[str, object]:
 
 
 async def _refuse(receive: Receive, send: Send, call: Call, error: Refused) -> None:
-    call.code = error.code
     if error.code == GONE:
+        call.code = GONE
         return
     with contextlib.suppress(TimeoutError):  # most clients look for an answer only when all is sent
         async with asyncio.timeout(DRAIN_S):
             while (message := await receive()).get("more_body"):
                 del message
+    await _send_refusal(send, call, error)
+
+
+async def _send_refusal(send: Send, call: Call, error: Refused) -> None:
+    call.code = error.code
     body = json.dumps(error_json(call.id, error.kind, str(error))).encode()
     # Some of the body may be unread, so the connection cannot be used again.
     headers = {
@@ -179,7 +191,7 @@ def _noting(call: Call, send: Send) -> Send:
 
     async def noted(message: Message) -> None:
         if message["type"] == "http.response.start":
-            call.code = message["status"]
+            call.code, call.answering = message["status"], True
             message["headers"] = [*message.get("headers", ()), (b"x-request-id", call.id.encode())]
         await send(message)
 

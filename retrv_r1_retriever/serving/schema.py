@@ -12,7 +12,11 @@ from retrv_r1_retriever.types import MAX_CANDIDATES, Status
 
 
 def _whole(text: str) -> str:
-    text.encode("utf-8")  # half a surrogate pair passes JSON, and nothing behind it; this raises a ValueError
+    """Half a surrogate pair passes JSON, and nothing behind it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("expected characters, got half of a surrogate pair") from None
     return text
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from retrv_r1_retriever.errors import OptionsError, explain
+from retrv_r1_retriever.http import fits_header
 from retrv_r1_retriever.types import MAX_CANDIDATES
 
 
@@ -101,7 +102,7 @@ def _check_port(port: int) -> None:
 
 def _secret(variable: str) -> str:
     key = os.environ.get(variable, "")
-    if not key or not key.isascii() or not key.isprintable() or key != key.strip():
+    if not key or not fits_header(key):
         got = "nothing" if not key else "spaces around it, or characters that no header can carry"
         raise OptionsError(explain(f"environment variable {variable}", expected="an API key", got=got, fix="Set it."))
     return key

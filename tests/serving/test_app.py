@@ -256,6 +256,11 @@ BAD: list[tuple[Any, int, str]] = [
     ({}, 422, "query: Field required"),
     ({"query": "q"}, 422, "documents: Field required"),
     ({"query": "", "documents": THREE}, 422, "query: expected a text or a picture, got neither"),
+    (b"[" * 10_000, 400, "body: expected JSON"),
+    (b"7", 422, "body: Input should be an object"),
+    (b'{"query": "\\ud800", "documents": ["a"]}', 422, "query: Value error, expected characters, got half of a surrogate pair"),
+    ({"query": 7, "documents": THREE}, 422, "query: Input should be a valid string, or Input should be an object"),
+    ({"query": {"image": 7}, "documents": THREE}, 422, "query.image: Extra inputs are not permitted, or Input should be a valid string"),
     ({"query": "q", "documents": "a"}, 422, "documents"),
     ({"query": "q", "documents": [7]}, 422, "documents.0"),
     ({"query": "q", "documents": [{"title": "a"}]}, 422, "documents.0"),
@@ -288,6 +293,23 @@ async def test_bad_input_gets_a_clear_error(make_app: MakeApp, body: Any, code: 
     error = response.json()
     assert says in error["error"]["message"]
     assert error["id"] == response.headers["x-request-id"]
+
+
+@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "text/plain", None])  # curl -d sends the first
+async def test_json_under_another_name_is_told_which_header(make_app: MakeApp, kind: str | None) -> None:
+    async with client(make_app()) as http:
+        headers = {"content-type": kind} if kind else {}
+        response = await http.post("/v1/rerank", content=b'{"query": "q", "documents": ["a"]}', headers=headers)
+    assert response.status_code == 422
+    says = f"body: expected JSON sent as application/json, got {kind!r}. Set the header" if kind else "Set the header"
+    assert says in response.json()["error"]["message"]
+
+
+async def test_another_route_or_method_is_told_where_they_are(make_app: MakeApp) -> None:
+    async with client(make_app()) as http:
+        lost, got = await http.post("/v1/rank", json={}), await http.get("/v1/rerank")
+    assert (lost.status_code, got.status_code) == (404, 405)
+    assert all("/openapi.json" in answer.json()["error"]["message"] for answer in (lost, got))
 
 
 @pytest.mark.parametrize(

@@ -151,3 +151,10 @@ def test_one_object_serves_several_event_loops() -> None:
 def test_a_base_url_without_scheme_is_refused() -> None:
     with pytest.raises(OptionsError, match="base_url: expected http"):
         JsonHttp("localhost:8000")
+
+
+@pytest.mark.parametrize("key", ["hidden\n", " hidden", "hidden\x00", "hidd\xe9n"])
+def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(key: str) -> None:
+    with pytest.raises(OptionsError, match="api_key: expected an API key") as caught:
+        JsonHttp("http://127.0.0.1:9", api_key=key)
+    assert "hid" not in str(caught.value)

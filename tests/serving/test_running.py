@@ -117,6 +117,22 @@ async def test_stopping_lets_running_calls_end_and_takes_no_new_ones(make_app: M
                 await http.post(f"{server.url}/v1/rerank", json=CALL)
 
 
+async def test_a_call_that_outlasts_the_stop_is_503_in_our_shape(
+    make_app: MakeApp, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = slow(1.5)
+    with caplog.at_level("INFO"), running(make_app(engine), shutdown_s=1) as server:
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
+            call = asyncio.ensure_future(http.post("/v1/rerank", json=CALL))
+            await wait_for(lambda: engine.opened)
+            await asyncio.to_thread(server.stop)
+            answer = await call
+    assert (answer.status_code, answer.json()["error"]["type"]) == (503, "ShuttingDown")
+    lines = [record.getMessage() for record in caplog.records if record.name == "retrv_r1_retriever.serving"]
+    assert [f"id={answer.headers['x-request-id']} route=rerank code=503" in line for line in lines] == [True]
+    assert not any(record.exc_info for record in caplog.records)
+
+
 async def test_a_full_server_is_tried_again_and_then_a_fallback(make_app: MakeApp) -> None:
     engine = slow(0.3)
     with running(make_app(engine, limits(max_running=1, max_waiting=0))) as server:
