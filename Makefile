@@ -13,7 +13,7 @@ help:
 	@echo "make test       the test suite"
 	@echo "make check      ruff, mypy strict, import rules, size limits"
 	@echo "make docs       the documentation site, in build/site"
-	@echo "make pages      the site in a browser, and the notebooks from top to bottom"
+	@echo "make pages      the site in a browser; notebooks, examples and migrations run from top to bottom"
 	@echo "make notebooks  run the notebooks of examples/ and store what they print (after a change of the code or the miniature)"
 	@echo "make slow       the tests that take minutes; those under load on vLLM only where vllm-env was made"
 	@echo "make test-vllm  the tests against a real vLLM server on this CPU (vllm-env installs it, 3 GB, once)"
@@ -108,7 +108,7 @@ docs: setup
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 pages: setup
-	$(PY) -m pytest -m slow tests/test_site.py tests/examples/test_notebooks.py
+	$(PY) -m pytest -m slow tests/test_site.py tests/test_docs.py tests/examples tests/integrations/llama_index/test_examples_run.py
 
 notebooks: setup
 	RETRV_KEEP_NOTEBOOKS=1 $(PY) -m pytest -m slow tests/examples/test_notebooks.py

@@ -94,6 +94,7 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
+@pytest.mark.slow  # run by `make pages`
 def test_migrations_run(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The setup, then our side of each diff; the other side at least is Python."""
     page = (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8")

@@ -16,7 +16,7 @@ from retrv_r1_retriever.types import Candidate, Content, Document, Query, Ranked
 SIZES = st.lists(st.tuples(st.integers(1, 3000), st.integers(1, 300)), max_size=12)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(SIZES, st.integers(0, 2000), st.integers(16, 600))
 def test_pictures_stay_within_the_budget_and_none_goes_unsaid(
     sizes: list[tuple[int, int]], tokens: int, side: int

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from retrv_r1_retriever.demo.catalogue import SPLITS, make_cards, render
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+pytestmark = pytest.mark.slow  # run by `make pages`
 
 
 def test_own_pictures(tmp_path):

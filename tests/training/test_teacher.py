@@ -24,7 +24,7 @@ CARD = st.builds(
 
 
 @given(st.lists(CARD, min_size=2, max_size=12), st.integers(0, 99), st.booleans())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_session_replays_every_thought_to_its_answer(cards, seed, coarse_query):
     rng = random.Random(seed)
     target = rng.randrange(len(cards))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from retrv_r1_training.traces import TeacherTrace, read_traces, write_traces
 
@@ -28,7 +28,6 @@ def traces(draw):
 
 
 @given(st.lists(traces(), max_size=4))
-@settings(deadline=None)
 def test_what_is_written_is_read(tmp_path_factory, written):
     path = tmp_path_factory.mktemp("traces") / "traces.jsonl"
     assert write_traces(path, written) == len(written)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
+pytestmark = pytest.mark.slow  # run by `make pages`
 
 
 @pytest.mark.parametrize(
