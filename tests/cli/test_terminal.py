@@ -64,7 +64,6 @@ def test_the_heads_of_a_wide_table_of_numbers_take_two_lines(
     assert capsys.readouterr().out.splitlines() == [
         "                    first stage  not judged  inspection",
         "K=20 always/hybrid          0.5          10           2",
-    ] + [
         "                    first     not",
         "                    stage  judged  inspection",
         "K=20 always/hybrid    0.5      10           2",
