@@ -96,7 +96,9 @@ def main(args: argparse.Namespace) -> int:
     if unjudged:
         print_wrapped(f"queries without a right answer in {args.qrels}, left out: {unjudged}")
     if unlisted:
-        print_wrapped(f"queries that {args.from_run} does not have: {unlisted} of {len(asked)}; they count as not found")
+        print_wrapped(
+            f"queries that {args.from_run} does not have: {unlisted} of {len(asked)}; they count as not found"
+        )
     for path in written:
         print(f"wrote {path}")
     return 0

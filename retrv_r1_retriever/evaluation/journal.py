@@ -67,7 +67,9 @@ class Journal:
             place = len(file.readline())
             for number, line in enumerate(file, 2):
                 row = self._parsed(line, number)
-                if row["query"] in seen:  # as two evaluations would write at once; it would count twice in every average
+                if (
+                    row["query"] in seen
+                ):  # as two evaluations would write at once; it would count twice in every average
                     got, fix = f"{row['query']!r} a second time", "Remove the line."
                     where = f"{self.path}:{number}"
                     raise InputError(explain(where, expected="each query once", got=got, fix=fix))

@@ -152,7 +152,9 @@ def test_mbeir_with_a_model(workplace: Path, run: Run) -> None:
     assert "average refused refused" in flat
     assert "2 of the 16 tasks were asked for" in flat
     assert "reranking 4/4" in " ".join(ran.err.split())
-    assert "What the first stage found" in Path("page.html").read_text()
+    page = Path("page.html").read_text()
+    assert "What the first stage found" in page
+    assert "2 of the 16 tasks were asked for" in page, "why there is no average"
     rows = [json.loads(line) for line in next(Path("mbeir-eval/lists").glob("cirr*K4*")).read_text().splitlines()[1:]]
     assert [row["record"]["status"] for row in rows] == ["reranked", "reranked"]
     assert all(row["record"]["thought"] and row["record"]["tokens_out"] > 0 for row in rows)
