@@ -152,8 +152,9 @@ SECTIONS = (
     ),
     Section(
         "Quality beside latency", "quality/quality.json", f"{_BENCH}.quality --out docs/bench/quality",
-        "The demo catalogue, lists of 20. Peers trained in the same way (all-Full, pointwise) come from `make ablation`; give their "
-        "checkpoints with `--checkpoint` and `--full`. Not shown: other data, other sizes.", _quality, "quality/quality.png",
+        "The demo catalogue, lists of 20. Peers trained in the same way (all in full, pointwise) come from `make ablation`: "
+        "`--full runs/ablation/no-icm-all-full-s0/checkpoint --pointwise runs/ablation/pointwise-s0/checkpoint`. Not shown: other data, "
+        "other sizes.", _quality, "quality/quality.png",
     ),
 )  # fmt: skip
 

@@ -10,10 +10,12 @@ from retrv_r1_retriever.errors import missing_extra
 try:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 except ImportError as error:
     raise missing_extra("matplotlib", "bench") from error
 
 BLUE, GREY = "#2f6fb0", "#b9bec6"
+COLOURS = (BLUE, "#c2571a", "#3f8f4f", "#7a52a3", "#8a6d1f", "#555")
 
 
 def draw(report: dict[str, Any], file: Path) -> None:
@@ -65,30 +67,27 @@ def _tidy(axes: Axes, names: list[str], widest: float) -> None:
 
 
 def draw_quality(report: dict[str, Any], file: Path) -> None:
-    """PNG: R@1 against milliseconds, one line per checkpoint; its first stage is a dashed line, as it is not timed."""
-    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    """PNG: R@1 against milliseconds, a numbered point per mode, a colour per checkpoint; first stages are dashed, as they are not timed."""
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
     axes = figure.subplots()
     names = list(dict.fromkeys(row["checkpoint"] for row in report["rows"]))
-    for name, colour in zip(
-        names, [BLUE, "#c2571a", "#3f8f4f", "#7a52a3", "#8a6d1f", "#555"] * len(names), strict=False
-    ):
-        rows = [r for r in report["rows"] if r["checkpoint"] == name]
-        timed = sorted((r for r in rows if r["ms"]), key=lambda r: r["ms"])
-        axes.axhline(rows[0]["R@1"], color=colour, linestyle="--", linewidth=1, label=f"{name}: first stage")
-        axes.plot([r["ms"] for r in timed], [r["R@1"] for r in timed], "o-", color=colour, label=name)
-        for row in timed:
-            axes.annotate(
-                f"{row['mode']}\n{row['R@1']:.3f}, {row['ms']:,.0f} ms", (row["ms"], row["R@1"]),
-                xytext=(6, -22), textcoords="offset points", fontsize=8, color=colour,
-            )  # fmt: skip
-    axes.set_xscale("log")
-    axes.margins(x=0.25)
+    colour = {name: COLOURS[place % len(COLOURS)] for place, name in enumerate(names)}
+    _first_stages(axes, report["rows"], colour)
+    for number, row in enumerate((row for row in report["rows"] if row["ms"]), 1):
+        at, told = (row["ms"], row["R@1"]), f"{row['R@1']:.3f}, {row['ms']:,.0f} ms"
+        label = f"{number}  {row['checkpoint']}: {row['mode']}\n     {told}"
+        axes.plot(*at, "o", color=colour[row["checkpoint"]], markersize=15, alpha=0.9, label=label)
+        axes.annotate(str(number), at, color="white", fontsize=8, weight="bold", ha="center", va="center_baseline")
+    axes.set_xscale("log", subs=[])
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:,g}")
+    axes.margins(x=0.1)
     axes.set_ylim(0, 1)
     axes.set_xlabel("milliseconds per query, median (first stage not included)", fontsize=8)
     axes.set_ylabel("R@1", fontsize=8)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="upper left", fontsize=8, frameon=False)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False, markerscale=0.5, labelspacing=0.7)
     machine = report["machine"]
     axes.set_title(
         f"Demo catalogue, {report['split']}, {report['rows'][0]['queries']} queries, K = {report['K']}; "
@@ -96,3 +95,14 @@ def draw_quality(report: dict[str, Any], file: Path) -> None:
         loc="left", fontsize=9, color="#555",
     )  # fmt: skip
     figure.savefig(file, dpi=110)
+
+
+def _first_stages(axes: Axes, rows: list[dict[str, Any]], colour: dict[str, str]) -> None:
+    """One line per recall: checkpoints of one embedder share their lists, and lines over one another hide."""
+    found: dict[float, list[str]] = {}
+    for row in rows:
+        if not row["ms"]:
+            found.setdefault(row["R@1"], []).append(row["checkpoint"])
+    for recall, names in found.items():
+        label = f"first stage of {', '.join(names)}: {recall:.3f}"
+        axes.axhline(recall, color=colour[names[0]], linestyle="--", linewidth=1, label=label)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -46,7 +46,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--price", type=float, nargs=2, metavar=("IN", "OUT"), help="of a million tokens read, and written"
     )
-    parser.add_argument("--shown", type=int, default=20, metavar="N", help="queries of a kind on the page")
+    parser.add_argument("--shown", type=at_least_one, default=20, metavar="N", help="queries of a kind on the page")
     add_modes(parser)
     add_options(parser)
     parser.set_defaults(run=main)
@@ -66,12 +66,13 @@ def add_modes(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     config = load_config(args)
     modes = modes_of(args, config.rerank)
+    price = Price(*args.price) if args.price else None
     check_output(args.report, args.run_file)
     asked, unjudged = read_queries(args.file, config, qrels=args.qrels, limit=args.limit)
     qrels = {one.query.id or "": one.grades for one in asked} if asked[0].grades else None
     with opened_retriever(config) as retriever:
         stage = _stage(args, retriever, asked)
-        missing = _missing(retriever, asked)
+        missing, unlisted = _missing(retriever, asked), _unlisted(stage, asked)
         queries = [one.query for one in asked]
         measured = run(
             measure(
@@ -79,20 +80,25 @@ def main(args: argparse.Namespace) -> int:
                 qrels=qrels, concurrency=args.concurrency, shown=args.shown, progress=Progress(),
             )
         )  # fmt: skip
-    outcome = Outcome.of(measured, qrels, Price(*args.price) if args.price else None)
+    outcome = Outcome.of(measured, qrels, price)
     settings = _settings(args, modes, retriever, config.store.kind)
     written = _write_runs(args.run_file, modes, measured)
     if args.report:
         _write_report(args.report, measured, outcome, settings, retriever)
         written.append(args.report)
     if args.json:
-        print_json(_json(measured, outcome, settings) | {"missing_positives": missing, "unjudged_queries": unjudged})
+        left_out = {"missing_positives": missing, "unjudged_queries": unjudged, "queries_not_in_run": unlisted}
+        print_json(_json(measured, outcome, settings) | left_out)
         return 0
     _print(measured, outcome, args)
     if missing:
         print_wrapped(_missing_words(missing))
     if unjudged:
         print_wrapped(f"queries without a right answer in {args.qrels}, left out: {unjudged}")
+    if unlisted:
+        print_wrapped(
+            f"queries that {args.from_run} does not have: {unlisted} of {len(asked)}; they count as not found"
+        )
     for path in written:
         print(f"wrote {path}")
     return 0
@@ -110,11 +116,12 @@ def modes_of(args: argparse.Namespace, options: RerankOptions) -> list[RerankOpt
     args.top_k = None  # one number is all that `options_of` knows
     options = options_of(args, options).with_options(top_n=None)
     named = [_mode(mode) for mode in args.mode or ()] or [(options.think, options.ranking)]
-    return [
+    every = (
         options.with_options(top_k=int(size), think=think, ranking=ranking)
         for size in sizes
         for think, ranking in named
-    ]
+    )
+    return list(dict.fromkeys(every))
 
 
 def _mode(text: str) -> tuple[str, str]:
@@ -144,6 +151,11 @@ def _missing(retriever: RetrvR1Retriever, asked: Sequence[Asked], batch: int = 5
     parts = (wanted[start : start + batch] for start in range(0, len(wanted), batch))
     found = {c.document.id for ids in parts for c in run(retriever.first_stage.store.get(ids, with_memory=False))}
     return [id for id in wanted if id not in found]
+
+
+def _unlisted(stage: FirstStage, asked: Sequence[Asked]) -> int:
+    """Queries that a run given as the first stage does not have."""
+    return sum(one.query.id not in stage.run for one in asked) if isinstance(stage, RunFirstStage) else 0
 
 
 def _missing_words(missing: Sequence[str]) -> str:
@@ -206,11 +218,16 @@ def _print(measured: Measured, outcome: Outcome, args: argparse.Namespace) -> No
         print_table(table.header, table.rows, indent="  ")
         print()
     print_wrapped(f"{LATENCY_NOTE}, {args.concurrency} at a time.")
+    for line in _sentences(measured, outcome):
+        print_wrapped(line)
+
+
+def _sentences(measured: Measured, outcome: Outcome) -> Iterator[str]:
+    """Of each mode: what it changed, how many queries were reranked, and what all its traces note."""
     for name, words in outcome.words.items():
         statuses = ", ".join(f"{count} {status}" for status, count in outcome.efforts[name].statuses.items())
-        print_wrapped(f"{name}: {words} {statuses}.")
-        for note in measured.notes[name]:
-            print_wrapped(f"note: {note}")
+        yield f"{name}: {words} {statuses}."
+        yield from (f"note: {note}" for note in measured.notes[name])
 
 
 def _tables(measured: Measured, outcome: Outcome) -> list[ReportTable]:
@@ -297,13 +314,12 @@ def _write_report(
 
     shown = sorted((one for kept in measured.shown.values() for one in kept), key=lambda one: (one.mode, one.kind))
     entries = [ReportEntry(s.results, kind=f"{s.mode}: {s.kind}", positives=s.positives) for s in shown]
-    words = " ".join(f"{name}: {text}" for name, text in outcome.words.items())
     first, *rest = _tables(measured, outcome)
     intro = (
         f"First stage: {settings['first_stage']}; fusion: none; {LATENCY_NOTE}, {settings['concurrency']} at a time. "
         f"Below: {len(entries)} queries that reranking changed or left wrong, at most {measured.limit} of a kind."
     )
-    tables = [replace(first, note=words), *rest, configuration_table(settings)]
+    tables = [replace(first, note="\n".join(_sentences(measured, outcome))), *rest, configuration_table(settings)]
     write_report(path, entries, title="Evaluation", intro=intro, tables=tables, images=retriever.images)
 
 

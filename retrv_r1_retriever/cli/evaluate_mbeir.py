@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -185,6 +185,19 @@ def _problems(scores: BenchmarkScore) -> list[str]:
     return fewer + absent + [f"{task.task}: {problem}" for task in scores.tasks for problem in task.problems]
 
 
+def _refusal(scores: BenchmarkScore) -> list[str]:
+    """Why there is no average, in a few lines; empty if there is one."""
+    problems = _problems(scores)
+    if not problems:
+        return []
+    more = len(problems) - PROBLEMS_SHOWN
+    return [
+        f"the average is refused: it would not be one of sixteen whole tasks ({len(problems)} problems)",
+        *(f"  {line}" for line in problems[:PROBLEMS_SHOWN]),
+        *([f"  ... and {more} more in problems.txt"] if more > 0 else []),
+    ]
+
+
 # -- what is shown -----------------------------------------------------------------------------------------------------
 
 
@@ -228,13 +241,8 @@ def _print(scores: BenchmarkScore, configuration: Mapping[str, Any], written: Se
         f"pool {configuration['pool']}, instruction seed {configuration['instruction_seed']}, fusion none, "
         f"positives of other data sets {'left out' if configuration['same_dataset'] else 'as in the qrels'}"
     )
-    problems = _problems(scores)
-    if problems:
-        print_wrapped(f"the average is refused: it would not be one of sixteen whole tasks ({len(problems)} problems)")
-    for line in problems[:PROBLEMS_SHOWN]:
-        print_wrapped(f"  {printable(line)}", indent=4)
-    if len(problems) > PROBLEMS_SHOWN:
-        print(f"  ... and {len(problems) - PROBLEMS_SHOWN} more in problems.txt")
+    for line in _refusal(scores):
+        print_wrapped(printable(line), indent=4)
     for path in written:
         print(f"wrote {path}")
 
@@ -254,7 +262,7 @@ def _write_report(
     intro = (
         f"{setup.pool.capitalize()} pools. Below the tables: queries that a reranking lost, {shown} per task and step."
     )
-    tables = [first, *rest, configuration_table(configuration)]
+    tables = [replace(first, note="\n".join(_refusal(scores)) or None), *rest, configuration_table(configuration)]
     write_report(path, entries, title="M-BEIR", intro=intro, tables=tables, images=LocalImages(setup.root))
 
 

@@ -81,8 +81,9 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
         if line.strip():
             try:
                 yield f"{path.name}:{number}", json.loads(line)
-            except ValueError as error:
-                raise InputError(f"{path.name}:{number}: {error}") from None
+            except (ValueError, RecursionError) as error:
+                where, fix = f"{path.name}:{number}", "Fix or remove the line."
+                raise InputError(explain(where, expected="a JSON object", got=error, fix=fix)) from None
 
 
 def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:

@@ -50,12 +50,20 @@ def print_wrapped(text: str, *, indent: int = 0) -> None:
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, indent: str = "") -> None:
-    """Columns aligned, numbers to the right; the last column takes what is left of the line."""
-    cells = [[one_line(cell, 400) for cell in row] for row in (header, *rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    left = terminal_width() - len(indent) - sum(widths[:-1]) - 2 * (len(widths) - 1)
-    widths[-1] = min(widths[-1], max(8, left))
-    right = [all(_is_number(row[i]) for row in cells[1:]) for i in range(len(header))]
+    """Columns aligned, numbers to the right; the last column takes what is left of the line.
+
+    Figures are worth more than one line of heads: where these make a table of numbers too wide, they are set in two.
+    """
+    heads = [[one_line(cell, 400) for cell in header]]
+    body = [[one_line(cell, 400) for cell in row] for row in rows]
+    right = [all(_is_number(row[i]) for row in body) for i in range(len(header))]
+    room = terminal_width() - len(indent) - 2 * (len(header) - 1)
+    widths = [max(len(row[i]) for row in (*heads, *body)) for i in range(len(header))]
+    if sum(widths) > room and all(right[1:]):
+        heads = [list(parts) for parts in zip(*(cell.rpartition(" ")[::2] for cell in heads[0]), strict=True)]
+        widths = [max(len(row[i]) for row in (*heads, *body)) for i in range(len(header))]
+    widths[-1] = min(widths[-1], max(8, room - sum(widths[:-1])))
+    cells = [*heads, *body]
     for row in cells:
         parts = [
             one_line(cell, width).rjust(width) if flush_right else one_line(cell, width).ljust(width)

@@ -62,10 +62,19 @@ class Journal:
         return (row for _, row in self._placed())
 
     def _placed(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        seen: set[str] = set()
         with self.path.open("rb") as file:
             place = len(file.readline())
             for number, line in enumerate(file, 2):
-                yield place, self._parsed(line, number)
+                row = self._parsed(line, number)
+                if (
+                    row["query"] in seen
+                ):  # as two evaluations would write at once; it would count twice in every average
+                    got, fix = f"{row['query']!r} a second time", "Remove the line."
+                    where = f"{self.path}:{number}"
+                    raise InputError(explain(where, expected="each query once", got=got, fix=fix))
+                seen.add(row["query"])
+                yield place, row
                 place += len(line)
 
     def _check(self) -> int:

@@ -148,6 +148,11 @@ class Price:
     read: float
     written: float
 
+    def __post_init__(self) -> None:
+        if not all(math.isfinite(price) and price >= 0 for price in (self.read, self.written)):
+            got = f"{self.read} and {self.written}"
+            raise InputError(explain("price", expected="numbers of at least 0", got=got, fix="Per million tokens."))
+
     def per_thousand(self, tokens_in: float, tokens_out: float) -> float:
         """Of 1,000 queries."""
         return (tokens_in * self.read + tokens_out * self.written) / 1_000

@@ -27,7 +27,7 @@ def indexed(workplace: Path, run: Run) -> Path:
 
 
 def test_modes_over_the_same_candidates(indexed: Path, run: Run) -> None:
-    modes = ["--mode", "never/logits", "--mode", "always/hybrid", "--top-k", "2,20", "--price", 1, 4]
+    modes = ["--mode", "never/logits", "--mode", "always/hybrid", "--top-k", "2,20,2", "--price", 1, 4]
     ran = run("eval", "queries.jsonl", *modes, "--run", "run.txt", "--report", "eval.html", "--json")
     names = ["K=2 never/logits", "K=2 always/hybrid", "K=20 never/logits", "K=20 always/hybrid"]
     assert list(ran.json["modes"]) == names
@@ -48,6 +48,7 @@ def test_modes_over_the_same_candidates(indexed: Path, run: Run) -> None:
     page = Path("eval.html").read_text()
     assert "Who lost the queries" in page
     assert "fusion: none" in page
+    assert "3 reranked.\nnote: this list is 4 long and the model was trained on lists of 20" in page
     assert page.count("<img") >= 1
 
 
@@ -84,6 +85,14 @@ def test_an_existing_run_is_reranked(indexed: Path, run: Run) -> None:
     assert ran["unjudged_queries"] == 2
     out = run("eval", "queries.jsonl", "--from-run", "run.json", "--qrels", "qrels.tsv").out
     assert "queries without a right answer in qrels.tsv, left out: 2" in out
+    assert "does not have" not in out
+
+
+def test_queries_that_a_run_lacks_are_counted(indexed: Path, run: Run) -> None:
+    Path("run.txt").write_text("a Q0 note 1 0.5 t\n")
+    assert run("eval", "queries.jsonl", "--from-run", "run.txt", "--json").json["queries_not_in_run"] == 2
+    out = " ".join(run("eval", "queries.jsonl", "--from-run", "run.txt").out.split())
+    assert "queries that run.txt does not have: 2 of 3; they count as not found" in out
 
 
 @pytest.mark.parametrize(
@@ -94,7 +103,9 @@ def test_an_existing_run_is_reranked(indexed: Path, run: Run) -> None:
         ("run.txt", "a Q0 note 1 nan t\n", ["--from-run", "run.txt"], "run.txt:1: expected a number, got 'nan'"),
         ("run.txt", "a Q0 d 1 1 t\na Q0 d 2 0 t\n", ["--from-run", "run.txt"], "expected each document once per query"),
         ("run.json", '{"a": {"note":', ["--from-run", "run.json"], "expected {query: {document: score}}, got Expecting"),
-        ("queries.jsonl", '{"text": "x"}\n{"text"', [], "queries.jsonl:2: Expecting"),
+        ("queries.jsonl", '{"text": "x"}\n{"text"', [], "queries.jsonl:2: expected a JSON object, got Expecting"),
+        ("queries.jsonl", '{"text": "x"}', ["--price", "-1", "nan"], "price: expected numbers of at least 0, got -1.0 and nan"),
+        ("queries.jsonl", '{"text": "x"}', ["--shown", "0"], "expected a whole number of at least 1, got '0'"),
         ("queries.jsonl", '{"id": 1, "text": "x"}\n{"id": 1, "text": "y"}', [], "expected distinct ids, got '1' a second time"),
         ("queries.csv", "id,text\n1,a,b\n", [], "queries.csv:2: expected 2 cells, got another number"),
         ("queries.jsonl", '{"text": "x"}', ["--mode", "maybe"], "--mode: expected THINK/RANKING of"),
@@ -141,7 +152,9 @@ def test_mbeir_with_a_model(workplace: Path, run: Run) -> None:
     assert "average refused refused" in flat
     assert "2 of the 16 tasks were asked for" in flat
     assert "reranking 4/4" in " ".join(ran.err.split())
-    assert "What the first stage found" in Path("page.html").read_text()
+    page = Path("page.html").read_text()
+    assert "What the first stage found" in page
+    assert "2 of the 16 tasks were asked for" in page, "why there is no average"
     rows = [json.loads(line) for line in next(Path("mbeir-eval/lists").glob("cirr*K4*")).read_text().splitlines()[1:]]
     assert [row["record"]["status"] for row in rows] == ["reranked", "reranked"]
     assert all(row["record"]["thought"] and row["record"]["tokens_out"] > 0 for row in rows)

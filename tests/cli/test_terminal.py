@@ -53,6 +53,23 @@ def test_table_aligns_numbers_right_and_cuts_the_last_column(
     assert lines[2] == "  10      –  b"
 
 
+def test_the_heads_of_a_wide_table_of_numbers_take_two_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = ("", "first stage", "not judged", "inspection"), [("K=20 always/hybrid", "0.5", "10", "2")]
+    monkeypatch.setenv("COLUMNS", "55")
+    print_table(*table)
+    monkeypatch.setenv("COLUMNS", "54")
+    print_table(*table)
+    assert capsys.readouterr().out.splitlines() == [
+        "                    first stage  not judged  inspection",
+        "K=20 always/hybrid          0.5          10           2",
+        "                    first     not",
+        "                    stage  judged  inspection",
+        "K=20 always/hybrid    0.5      10           2",
+    ]
+
+
 def test_control_characters_are_removed() -> None:
     assert printable("a\x1b[2Jb\u202ec\nd") == "a [2Jb c\nd"
     assert one_line("a\n\n b\tc", 4) == "a b…"

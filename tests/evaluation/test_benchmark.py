@@ -250,6 +250,7 @@ def test_positives_of_other_data_sets(whole: Path, tmp_path: Path) -> None:
             r"expected our settings, got others",
         ),
         (lambda lines: [*lines, lines[1].replace(b"8:70", b"5:1")], "expected queries of the task, got '5:1'"),
+        (lambda lines: [*lines, lines[1]], r"jsonl:6: expected each query once, got '8:70' a second time"),
     ],
 )
 def test_spoiled_lists_are_errors(whole: Path, tmp_path: Path, change: Callable, message: str) -> None:
