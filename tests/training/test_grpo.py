@@ -99,6 +99,7 @@ def scores(trainer, batch):
 
 def test_no_gradient_through_injected_tokens_and_the_loss_is_the_formula(trainer, monkeypatch):
     batch = generated(trainer)
+    batch["advantages"] = torch.linspace(-1.0, 1.0, len(batch["rows"]))  # whatever these weights earn
     seen = []
     inner = GRPOTrainer._get_per_token_logps_and_entropies
 
