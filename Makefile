@@ -122,7 +122,7 @@ bench: setup
 
 RUN ?= runs/miniature
 miniature: setup
-	$(PY) -m retrv_r1_training.cli miniature --set stages.grpo=null --run $(RUN) --out retrv_r1_retriever/demo/checkpoint
+	$(PY) -m retrv_r1_training.cli miniature --run $(RUN) --out retrv_r1_retriever/demo/checkpoint
 
 ROWS ?=
 ablation: setup
