@@ -46,6 +46,8 @@ DIR ?= demo-data
 demo: $(VENV)/.demo
 	$(VENV)/bin/retrv-r1 demo --dir $(DIR)
 
+# The models of the tests are tiny: a second thread costs them more than it brings.
+test slow pages lowest: export OMP_NUM_THREADS ?= 1
 test: setup
 	$(PY) -m pytest -m "not slow and not vllm" $(TESTS)
 

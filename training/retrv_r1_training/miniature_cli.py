@@ -20,7 +20,7 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 def add_parser(commands: Any) -> None:
-    text = "train the miniature from scratch (about an hour on two cores)"
+    text = "train the miniature from scratch (more than an hour on two cores)"
     parser = commands.add_parser("miniature", help=text, description=text)
     parser.add_argument("--recipe", type=Path, default=RECIPES / "miniature.yaml")
     parser.add_argument("--run", type=Path, default=Path("runs/miniature"), help="folder of the run; resumable")
