@@ -36,6 +36,20 @@ def test_the_exact_answer_is_that_of_a_sort():
     assert {int(share): round(float((shares == share).mean()), 2) for share in (0, 1, 2)} == {0: 0.01, 1: 0.09, 2: 0.9}
 
 
+def test_a_tie_for_the_last_place_counts_either_way(monkeypatch):
+    rows = np.eye(DIM, dtype=np.float32)[np.zeros(TOP_K + 1, dtype=int)]  # all the same
+
+    class Same:
+        def __init__(self, points):
+            self.points = points
+
+        def blocks(self):
+            yield 0, rows
+
+    monkeypatch.setattr(first_stage, "Clusters", Same)
+    assert _exact(rows[:1], TOP_K + 1, []) == [set(range(TOP_K + 1))]
+
+
 def test_every_setting_and_filter_gets_a_row(tmp_path, monkeypatch):
     monkeypatch.setattr(first_stage, "SETTINGS", (Setting("scan", False), Setting("int8", True, "int8", 2.0, True)))
     monkeypatch.setattr(first_stage, "_alone", lambda work, *args: work(*args))
