@@ -10,7 +10,15 @@ from typing import Any, get_args
 
 from retrv_r1_retriever._sync import run
 from retrv_r1_retriever.cli.queries import Asked, read_queries
-from retrv_r1_retriever.cli.search import add_options, check_output, load_config, opened_retriever, options_of
+from retrv_r1_retriever.cli.search import (
+    add_filter,
+    add_options,
+    check_output,
+    filter_of,
+    load_config,
+    opened_retriever,
+    options_of,
+)
 from retrv_r1_retriever.cli.terminal import Progress, at_least_one, print_json, print_table, print_wrapped, printable
 from retrv_r1_retriever.errors import InputError, OptionsError, explain
 from retrv_r1_retriever.evaluation.first_stage import RunFirstStage
@@ -48,6 +56,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--shown", type=at_least_one, default=20, metavar="N", help="queries of a kind on the page")
     add_modes(parser)
+    add_filter(parser)
     add_options(parser)
     parser.set_defaults(run=main)
 
@@ -67,6 +76,10 @@ def main(args: argparse.Namespace) -> int:
     config = load_config(args)
     modes = modes_of(args, config.rerank)
     price = Price(*args.price) if args.price else None
+    only = filter_of(args.filter)
+    if only and args.from_run:
+        fix = "Filter the run, or leave --from-run out."
+        raise OptionsError(explain("--filter", expected="a search", got="--from-run, which searches nothing", fix=fix))
     check_output(args.report, args.run_file)
     asked, unjudged = read_queries(args.file, config, qrels=args.qrels, limit=args.limit)
     qrels = {one.query.id or "": one.grades for one in asked} if asked[0].grades else None
@@ -76,7 +89,7 @@ def main(args: argparse.Namespace) -> int:
         queries = [one.query for one in asked]
         measured = run(
             measure(
-                stage, retriever.reranker, retriever.images, queries, modes,
+                stage, retriever.reranker, retriever.images, queries, modes, filter=only,
                 qrels=qrels, concurrency=args.concurrency, shown=args.shown, progress=Progress(),
             )
         )  # fmt: skip
@@ -173,6 +186,7 @@ def _settings(
     return {
         "queries": str(args.file),
         "first_stage": stage,
+        "filter": args.filter,
         "fusion": "none",
         "concurrency": args.concurrency,
         "modes": {label(options): asdict(options) for options in modes},

@@ -32,9 +32,7 @@ ROWS_SHOWN = 20
 def add_search(parser: argparse.ArgumentParser) -> None:
     _add_query(parser)
     parser.add_argument("--top-k", type=int, metavar="K", help="candidates from the first stage")
-    parser.add_argument(
-        "--filter", action="append", default=[], metavar="FIELD=VALUE", help="only documents with it; repeatable"
-    )
+    add_filter(parser)
     add_options(parser)
     parser.set_defaults(run=search)
 
@@ -46,6 +44,12 @@ def add_rerank(parser: argparse.ArgumentParser) -> None:
     )
     add_options(parser)
     parser.set_defaults(run=rerank)
+
+
+def add_filter(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--filter", action="append", default=[], metavar="FIELD=VALUE", help="only documents with it; repeatable"
+    )
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +80,7 @@ def options_of(args: argparse.Namespace, options: RerankOptions) -> RerankOption
 def search(args: argparse.Namespace) -> int:
     config = load_config(args)
     query, options = _query(args, settings.open_images(config)), options_of(args, config.rerank)
-    only = _filter(args.filter)
+    only = filter_of(args.filter)
     check_output(args.report)
     with opened_retriever(config) as retriever:
         results = retriever.retrieve(query, filter=only, options=options)
@@ -192,7 +196,7 @@ def read_picture(path: Path) -> bytes:
         raise InputError(explain(str(path), expected="a readable picture", got=error, fix="Fix the path.")) from None
 
 
-def _filter(conditions: Sequence[str]) -> Filter | None:
+def filter_of(conditions: Sequence[str]) -> Filter | None:
     """`field=value`: numbers and true/false are taken as such, quotes make them text."""
     must = []
     for condition in conditions:

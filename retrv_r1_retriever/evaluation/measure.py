@@ -13,7 +13,7 @@ from retrv_r1_retriever.images import ImageSource, load_content
 from retrv_r1_retriever.options import RerankOptions
 from retrv_r1_retriever.reranker import as_candidates
 from retrv_r1_retriever.retriever import Reranker
-from retrv_r1_retriever.store import FirstStage
+from retrv_r1_retriever.store import Filter, FirstStage
 from retrv_r1_retriever.types import Candidate, Query, RankedResults
 
 #: (what, done, total)
@@ -74,6 +74,7 @@ async def measure(
     queries: Sequence[Query],
     modes: Sequence[RerankOptions],
     *,
+    filter: Filter | None = None,
     qrels: Qrels | None = None,
     concurrency: int = 1,
     shown: int = 20,
@@ -84,7 +85,7 @@ async def measure(
     top_k = max(options.top_k for options in modes)
     for start in range(0, len(queries), concurrency):
         asked = queries[start : start + concurrency]
-        found = await asyncio.gather(*(_find(stage, images, query, top_k) for query in asked))
+        found = await asyncio.gather(*(_find(stage, images, query, top_k, filter) for query in asked))
         measured.seconds += [seconds for *_, seconds in found]
         for options in modes:
             ranked = await reranker.arerank_batch(
@@ -103,12 +104,12 @@ async def measure(
 
 
 async def _find(
-    stage: FirstStage, images: ImageSource, query: Query, top_k: int
+    stage: FirstStage, images: ImageSource, query: Query, top_k: int, filter: Filter | None
 ) -> tuple[Query, tuple[Candidate, ...], float]:
     started = time.monotonic()
     content, _ = await load_content(images, query.content)
     decoded = replace(query, content=content)
-    candidates = as_candidates(tuple(await stage(decoded, top_k=top_k))[:top_k])
+    candidates = as_candidates(tuple(await stage(decoded, top_k=top_k, filter=filter))[:top_k])
     return decoded, candidates, time.monotonic() - started
 
 

@@ -88,6 +88,13 @@ def test_an_existing_run_is_reranked(indexed: Path, run: Run) -> None:
     assert "does not have" not in out
 
 
+def test_a_filter_leaves_its_documents(indexed: Path, run: Run) -> None:
+    bare = ["eval", "queries.jsonl", "--limit", 1, "--json", "--run", "run.txt"]
+    assert run(*bare, "--filter", "modality=image").json["configuration"]["filter"] == ["modality=image"]
+    assert set(read_run(Path("run.txt"))["a"]) == {"card0", "card2"}, "card1 has words, too"
+    assert run(*bare, "--filter", "modality=smell").json["modes"][MODE]["ceiling"] == 0
+
+
 def test_queries_that_a_run_lacks_are_counted(indexed: Path, run: Run) -> None:
     Path("run.txt").write_text("a Q0 note 1 0.5 t\n")
     assert run("eval", "queries.jsonl", "--from-run", "run.txt", "--json").json["queries_not_in_run"] == 2
@@ -108,6 +115,8 @@ def test_queries_that_a_run_lacks_are_counted(indexed: Path, run: Run) -> None:
         ("queries.jsonl", '{"text": "x"}', ["--shown", "0"], "expected a whole number of at least 1, got '0'"),
         ("queries.jsonl", '{"id": 1, "text": "x"}\n{"id": 1, "text": "y"}', [], "expected distinct ids, got '1' a second time"),
         ("queries.csv", "id,text\n1,a,b\n", [], "queries.csv:2: expected 2 cells, got another number"),
+        ("run.txt", "a Q0 note 1 0.5 t\n", ["--from-run", "run.txt", "--filter", "a=1"], "--filter: expected a search, got"),
+        ("queries.jsonl", '{"text": "x"}', ["--filter", "a"], "--filter: expected field=value, got 'a'"),
         ("queries.jsonl", '{"text": "x"}', ["--mode", "maybe"], "--mode: expected THINK/RANKING of"),
         ("queries.jsonl", '{"text": "x"}', ["--top-k", "ten"], "--top-k: expected numbers, e.g. 10,50, got 'ten'"),
     ],
