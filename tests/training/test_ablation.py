@@ -10,13 +10,13 @@ from dataclasses import fields
 import pytest
 import torch
 from retrv_r1_training import cli
-from retrv_r1_training.ablation import READS, Ablation, Result, Row, Study, shared
+from retrv_r1_training.ablation import Ablation, Result, Row, Study, shared
 from retrv_r1_training.card import write_card
 from retrv_r1_training.memory_training import learn_memory, learns_memory
-from retrv_r1_training.miniature import STAGES, Miniature
+from retrv_r1_training.miniature import READS, STAGES, Miniature
 from retrv_r1_training.overrides import load
 from retrv_r1_training.quality import Quality
-from retrv_r1_training.recipe import Recipe
+from retrv_r1_training.recipe import Recipe, Stages
 from retrv_r1_training.seeds import by_seed
 from retrv_r1_training.sft import freeze_for_sft
 from retrv_r1_training.teacher import Caption, TeacherStyle, write_thought
@@ -40,7 +40,7 @@ def study(tmp_path, **kwargs) -> Study:
 
 
 def test_every_key_of_a_recipe_belongs_to_a_stage():
-    assert tuple(READS) == STAGES
+    assert list(READS) == [f.name for f in fields(Stages)]
     keys = {key for keys in READS.values() for key in keys}
     assert keys | {"seed", "top_k", "stages"} == {f.name for f in fields(Recipe)}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from retrv_r1_training.cli import RECIPES
-from retrv_r1_training.overrides import dump, keep, load, override
+from retrv_r1_training.overrides import dump, keep, load, override, read_yaml
 from retrv_r1_training.sft_recipe import SftRecipe
 
 from retrv_r1_retriever.errors import OptionsError
@@ -60,6 +60,13 @@ def test_a_wrong_override_is_named(text, message):
 def test_missing_recipe_is_a_clear_error(tmp_path):
     with pytest.raises(OptionsError, match="expected a recipe, got no such file"):
         load(SftRecipe, tmp_path / "none.yaml")
+
+
+def test_a_key_that_comes_twice_is_an_error(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("seed: 1\nstages:\n  align: {steps: 1}\n  align: {steps: 2}\n")
+    with pytest.raises(OptionsError, match="expected YAML, got 'align' a second time"):
+        read_yaml(file)
 
 
 def test_a_folder_keeps_one_recipe(tmp_path):

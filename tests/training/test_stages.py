@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,9 +62,16 @@ def test_every_stage_leaves_a_checkpoint_that_serves(run):
 
 def test_finished_stages_are_not_run_again(run, monkeypatch):
     monkeypatch.setattr("retrv_r1_training.sft.train_sft", lambda *a: pytest.fail("ran again"))
-    miniature = Miniature(with_fewer_steps(load(Recipe, RECIPE), 2), run)
+    recipe = with_fewer_steps(load(Recipe, run / "recipe.yaml"), 2)
+    miniature = Miniature(recipe, run)
     monkeypatch.setattr(miniature, "export", lambda out: None)
     miniature.train(run / "again")
+    with pytest.raises(
+        OptionsError, match=r"align.json: expected what align reads of this recipe.*Remove it, align.pt"
+    ):
+        Miniature(replace(recipe, pairs_per_query=3), run).train(run / "again")
+    with pytest.raises(OptionsError, match=r"grpo.json: expected what grpo reads"):
+        Miniature(replace(recipe, stages=replace(recipe.stages, polish=None)), run).train(run / "again")
 
 
 def test_sft_keeps_what_memory_is_made_of(run):

@@ -12,29 +12,17 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from retrv_r1_retriever.errors import InputError, OptionsError, explain
-from retrv_r1_training.miniature import STAGES, Miniature, with_fewer_steps
+from retrv_r1_training.miniature import STAGES, Miniature, reads, with_fewer_steps
 from retrv_r1_training.overrides import load
 from retrv_r1_training.quality import Quality, plain
 from retrv_r1_training.recipe import Recipe
 
 log = logging.getLogger(__name__)
-
-#: What a stage reads of a recipe beside `stages.NAME`, `seed` and `top_k`; a test holds every key of `Recipe` to be somewhere.
-READS: dict[str, tuple[str, ...]] = {
-    "captions": ("backbone",),
-    "episodes": ("comparisons",),
-    "embedder": ("embedder_dim", "embedder_recall"),
-    "align": ("icm", "pairs_per_query"),
-    "direct": ("candidates", "freeze_memory", "rehearsal"),
-    "eliminate": ("direct_weight",),
-    "sft": ("max_inspections",),
-    "polish": (),
-    "grpo": (),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,16 +142,7 @@ class Study:
 
 def shared(a: Recipe, b: Recipe) -> list[str]:
     """Stages that come out the same under both recipes, from the first on."""
-    out: list[str] = []
-    if (a.seed, a.top_k) != (b.seed, b.top_k):
-        return out
-    for stage in STAGES:
-        if getattr(a.stages, stage) != getattr(b.stages, stage) or any(
-            getattr(a, k) != getattr(b, k) for k in READS[stage]
-        ):
-            return out
-        out.append(stage)
-    return out
+    return list(takewhile(lambda stage: reads(a, stage) == reads(b, stage), STAGES))
 
 
 def borrow(base: Miniature, run: Miniature) -> None:
@@ -172,7 +151,7 @@ def borrow(base: Miniature, run: Miniature) -> None:
         run.data.symlink_to(base.data.resolve(), target_is_directory=True)
     for stage in shared(base.recipe, run.recipe):
         base.stage(stage)
-        for name in (f"{stage}.pt", "lists.npz" if stage == "embedder" else f"{stage}.pt"):
+        for name in (f"{stage}.json", f"{stage}.pt", *(["lists.npz"] if stage == "embedder" else [])):
             if (base.run / name).exists() and not (run.run / name).exists():
                 shutil.copy2(base.run / name, run.run / name)
     run.share_data(base)

@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from retrv_r1_training.data import Pool, encode_pool, load_pool
 from retrv_r1_training.lists import MIN_K, Contrast, ListConfig, Lists, make_lists
 from retrv_r1_training.loss import TokenWeights
 from retrv_r1_training.memory_training import learn_memory
+from retrv_r1_training.overrides import same_as_before
 from retrv_r1_training.quality import Quality, plain, quality
 from retrv_r1_training.recipe import Recipe
 from retrv_r1_training.rollout import RolloutRunner, Sampling, tasks_of
@@ -35,7 +37,20 @@ from retrv_r1_training.teacher import TeacherStyle
 
 log = logging.getLogger(__name__)
 TRAIN = ("train0", "train1", "train2")
-STAGES = ("captions", "episodes", "embedder", "align", "direct", "eliminate", "sft", "polish", "grpo")
+#: What each stage reads of a recipe beside `stages.NAME`, `seed` and `top_k`, where a stage before it has not read it already; a test
+#: holds every key of `Recipe` to be somewhere.
+READS: dict[str, tuple[str, ...]] = {
+    "captions": ("backbone",),
+    "episodes": ("comparisons",),
+    "embedder": ("embedder_dim", "embedder_recall"),
+    "align": ("icm", "pairs_per_query"),
+    "direct": ("candidates", "freeze_memory", "rehearsal"),
+    "eliminate": ("direct_weight",),
+    "sft": ("max_inspections",),
+    "polish": (),
+    "grpo": (),
+}
+STAGES = tuple(READS)
 
 
 class Miniature:
@@ -56,14 +71,21 @@ class Miniature:
         return self.last
 
     def stage(self, name: str) -> None:
-        """Run one stage, unless it was run before or the recipe has none of this name."""
+        """Run one stage, unless it was run before or the recipe has none of this name.
+
+        Raises `OptionsError` if the weights that are there were made with another recipe.
+        """
         file = self.run / f"{name}.pt"
         schedule = getattr(self.recipe.stages, name)
         if schedule is None:
             return
+        note, made_with = file.with_suffix(".json"), json.dumps(reads(self.recipe, name), indent=1) + "\n"
         if file.exists():
+            fix = f"Remove it, {file.name} and the stages after it, or choose another folder."
+            same_as_before(note, made_with, f"what {name} reads of this recipe", fix)
             log.info("%s: done before, %s", name, file)
             return
+        note.write_text(made_with, encoding="utf-8")
         started = time.monotonic()
         torch.manual_seed(self.recipe.seed)
         model: RetrvR1ForConditionalGeneration = getattr(self, name)()
@@ -262,6 +284,13 @@ def _captioned(pool: Pool) -> list[tuple[Content, str]]:
     pictures = [(Content(image=i.content.image), i.caption) for i in pool.items if i.modality == "image"]
     pictures += [(Content(image=q.query.content.image), q.target_text) for q in pool.queries if q.task == "i2t"]
     return pictures
+
+
+def reads(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """What a stage's weights depend on, beside the stages before it."""
+    before = [name for name in STAGES[: STAGES.index(stage)] if getattr(recipe.stages, name)]
+    values = asdict(recipe)
+    return {"after": before, stage: values["stages"][stage]} | {k: values[k] for k in ("seed", "top_k", *READS[stage])}
 
 
 def with_fewer_steps(recipe: Recipe, steps: int) -> Recipe:

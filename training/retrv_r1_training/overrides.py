@@ -26,7 +26,7 @@ def load(kind: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise OptionsError(explain(str(path), expected="a recipe", got="no such file", fix="Check the path.")) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -34,6 +34,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise OptionsError(explain(str(path), expected="keys and values", got=type(data).__name__, fix="Fix the file."))
     return data
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's own takes the last of two equal keys and says nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} a second time", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def override(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
