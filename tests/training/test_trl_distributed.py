@@ -178,11 +178,11 @@ def test_grpo(policy, grpo_recipe, tmp_path, zero):
     for key in (*FIGURES, "loss", "grad_norm", "val_R@1_all", "val_opened_all"):
         want = logged(alone, key)
         assert len(want) == (1 if key.startswith("val_") else 3)
-        assert logged(run, key) == pytest.approx(want, rel=5e-3, abs=1e-5), key
-    kl = logged(alone, "kl")
-    assert kl[0] == 0
-    assert kl[2] > 0
-    assert logged(run, "kl") == pytest.approx(kl, rel=0.1), "of single weights Adam's first step knows the sign alone"
+        assert logged(run, key) == pytest.approx(want, rel=5e-3, abs=1e-7), key
+    # At a ratio of 1 the advantages add up to nothing and the loss is the KL term. What TRL logs as `kl` is another mean: of tokens
+    # within each micro-batch, and these are cut differently here.
+    assert logged(alone, "kl")[0] == 0 == logged(alone, "loss")[0]
+    assert logged(alone, "loss")[2] > 1e-5
     assert any(logged(alone, "grad_norm")), "no group with different rewards: this test would see nothing"
     start = checkpoint_folder("miniature")
     assert read_manifest(run / "checkpoint").memory_digest == read_manifest(start).memory_digest
