@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 
@@ -190,6 +191,31 @@ def test_without_captions_the_target_is_what_the_model_says_of_the_full_tokens(c
         assert best[at - 1].tolist() == batch.input_ids[0, at].tolist() == list(words.token_ids)
     monkeypatch.setattr(Descriptions, "_say", lambda *a: pytest.fail("said again"))
     assert Descriptions(checkpoint, frame, 5, file).of(items) == said[:3]
+
+
+def test_captions_of_any_length_make_one_loss_however_a_batch_is_cut(checkpoint, tmp_path):
+    """A mean over the tokens of each micro-batch would not."""
+    from retrv_r1_training.align import Frame
+    from retrv_r1_training.base import caption_chunk, caption_loss
+    from retrv_r1_training.describe import Descriptions
+    from retrv_r1_training.train_align import AlignModel, Objective
+
+    processor, model = checkpoint.processor, AlignModel.of(copy.deepcopy(checkpoint.model))
+    model.reading = torch.nn.Linear(model.config.text_config.hidden_size, 1)
+    captions = ["red", "two blue circles on stripes in a frame of dots"]
+    pictures = contents(3)
+    lists = [Contrasted(Query(pictures[0]), tuple(Item(f"1:{n}", "", c, words) for n, c in enumerate(pictures[1:])), frozenset(), (0, 1))
+             for words in captions]  # fmt: skip
+    align = Objective(processor, Descriptions(checkpoint, Frame(), 5, tmp_path / "said"), Frame(), 0)
+    chunks = [caption_chunk(processor, pictures[0], words) for words in captions]
+    with torch.no_grad():
+        for loss, rows in (
+            (lambda part: align(model, part)[0], lists),
+            (lambda part: caption_loss(model, processor, part)[0], chunks),
+        ):
+            whole, parts = loss(rows).item(), [loss([row]).item() for row in rows]
+            assert abs(parts[0] - parts[1]) > 0.01
+            assert whole == pytest.approx(sum(parts) / 2, rel=1e-5)
 
 
 # -- data --------------------------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ def test_a_loss_that_is_not_finite_stops_both_with_a_saved_state(material, tmp_p
 
 @pytest.fixture(scope="module", params=["embedder", "align", "base"])
 def stage(request, recipes, tmp_path_factory):
-    """The embedder's negatives of the other process count, with their gradients; align's rows are of equal length here."""
+    """The embedder's negatives of the other process count, with their gradients."""
     run = tmp_path_factory.mktemp(request.param) / "one"
     return request.param, launched(request.param, recipes / f"{request.param}.yaml", run, 1)
 

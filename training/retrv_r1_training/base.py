@@ -21,7 +21,7 @@ from retrv_r1_retriever.trace import Full, Sampled, Segment, Text
 from retrv_r1_retriever.types import Content, Query
 from retrv_r1_training.data import Pool
 from retrv_r1_training.loop import Schedule, train
-from retrv_r1_training.loss import TokenWeights, accuracy, hidden_states, token_weights, weighted_ce
+from retrv_r1_training.loss import TokenWeights, accuracy, hidden_states, of_each_sequence, token_weights, weighted_ce
 from retrv_r1_training.teacher import Caption, agrees, check_text, wanted
 
 DESCRIBE = Text("\nDescribe:")
@@ -49,9 +49,9 @@ def caption_chunk(processor: Processor, content: Content, caption: str) -> Chunk
 def caption_loss(
     model: RetrvR1ForConditionalGeneration, processor: Processor, chunks: Sequence[Chunk]
 ) -> tuple[Tensor, Tensor, Batch]:
-    """Mean cross-entropy of the captions' tokens; hidden states (B, L, H) and batch, to measure with."""
+    """Cross-entropy of the captions, each one's mean; hidden states (B, L, H) and batch, to measure with."""
     hidden, batch = hidden_states(model, processor, chunks)
-    return weighted_ce(model, hidden, batch.input_ids, batch.sampled.float()), hidden, batch
+    return weighted_ce(model, hidden, batch.input_ids, of_each_sequence(batch.sampled)), hidden, batch
 
 
 def train_captions(

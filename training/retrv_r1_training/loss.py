@@ -74,6 +74,12 @@ def weighted_ce(model: RetrvR1ForConditionalGeneration, hidden: Tensor, ids: Ten
     return (losses * weight[picked]).sum() / weight[picked].sum()
 
 
+def of_each_sequence(sampled: Tensor) -> Tensor:
+    """(B, L) weights that make `weighted_ce` a mean over sequences of each one's mean: unlike a mean over tokens it is the same
+    however a batch is cut into micro-batches and processes. sampled (B, L) bool, some in every row"""
+    return sampled / sampled.sum(1, keepdim=True)
+
+
 @torch.no_grad()
 def accuracy(model: RetrvR1ForConditionalGeneration, hidden: Tensor, ids: Tensor, picked: Tensor) -> float:
     """Share of the tokens at `picked` (B, L) bool that are the arg-max."""

@@ -22,7 +22,7 @@ from retrv_r1_training.align import Frame, agreement, described, read_two_tokens
 from retrv_r1_training.data import content_embeds
 from retrv_r1_training.describe import Descriptions
 from retrv_r1_training.draws import Contrasted, Contrasts, Draws, Opened, Source
-from retrv_r1_training.loss import accuracy, weighted_ce
+from retrv_r1_training.loss import accuracy, of_each_sequence, weighted_ce
 from retrv_r1_training.processes import is_first
 from retrv_r1_training.stage_checkpoint import keep_embedder
 from retrv_r1_training.stage_recipe import AlignRecipe
@@ -113,7 +113,7 @@ class Objective:
     def content(
         self, net: AlignModel, examples: Sequence[Contrasted], cache: dict[int, Tensor]
     ) -> tuple[Tensor, float]:
-        """Mean cross-entropy of the descriptions read from two tokens, and the share of their tokens that is the arg-max."""
+        """Cross-entropy of the descriptions (each one's mean) read from two tokens, and the share of their tokens that is the arg-max."""
         items = [e.items[i] for e in examples for i in e.described]
         training = net.training
         said = self.said.of(items)
@@ -121,7 +121,7 @@ class Objective:
         chunks = [described(self.processor, i.content, s, self.frame) for i, s in zip(items, said, strict=True)]
         tokens = two_tokens(net, self.processor, [e.query for e in examples], items, cache)
         hidden, batch = read_two_tokens(net, self.processor, chunks, tokens)
-        loss = weighted_ce(net, hidden, batch.input_ids, batch.sampled.float())
+        loss = weighted_ce(net, hidden, batch.input_ids, of_each_sequence(batch.sampled))
         return loss, accuracy(net, hidden, batch.input_ids, batch.sampled)
 
     def _same(self, examples: Sequence[Contrasted], device: torch.device) -> Tensor | None:
