@@ -223,6 +223,7 @@ def test_two_rows_train_measure_and_resume(small, monkeypatch):
 @pytest.mark.parametrize(
     "name",
     [
+        "no-rl",  # it trains nothing of its own
         "no-icm-all-full",
         "memory-not-frozen",
         "no-self-alignment",

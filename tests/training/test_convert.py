@@ -277,7 +277,7 @@ def test_command_line(tmp_path, capsys):
     items = ["convert", table(tmp_path, "csv"), "--rows", "candidates", "--map", "id=sku", "--map", "image=photo",
              "--map", "text=title", "--images", where, *common]  # fmt: skip
     assert cli.main(items) == 0
-    assert "4 rows written, 0 of 4 skipped" in capsys.readouterr().out
+    assert "4 rows written, 0 of 4 input rows skipped" in capsys.readouterr().out
     assert cli.main(items) == 1
     assert "Pass --overwrite" in capsys.readouterr().err
     queries = ["convert", table(tmp_path, "jsonl", ("id", "words", "hits"), [("1", "red", ["a1"])], "q"), *common,

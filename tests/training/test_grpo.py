@@ -12,7 +12,7 @@ pytest.importorskip("trl")
 
 import torch
 from retrv_r1_training import grpo, trl_private
-from retrv_r1_training.grpo import make_trainer, train_grpo
+from retrv_r1_training.grpo import make_trainer, measure, train_grpo
 from retrv_r1_training.grpo_config import GrpoConfig
 from retrv_r1_training.rollout import RolloutRunner, Sampling
 from retrv_r1_training.stopping import NotFiniteError
@@ -43,6 +43,19 @@ def loaded():
 @pytest.fixture
 def trainer(loaded, tmp_path):
     return make_trainer(miniature(), loaded[1], CONFIG, 0, tmp_path)
+
+
+def test_validation_holds_no_more_thoughts_at_once_than_training(trainer, loaded, monkeypatch):
+    """What `estimate` counts on: the KV pool never shrinks."""
+    sizes, inner = [], RolloutRunner._all
+
+    def spy(self, tasks, *rest):
+        sizes.append(len(tasks))
+        return inner(self, tasks, *rest)
+
+    monkeypatch.setattr(RolloutRunner, "_all", spy)
+    measure(trainer.runner, [*loaded[1]] * 3, Sampling(0.0, 0, 20))
+    assert sizes == [8, 4]
 
 
 def generated(trainer):
@@ -89,12 +102,12 @@ def test_sampler_and_scorer_agree(trainer):
         np.testing.assert_allclose(got, want, atol=1e-4)
 
 
-def scores(trainer, batch):
+def scores(trainer, batch, at_once=3):
     trainer._rows = batch["rows"]
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
     keep = batch["completion_ids"].shape[1]
-    return trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, keep, batch_size=3)[0]
+    return trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, keep, batch_size=at_once)[0]
 
 
 def test_no_gradient_through_injected_tokens_and_the_loss_is_the_formula(trainer, monkeypatch):
@@ -163,7 +176,11 @@ def test_before_the_first_step_kl_is_zero_and_the_scorer_says_what_the_sampler_s
     for row, values in zip(batch["rows"], got.detach().numpy(), strict=True):
         np.testing.assert_allclose(values[: len(row.scored)][row.scored], row.logprobs[row.scored], atol=1e-4)
     mask = batch["completion_mask"].bool()
-    assert (got - batch["ref_per_token_logps"])[mask].abs().max() == 0
+    alike = scores(
+        trainer, batch, CONFIG.micro_batch
+    )  # as many at once as TRL read the reference with: sums in the same order
+    assert (alike - batch["ref_per_token_logps"])[mask].abs().max() == 0
+    assert (got - batch["ref_per_token_logps"])[mask].abs().max() < 1e-5
     heads = [n for n, p in trainer.model.named_parameters() if p.requires_grad and ("lm_head" in n)]
     assert bool(heads) == (start is not miniature), "slot rows of the head learn too when it is untied"
 

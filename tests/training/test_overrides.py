@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from retrv_r1_training.cli import RECIPES
+from retrv_r1_training.grpo_config import GrpoRecipe
 from retrv_r1_training.overrides import dump, keep, load, override, read_yaml
 from retrv_r1_training.sft_recipe import SftRecipe
 
@@ -50,11 +51,39 @@ def test_an_override_leaves_the_callers_data_alone():
         ("optim=3", "optim: expected keys and values, got 3"),
         ("optim.lr.x=3", "expected keys below lr, got"),
         ("optim.lr", "expected key=value, got 'optim.lr'"),
+        ("optim.lr=[1", r"--set optim.lr: expected YAML, got '\[1'"),
     ],
 )
 def test_a_wrong_override_is_named(text, message):
     with pytest.raises(OptionsError, match=message):
         load(SftRecipe, BASE, [text])
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "text", "message"),
+    [
+        (SftRecipe, "sft-7b", "optim.lr=-1", "optim: lr: expected 0 or more, got -1"),
+        (SftRecipe, "sft-7b", "optim.lr=.nan", "optim: lr: expected 0 or more, got nan"),
+        (SftRecipe, "sft-7b", "optim.warmup=7", "optim: warmup: expected a share, 0 to 1, got 7"),
+        (SftRecipe, "sft-7b", "optim.steps=0", "optim: steps: expected 1 or more"),
+        (SftRecipe, "sft-7b", "lora.rank=0", "lora: rank: expected 1 or more"),
+        (SftRecipe, "sft-7b", "examples.spread=5", "examples: spread: expected a share"),
+        (SftRecipe, "sft-7b", "loss.direct=-1", "loss: direct: expected 0 or more"),
+        (SftRecipe, "sft-7b", "loss.tokens={mark: -1}", "loss: tokens: mark: expected 0 or more"),
+        (SftRecipe, "sft-7b", "hardware.gpus=0", "hardware: gpus: expected 1 or more"),
+        (SftRecipe, "sft-7b", "stage=distill", "stage: expected 'sft'"),
+        (SftRecipe, "sft-7b", "data.train=[{queries: a}]", r"train\[0\]: expected a value for pool, got none"),
+        (GrpoRecipe, "grpo-7b", "grpo.temperature=0", "grpo: temperature: expected more than 0"),
+        (GrpoRecipe, "grpo-7b", "grpo.group_size=1", "grpo: group_size: expected 2 or more"),
+        (GrpoRecipe, "grpo-7b", "grpo.micro_batch=0", "grpo: micro_batch: expected 1 or more"),
+        (GrpoRecipe, "grpo-7b", "grpo.penalty=-3", "grpo: penalty: expected .progress. or a number, 0 to 1, got -3"),
+        (GrpoRecipe, "grpo-7b", "grpo.loss_type=foo", "loss_type: expected Literal.*got 'foo'"),
+        (GrpoRecipe, "grpo-7b", "grpo.missing=foo", "missing: expected Literal.*got 'foo'"),
+    ],
+)
+def test_a_value_out_of_its_range_is_named(kind, name, text, message):
+    with pytest.raises(OptionsError, match=message):
+        load(kind, RECIPES / f"{name}.yaml", [text])
 
 
 def test_missing_recipe_is_a_clear_error(tmp_path):

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         return int(args.main(args))
-    except RetrvR1Error as error:
+    except (RetrvR1Error, OSError) as error:  # the latter name the file
         sys.stderr.write(f"retrv-r1-train: {error}\n")
         return 1
 

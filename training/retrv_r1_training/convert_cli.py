@@ -76,7 +76,9 @@ def main(args: argparse.Namespace) -> int:
 
 
 def describe(report: Report) -> str:
-    lines = [f"{report.written:,} rows written, {report.skipped.count:,} of {report.skipped.total:,} skipped"]
+    lines = [
+        f"{report.written:,} rows written, {report.skipped.count:,} of {report.skipped.total:,} input rows skipped"
+    ]
     lines += [f"  {count:,} {note}" for note, count in report.notes.items()]
     lines += [f"  skipped {example}" for example in report.skipped.examples]
     lines += [f"wrote {path}" for path in report.files]

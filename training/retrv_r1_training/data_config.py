@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from retrv_r1_retriever.errors import OptionsError, explain
 from retrv_r1_retriever.evaluation.offsets import MAX_BAD_SHARE
 from retrv_r1_retriever.types import MAX_CANDIDATES
+from retrv_r1_training.checks import check_ranges
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +51,12 @@ class DataConfig:
     max_bad_share: float = MAX_BAD_SHARE
 
     def __post_init__(self) -> None:
+        check_ranges(self, top_k="1 or more", min_k="0 or more", validation_queries="0 or more", cache_gb="0 or more",
+                     workers="0 or more", max_bad_share="a share, 0 to 1")  # fmt: skip
         for what, good, expected, got in (
             ("train", bool(self.train), "at least one part", "none"),
-            ("top_k", 1 <= self.top_k <= MAX_CANDIDATES, f"1 to {MAX_CANDIDATES}", self.top_k),
-            ("min_k", 0 <= self.min_k <= self.top_k, f"0 to data.top_k ({self.top_k})", self.min_k),
-            ("validation_queries", self.validation_queries >= 0, "0 or more", self.validation_queries),
+            ("top_k", self.top_k <= MAX_CANDIDATES, f"1 to {MAX_CANDIDATES}", self.top_k),
+            ("min_k", self.min_k <= self.top_k, f"0 to data.top_k ({self.top_k})", self.min_k),
         ):
             if not good:
                 raise OptionsError(explain(f"data.{what}", expected=expected, got=got, fix="Fix the recipe."))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from retrv_r1_retriever.prompt import ADDED_TOKENS
 from retrv_r1_training.grpo_config import GrpoRecipe
+from retrv_r1_training.rollout import TOGETHER
 from retrv_r1_training.sft_recipe import DistillRecipe, Hardware, LoraSettings, SftRecipe
 from retrv_r1_training.sizes import Size, size_of
 from retrv_r1_training.stage_recipe import AlignRecipe, BaseRecipe, EmbedderRecipe
@@ -21,7 +22,6 @@ CONTEXT_GB = 2.0  #: CUDA context, NCCL buffers and fragmentation; a guess
 RELATION_TOKENS = 5  #: two compressed tokens and the cue, read once more per candidate by the relation loss
 FRAME_TOKENS = 32  #: around a candidate that is described: chat format, question, two tokens
 PATCHES = 4  #: of the tower, for one token of the language model
-TOGETHER = 256  #: thoughts that share forward passes (`RolloutRunner`)
 
 
 @dataclass(frozen=True, slots=True)

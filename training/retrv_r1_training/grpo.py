@@ -34,7 +34,7 @@ from retrv_r1_training.grpo_config import GrpoConfig
 from retrv_r1_training.memory_training import learns_memory
 from retrv_r1_training.processes import from_all, rank, world
 from retrv_r1_training.reward import penalty_at, progress, reward
-from retrv_r1_training.rollout import Rollout, RolloutRunner, Sampling, Task
+from retrv_r1_training.rollout import TOGETHER, Rollout, RolloutRunner, Sampling, Task
 from retrv_r1_training.run_log import RunLog
 from retrv_r1_training.sft import freeze_for_sft
 from retrv_r1_training.trl_private import RolloutTrainer
@@ -98,7 +98,8 @@ def make_trainer(
     if mixed:
         raise_precision(trainer.model)
     policy = replace(checkpoint, model=trainer.policy)
-    trainer.runner = RolloutRunner(policy, images, autocast=torch.bfloat16 if mixed else None)
+    own = config.batch_size * config.group_size // world()  # validation at most as many: the KV pool never shrinks
+    trainer.runner = RolloutRunner(policy, images, min(TOGETHER, own), torch.bfloat16 if mixed else None)
     return trainer
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from retrv_r1_retriever.errors import OptionsError, explain
+from retrv_r1_training.checks import check_ranges
 from retrv_r1_training.data_config import DataConfig
 from retrv_r1_training.processes import world
 from retrv_r1_training.sft_recipe import Hardware
@@ -28,11 +29,11 @@ class GrpoConfig:
     batch_size: int
     group_size: int
     beta: float
-    loss_type: str
+    loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo"]
     temperature: float
     penalty: str | float = "progress"
     format_weight: float = 0.2
-    scale_rewards: str = "group"
+    scale_rewards: Literal["group", "batch", "none"] = "group"
     std_floor: float = 0.0
     epsilon: float = 0.2
     iterations: int = 1
@@ -43,7 +44,7 @@ class GrpoConfig:
     warmup: int = 5
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
-    missing: str = "none"
+    missing: Literal["none", "drop"] = "none"
     evaluate_every: int = 0
     save_every: int = 0
     report_to: tuple[str, ...] = ("tensorboard",)
@@ -51,6 +52,13 @@ class GrpoConfig:
     deepspeed: Literal["zero2"] | None = None
 
     def __post_init__(self) -> None:
+        check_ranges(
+            self, steps="0 or more", lr="0 or more", batch_size="1 or more", group_size="2 or more", beta="0 or more",
+            temperature="more than 0", format_weight="0 or more", std_floor="0 or more", epsilon="more than 0",
+            iterations="1 or more", micro_batch="1 or more", max_inspections="0 or more", max_new_tokens="1 or more",
+            lora_rank="0 or more", warmup="0 or more", max_grad_norm="more than 0", evaluate_every="0 or more",
+            save_every="0 or more",
+        )  # fmt: skip
         if self.batch_size * self.group_size % (self.micro_batch * world()):
             got = f"{self.batch_size} * {self.group_size} over {self.micro_batch} * {world()} ranks"
             fix = "Change micro_batch."
@@ -62,10 +70,9 @@ class GrpoConfig:
         if self.save_every % self.iterations:
             fix = "Make it one, or a resumed run would differ from an uninterrupted one."
             raise OptionsError(explain("save_every", expected="a multiple of iterations", got=self.save_every, fix=fix))
-        if self.penalty != "progress" and not isinstance(self.penalty, int | float):
-            raise OptionsError(
-                explain("penalty", expected='"progress" or a number', got=repr(self.penalty), fix="Fix it.")
-            )
+        if self.penalty != "progress" and not (isinstance(self.penalty, int | float) and 0 <= self.penalty <= 1):
+            expected = '"progress" or a number, 0 to 1'
+            raise OptionsError(explain("penalty", expected=expected, got=repr(self.penalty), fix="Fix the recipe."))
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from retrv_r1_retriever.model.embedding import encode_pictures
 from retrv_r1_retriever.model.modeling import RetrvR1ForConditionalGeneration
 from retrv_r1_retriever.model.processing import Batch, Chunk, Processor, collate
 from retrv_r1_retriever.prompt import ANSWER_START, DIFFERS, INSPECT_END, INSPECT_START, MATCH
+from retrv_r1_training.checks import check_ranges
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,9 @@ class TokenWeights:
     mark: float = 2.5
     conclusion: float = 3.0
     answer: float = 2.2
+
+    def __post_init__(self) -> None:
+        check_ranges(self, **{f.name: "0 or more" for f in fields(self)})
 
 
 def hidden_states(

@@ -54,7 +54,11 @@ def override(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any
         name, found, value = text.partition("=")
         if not found or not name:
             raise OptionsError(explain("--set", expected="key=value", got=repr(text), fix="Write --set optim.lr=1e-5."))
-        _put(out, name.split("."), yaml.safe_load(value), text)
+        try:
+            read = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise OptionsError(explain(f"--set {name}", expected="YAML", got=repr(value), fix="Quote it.")) from None
+        _put(out, name.split("."), read, text)
     return out
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from retrv_r1_retriever.errors import OptionsError, explain
@@ -66,9 +66,12 @@ def build(kind: type[T], data: dict[str, Any], where: str) -> T:
             explain(where, expected=f"keys {sorted(known)}", got=unknown[0], fix="Fix or remove the key.")
         )
     values = {k: _nested(hints[k], v, f"{where}: {k}") for k, v in data.items()}
+    needed = (f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING)  # type: ignore[arg-type]
+    if absent := [name for name in needed if name not in values]:
+        raise OptionsError(explain(where, expected=f"a value for {absent[0]}", got="none", fix="Add the key."))
     try:
         return kind(**values)
-    except TypeError as error:
+    except OptionsError as error:  # of a range: the class knows the field, not where it stands
         raise OptionsError(f"{where}: {error}") from None
 
 

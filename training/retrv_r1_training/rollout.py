@@ -29,6 +29,8 @@ from retrv_r1_retriever.trace import Full, Sampled, Segment
 from retrv_r1_retriever.types import Content, ImageInput, StopReason
 from retrv_r1_training.lists import ListConfig, Lists, candidate_list, prompt_of
 
+TOGETHER = 256  #: thoughts that share forward passes, at most
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Task:
@@ -113,7 +115,7 @@ class RolloutRunner:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, images: ImageSource | None = None, concurrency: int = 256,
+        self, checkpoint: Checkpoint, images: ImageSource | None = None, concurrency: int = TOGETHER,
         autocast: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         self._model, self.processor = checkpoint.model, checkpoint.processor

@@ -25,6 +25,7 @@ from retrv_r1_retriever.parser import Thought, render
 from retrv_r1_retriever.prompt import ADDED_TOKENS, ANSWER_START, CHECK_CUE, NONE_INDEX, Prompt
 from retrv_r1_retriever.trace import Full, Sampled, Segment
 from retrv_r1_training.base import comparison_loss
+from retrv_r1_training.checks import check_ranges
 from retrv_r1_training.lists import ListConfig, Lists, candidate_list, prompt_of, spread_labels
 from retrv_r1_training.loop import Schedule, train
 from retrv_r1_training.loss import TokenWeights, token_weights
@@ -65,6 +66,9 @@ class SftLoss:
     direct: float = 0.7
     relation: float = 1.0
     ranknet: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_ranges(self, answer="0 or more", direct="0 or more", relation="0 or more", ranknet="0 or more")
 
 
 @dataclass(frozen=True, slots=True)

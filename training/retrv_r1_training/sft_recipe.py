@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from retrv_r1_retriever.errors import OptionsError, explain
+from retrv_r1_training.checks import check_ranges
 from retrv_r1_training.data_config import DataConfig
 from retrv_r1_training.ranknet import FACTOR
 from retrv_r1_training.sft import SftLoss
@@ -18,6 +19,9 @@ class LoraSettings:
     rank: int = 128
     alpha: int = 256
 
+    def __post_init__(self) -> None:
+        check_ranges(self, rank="1 or more", alpha="1 or more")
+
 
 @dataclass(frozen=True, slots=True)
 class ExampleSettings:
@@ -29,6 +33,9 @@ class ExampleSettings:
 
     direct_share: float = 1.0
     spread: float = 0.2
+
+    def __post_init__(self) -> None:
+        check_ranges(self, direct_share="a share, 0 to 1", spread="a share, 0 to 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +51,10 @@ class Optimisation:
     warmup: float = 0.1
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_ranges(self, steps="1 or more", batch_size="1 or more", per_device="1 or more", lr="0 or more",
+                     warmup="a share, 0 to 1", weight_decay="0 or more", max_grad_norm="more than 0")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +73,9 @@ class Running:
     keep: int = 2
     report_to: tuple[str, ...] = ("tensorboard",)
 
+    def __post_init__(self) -> None:
+        check_ranges(self, every="1 or more", save="1 or more", evaluate="0 or more", keep="1 or more")
+
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
@@ -74,6 +88,10 @@ class Hardware:
     tflops: float = 989.0
     bandwidth: float = 3.35
     use: float = 0.3
+
+    def __post_init__(self) -> None:
+        check_ranges(self, gpus="1 or more", gpu_gb="more than 0", tflops="more than 0", bandwidth="more than 0",
+                     use="more than 0")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +116,12 @@ class SftRecipe:
     length: int = 2048
     thought: int = 600
 
+    def __post_init__(self) -> None:
+        if self.stage == "distill":
+            raise OptionsError(
+                explain("stage", expected="'sft'", got="'distill'", fix="Call `retrv-r1-train distill`.")
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class Thinking:
@@ -110,6 +134,9 @@ class Thinking:
     max_new_tokens: int = 512
     queries: int = 0
     right_only: bool = True
+
+    def __post_init__(self) -> None:
+        check_ranges(self, max_inspections="0 or more", max_new_tokens="1 or more", queries="0 or more")
 
 
 @dataclass(frozen=True, slots=True)

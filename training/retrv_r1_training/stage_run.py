@@ -96,7 +96,6 @@ def train(recipe: StageRecipe, run: Path, work: Work, per_device: int | None = N
         prepare_deepspeed(work.model)
     optim = recipe.optim if per_device is None else replace(recipe.optim, per_device=per_device)
     args = training_arguments(replace(recipe, optim=optim), run, evaluate=work.measure is not None)
-    args.train_sampling_strategy = "sequential"  # `Draws` has its own order
     args.dataloader_num_workers = recipe.data.workers
     trainer = StageTrainer(
         recipe.stage, work, args=args, data_collator=lambda rows: _collate(work.draws, rows),

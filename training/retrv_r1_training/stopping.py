@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -23,6 +24,7 @@ def stop_not_finite(trainer: Trainer, stage: str, values: Sequence[float], seen:
     folder = Path(trainer.args.output_dir) / "stopped"
     trainer.args.output_dir = str(folder)  # apart from the good checkpoints, which a new start resumes from
     trainer._save_checkpoint(trainer.model, None)
+    sys.stderr.write("\n")  # below the progress bar
     raise NotFiniteError(
         explain(f"{stage}: loss at step {trainer.state.global_step}, {seen}", expected="a finite number", got=list(values),
                 fix=f"State saved below {folder}. Lower {rate} or look at these, and start again in a new --run folder.")

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from retrv_r1_retriever.cli.terminal import at_least_one
 from retrv_r1_retriever.errors import OptionsError, explain
 from retrv_r1_retriever.evaluation.mbeir import Limits
 from retrv_r1_retriever.evaluation.offsets import MAX_BAD_SHARE
@@ -59,7 +60,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     data.add_argument("--shuffle", type=float, default=0.5, metavar="SHARE", help="of lists in random order")
     data.add_argument("--missing", choices=("none", "inject", "drop"), default="none",
                       help="what a list without a right answer trains")  # fmt: skip
-    data.add_argument("--limit", type=int, metavar="N", help="the first N lists only")
+    data.add_argument("--limit", type=at_least_one, metavar="N", help="the first N lists only")
     data.add_argument("--seed", type=int, default=0)
     data.add_argument("--max-bad-share", type=float, default=MAX_BAD_SHARE, metavar="SHARE", help="of rows in any file")
     data.add_argument("--index-dir", type=Path, help="where to keep line indexes (default: .retrv beside each file)")

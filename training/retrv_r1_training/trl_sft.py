@@ -192,7 +192,7 @@ def training_arguments(recipe: SftRecipe, run: Path, evaluate: bool) -> SFTConfi
         eval_on_start=evaluate and recipe.stage == "distill",  # what was the direct read worth before?
         eval_steps=running.evaluate, remove_unused_columns=False, max_length=None, packing=False,
         dataset_kwargs={"skip_prepare_dataset": True}, ddp_find_unused_parameters=False, disable_tqdm=None,
-        logging_nan_inf_filter=False,
+        logging_nan_inf_filter=False, train_sampling_strategy="sequential",  # the examples have their own order
     )  # fmt: skip
 
 

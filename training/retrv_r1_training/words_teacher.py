@@ -122,9 +122,9 @@ def _judge(candidate: Caption, sought: Caption, is_right: bool) -> Judgement:
 
 
 def _check(candidate: Caption, sought: Caption, words: set[str], match: bool | None) -> str:
-    """`a4 b9, a4 yes b7 no differs`: what is read, each sought fine word compared, the conclusion."""
+    """`a4 b9, a4 same b7 diff differs`: what is read, each sought fine word compared, the conclusion."""
     aloud = " ".join(candidate.fine[:_READ_ALOUD])
-    marks = " ".join(f"{w} {'yes' if w in words else 'no'}" for w in sought.fine)
+    marks = " ".join(f"{w} {'same' if w in words else 'diff'}" for w in sought.fine)
     return f"{aloud}, {marks} {MATCH if match else DIFFERS}" if aloud else f"{marks} {MATCH if match else DIFFERS}"
 
 
