@@ -162,10 +162,14 @@ def test_accumulation_of_a_run_is_its_large_batch(material, tmp_path):
     assert len(set(large)) == 3
 
 
-def test_resumed_run_is_the_uninterrupted_one(material, done, tmp_path):
+@pytest.mark.parametrize("left", ["no state", "half a state"])
+def test_resumed_run_is_the_uninterrupted_one(material, done, tmp_path, left):
     run = tmp_path / "run"
     shutil.copytree(done, run)
-    shutil.rmtree(run / "checkpoint-4")
+    if left == "no state":
+        shutil.rmtree(run / "checkpoint-4")
+    else:
+        (run / "checkpoint-4" / "trainer_state.json").unlink()
     shutil.rmtree(run / "checkpoint")
     sets = ["optim.steps=4", "run.save=2", "data.validation_queries=4", "run.evaluate=2", "run.report_to=[tensorboard]"]
     assert sft(material, run, *sets) == 0

@@ -16,7 +16,6 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from retrv_r1_retriever.errors import InputError, explain
@@ -37,6 +36,7 @@ from retrv_r1_training.examples import Source, trace_examples
 from retrv_r1_training.mbeir_tasks import Folder, checkpoint_folder
 from retrv_r1_training.overrides import dump, keep
 from retrv_r1_training.processes import device, is_first, world
+from retrv_r1_training.run_folder import last_state
 from retrv_r1_training.run_log import RunLog
 from retrv_r1_training.sft import Example, SftLoss, Totals, losses
 from retrv_r1_training.sft_recipe import SftRecipe, accumulation
@@ -243,7 +243,7 @@ def train_on(
     """The loop of `sft` and `distill`, whatever the examples are."""
     trainer = build(recipe, run, start, train, held_out)
     log.info("%d process(es), %d lists each per step", world(), recipe.optim.batch_size // world())
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(run))
+    trainer.train(resume_from_checkpoint=last_state(run))
     state, out = trained_state(trainer.model), run / "checkpoint"
     unset_hf_deepspeed_config()  # or transformers would load the starting checkpoint partitioned
     if trainer.is_world_process_zero():
