@@ -18,6 +18,7 @@ from retrv_r1_training.mbeir_tasks import Folder
 from retrv_r1_training.overrides import load
 from retrv_r1_training.sft import SftLoss, Totals, losses
 from retrv_r1_training.sft_recipe import ExampleSettings, Optimisation, SftRecipe, accumulation
+from retrv_r1_training.stage_checkpoint import write_manifest
 
 from retrv_r1_retriever.errors import InputError, OptionsError
 from retrv_r1_retriever.model.checkpoint import load_checkpoint, read_manifest
@@ -25,6 +26,7 @@ from retrv_r1_retriever.prompt import ADDED_TOKENS
 from tests.tiny import picture
 
 PLAIN = SftLoss(TokenWeights(1, 1, 1, 1, 1, 1, 1, 1), answer=0, direct=0, relation=0)
+DONE = ["optim.steps=4", "run.save=2", "data.validation_queries=4", "run.evaluate=2", "run.report_to=[tensorboard]"]
 
 
 def sft(material, run, *sets):
@@ -49,8 +51,7 @@ def source(material):
 def done(material, tmp_path_factory):
     """A finished run of four steps with a state after every second."""
     run = tmp_path_factory.mktemp("done") / "run"
-    sets = ["optim.steps=4", "run.save=2", "data.validation_queries=4", "run.evaluate=2", "run.report_to=[tensorboard]"]
-    assert sft(material, run, *sets) == 0
+    assert sft(material, run, *DONE) == 0
     return run
 
 
@@ -171,13 +172,25 @@ def test_resumed_run_is_the_uninterrupted_one(material, done, tmp_path, left):
     else:
         (run / "checkpoint-4" / "trainer_state.json").unlink()
     shutil.rmtree(run / "checkpoint")
-    sets = ["optim.steps=4", "run.save=2", "data.validation_queries=4", "run.evaluate=2", "run.report_to=[tensorboard]"]
-    assert sft(material, run, *sets) == 0
+    assert sft(material, run, *DONE) == 0
     for key in ("loss", "grad_norm", "eval_loss", "learning_rate"):
         assert logged(run, key) == logged(done, key), key
     assert len(logged(run)) == 4
     states = [trl_sft.load_file(folder / "checkpoint-4" / trl_sft.TRAINED) for folder in (run, done)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
+
+
+def test_a_finished_run_is_left_alone(material, done, tmp_path, caplog):
+    """`calibrate` has written into its manifest since."""
+    run = tmp_path / "run"
+    shutil.copytree(done, run)
+    write_manifest(run / "checkpoint", replace(read_manifest(run / "checkpoint"), think_margin=0.5))
+    before = {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file() and file.suffix != ".yaml"}
+    with caplog.at_level("INFO"):
+        assert sft(material, run, *DONE) == 0
+    assert "is finished" in caplog.text
+    assert read_manifest(run / "checkpoint").think_margin == 0.5
+    assert before == {file: file.stat().st_mtime_ns for file in before}
 
 
 def test_exported_checkpoint_keeps_memory_valid_and_has_learnt(material, done):

@@ -143,7 +143,7 @@ def _arguments(config: GrpoConfig, seed: int, run: Path) -> GRPOConfig:
         gradient_checkpointing=config.gradient_checkpointing,
         bf16=dtype == "bfloat16", use_cpu=not torch.cuda.is_available(), deepspeed=deepspeed_config(config.deepspeed, dtype),
         logging_steps=1, report_to=list(config.report_to) or "none", disable_tqdm=None, ddp_find_unused_parameters=False,
-        save_strategy="steps" if config.save_every else "no", save_steps=config.save_every or config.steps, save_total_limit=2,
+        save_strategy="steps", save_steps=config.save_every or config.steps, save_total_limit=2,
     )  # fmt: skip
 
 

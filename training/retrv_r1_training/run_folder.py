@@ -1,15 +1,69 @@
-"""A run's folder, as every stage keeps it."""
+"""A run's folder, as every stage keeps it: one recipe, states to go on from, and at the end a checkpoint that is left alone."""
 
 from __future__ import annotations
 
 import json
 import logging
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from retrv_r1_retriever.errors import OptionsError, explain
+from retrv_r1_retriever.model.checkpoint import Manifest
+from retrv_r1_training.estimate import AnyRecipe
+from retrv_r1_training.overrides import dump, keep
 from retrv_r1_training.processes import is_first
 
 log = logging.getLogger(__name__)
 _LAST_WRITTEN = "trainer_state.json"  # by transformers, of all files of a state
+
+
+@contextmanager
+def open_run(recipe: AnyRecipe, run: Path, out: Path | None = None) -> Iterator[bool]:
+    """Whether there is anything left to do in folder `run`. Every process of a launch calls this, around all of its work.
+
+    out: where the checkpoint goes, None = RUN/checkpoint
+    """
+    if is_first():
+        keep(recipe, run)
+    _say(logging.INFO, "%s", dump(recipe))
+    out = out or run / "checkpoint"
+    done = _is_finished(run, out)
+    if done:
+        _say(
+            logging.INFO,
+            "%s is finished, its checkpoint is %s: nothing is done. To train again, choose another --run folder",
+            run,
+            out,
+        )
+    yield not done
+
+
+def finish(out: Path, export: Callable[[Path], Manifest]) -> None:
+    """Write the checkpoint aside and move it into place when it is whole: that it is there says that the run is finished."""
+    aside = out.with_name(f"{out.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)  # what a kill left
+    saved = export(aside)
+    aside.rename(out)
+    digests = f"memory {saved.memory_digest}" + (f", embedder {saved.embedder_digest}" if saved.embedder_dim else "")
+    log.info("checkpoint %s in %s, %s", saved.checkpoint_digest, out, digests)
+
+
+def _is_finished(run: Path, out: Path) -> bool:
+    if not out.exists():
+        return False
+    if (out / "retrv" / "manifest.json").is_file() and (out.parent == run or _has_results(run)):
+        return True
+    fix = "Move it away, or choose another folder."
+    raise OptionsError(
+        explain(str(out), expected="nothing yet, or this run's checkpoint", got="something else", fix=fix)
+    )
+
+
+def _has_results(run: Path) -> bool:
+    """Whether something was made in this folder that depends on its recipe."""
+    return any(run.rglob("checkpoint*"))
 
 
 def last_state(folder: Path) -> str | None:
