@@ -57,6 +57,8 @@ def test_grpo_leaves_a_checkpoint_with_the_same_memory(recipe, run, capsys):
     assert after.memory_digest == before.memory_digest
     assert after.checkpoint_digest != before.checkpoint_digest
     assert after.embedder_digest == before.embedder_digest
+    assert (after.trained_min_k, after.trained_top_k) == (before.trained_min_k, 6)
+    assert before.trained_min_k == 2
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [row["lambda"] for row in rows] == [0.0, 0.5]
     assert {"groups_equal", "inspections", "correct", "format"} <= set(rows[0])

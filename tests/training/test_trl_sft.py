@@ -18,10 +18,10 @@ from retrv_r1_training.mbeir_tasks import Folder
 from retrv_r1_training.overrides import load
 from retrv_r1_training.sft import SftLoss, Totals, losses
 from retrv_r1_training.sft_recipe import ExampleSettings, Optimisation, SftRecipe, accumulation
-from retrv_r1_training.stage_checkpoint import write_manifest
+from retrv_r1_training.stage_checkpoint import list_lengths, write_manifest
 
 from retrv_r1_retriever.errors import InputError, OptionsError
-from retrv_r1_retriever.model.checkpoint import load_checkpoint, read_manifest
+from retrv_r1_retriever.model.checkpoint import Manifest, load_checkpoint, read_manifest
 from retrv_r1_retriever.prompt import ADDED_TOKENS
 from tests.tiny import picture
 
@@ -209,6 +209,14 @@ def test_exported_checkpoint_keeps_memory_valid_and_has_learnt(material, done):
     assert moved.sum() == moved[rows].sum()
     layer = "model.language_model.layers.0.self_attn.q_proj.weight"
     assert not torch.equal(old.model.state_dict()[layer], new.model.state_dict()[layer]), "LoRA is merged"
+
+
+@pytest.mark.parametrize(
+    ("before", "stated", "after"), [(5, None, 5), (12, None, 8), (0, None, 0), (5, 0, 0), (0, 4, 4)]
+)
+def test_the_shortest_list_is_that_of_the_start_unless_the_recipe_says_one(material, before, stated, after):
+    data = replace(load(SftRecipe, material / "recipe.yaml").data, top_k=8, min_k=stated)
+    assert list_lengths(Manifest("x", trained_top_k=20, trained_min_k=before), data)["trained_min_k"] == after
 
 
 def test_run_leaves_logs_and_the_resolved_recipe(material, done):
