@@ -1,6 +1,8 @@
-"""A run's folder: whole states, and a checkpoint that says that the run is finished."""
+"""A run's folder: one recipe, whole states, and a checkpoint that says that the run is finished."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 from retrv_r1_training.cli import RECIPES
@@ -84,3 +86,19 @@ def test_a_checkpoint_that_is_not_this_runs_is_neither_finished_nor_overwritten(
     (run / "checkpoint").mkdir()
     with pytest.raises(OptionsError, match="got something else"), open_run(recipe, run):
         pass
+
+
+@pytest.mark.parametrize("result", ["checkpoint-1/x", "states/checkpoint-1/x", "start/x", "thoughts-train.jsonl"])
+def test_a_folder_with_results_keeps_its_recipe(recipe, tmp_path, result):
+    other = replace(recipe, seed=1)
+    for one in (recipe, other, recipe):
+        with open_run(one, tmp_path):
+            assert load(SftRecipe, tmp_path / "recipe.yaml") == one, "nothing was made of the one before"
+    file = tmp_path / result
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("x")
+    message = "expected the recipe this folder was started with, got another one: seed was 0, is 1"
+    with pytest.raises(OptionsError, match=message), open_run(other, tmp_path):
+        pass
+    with open_run(recipe, tmp_path) as unfinished:
+        assert unfinished

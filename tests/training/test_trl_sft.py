@@ -298,6 +298,14 @@ def test_a_recipe_that_cannot_run_says_why(material, tmp_path, capsys, sets, mes
     assert message in capsys.readouterr().err
 
 
+def test_a_recipe_that_could_not_run_can_be_mended_in_its_folder(material, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert sft(material, run, "data.root=nowhere") == 1
+    assert sft(material, run, "optim.steps=1") == 0
+    assert sft(material, run, "optim.steps=3") == 1
+    assert "recipe this folder was started with, got another one: optim.steps was 1, is 3." in capsys.readouterr().err
+
+
 def test_trajectory_does_not_depend_on_the_number_of_gpus():
     optim = Optimisation(steps=1, batch_size=64, per_device=2)
     assert [accumulation(optim, world) for world in (1, 8)] == [32, 4]

@@ -12,7 +12,7 @@ from pathlib import Path
 from retrv_r1_retriever.errors import OptionsError, explain
 from retrv_r1_retriever.model.checkpoint import Manifest
 from retrv_r1_training.estimate import AnyRecipe
-from retrv_r1_training.overrides import dump, keep
+from retrv_r1_training.overrides import dump, same_as_before
 from retrv_r1_training.processes import is_first
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ def open_run(recipe: AnyRecipe, run: Path, out: Path | None = None) -> Iterator[
     out: where the checkpoint goes, None = RUN/checkpoint
     """
     if is_first():
-        keep(recipe, run)
+        _keep(recipe, run)
     _say(logging.INFO, "%s", dump(recipe))
     out = out or run / "checkpoint"
     done = _is_finished(run, out)
@@ -61,9 +61,19 @@ def _is_finished(run: Path, out: Path) -> bool:
     )
 
 
+def _keep(recipe: AnyRecipe, run: Path) -> None:
+    """RUN/recipe.yaml says what this folder was started with. Another one is refused as soon as it would be mixed with results."""
+    file = run / "recipe.yaml"
+    if not _has_results(run):
+        file.unlink(missing_ok=True)
+    same_as_before(file, dump(recipe), "the recipe this folder was started with",
+                   "Choose another --run folder, or remove this one.")  # fmt: skip
+
+
 def _has_results(run: Path) -> bool:
-    """Whether something was made in this folder that depends on its recipe."""
-    return any(run.rglob("checkpoint*"))
+    """Whether there is anything in this folder that depends on its recipe: a state, a checkpoint, a start, thoughts."""
+    made = (run / "start").exists() or any(file.stat().st_size for file in run.glob("thoughts-*.jsonl"))
+    return made or any(run.rglob("checkpoint*"))
 
 
 def last_state(folder: Path) -> str | None:

@@ -39,9 +39,9 @@ def train_base(recipe: BaseRecipe, run: Path) -> Path:
     """Train or resume in folder `run`; returns the checkpoint, whose compression module is fresh."""
     torch.manual_seed(recipe.seed)
     files = Opened(recipe.data)
-    start = _start(recipe, run / "start", files.train)
     draws = Captioned(files.train).draws(recipe.optim.steps * recipe.optim.batch_size, recipe.seed)
     held_out = Captioned(files.validation).draws(files.validated, 0) if files.validated else None
+    start = _start(recipe, run / "start", files.train)
     measure = None if held_out is None else Measure(start.processor, held_out, recipe.optim.per_device)
     model = trainable(SftModel.of(start.model))
     state = train(recipe, run, Work(start.processor, model, draws, Objective(start.processor), measure))
