@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from retrv_r1_training import inputs
 from retrv_r1_training.cli import RECIPES
 from retrv_r1_training.overrides import load
 from retrv_r1_training.run_folder import finish, last_state, open_run
@@ -102,3 +103,15 @@ def test_a_folder_with_results_keeps_its_recipe(recipe, tmp_path, result):
         pass
     with open_run(recipe, tmp_path) as unfinished:
         assert unfinished
+
+
+def test_a_fingerprint_sees_what_is_cut_added_or_moved(tmp_path, monkeypatch):
+    monkeypatch.setattr(inputs, "_PIECES", 8)
+    monkeypatch.setattr(inputs, "_PIECE", 16)
+    lines = [b"line %d\n" % n for n in range(1000)]
+    known = set()
+    for made in (lines, lines[:-1], lines[1:] + lines[:1], [*lines, lines[0]], [], lines[:2], [b"Line 0\n", lines[1]]):
+        (tmp_path / "file").write_bytes(b"".join(made))
+        known.add(inputs.fingerprint(tmp_path / "file"))
+    assert len(known) == 7
+    assert inputs.fingerprint(tmp_path / "none") == "no file"

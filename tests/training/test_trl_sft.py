@@ -7,9 +7,11 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from retrv_r1_training import trl_sft
 from retrv_r1_training.cli import main
 from retrv_r1_training.examples import TraceExamples, trace_examples
@@ -178,6 +180,31 @@ def test_resumed_run_is_the_uninterrupted_one(material, done, tmp_path, left):
     assert len(logged(run)) == 4
     states = [trl_sft.load_file(folder / "checkpoint-4" / trl_sft.TRAINED) for folder in (run, done)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
+
+
+@pytest.mark.parametrize("changed", ["traces", "start"])
+def test_a_run_does_not_go_on_with_other_inputs(material, done, tmp_path, capsys, changed):
+    """The recipe names the same files; one of them is another by now."""
+    run, recipe = tmp_path / "run", yaml.safe_load((done / "recipe.yaml").read_text())
+    shutil.copytree(done, run)
+    shutil.rmtree(run / "checkpoint")
+    digest = read_manifest(material / "start").checkpoint_digest
+    if changed == "traces":
+        file = Path(recipe["data"]["train"][0]["traces"])
+        before, said = file.read_text(), f"{file} was {file.stat().st_size:,} bytes, "
+        other = before[: len(before) // 2]
+    else:
+        file = material / "start" / "retrv" / "manifest.json"
+        before, said = file.read_text(), f"start was checkpoint {digest}, embedder "
+        other = before.replace(digest, "0" * 16)
+    file.write_text(other)
+    try:
+        assert sft(material, run, *DONE) == 1
+    finally:
+        file.write_text(before)
+    message = capsys.readouterr().err
+    assert "inputs.yaml: expected the data this folder was started with, got another one: " + said in message
+    assert sft(material, run, *DONE) == 0, "they are back"
 
 
 def test_a_finished_run_is_left_alone(material, done, tmp_path, caplog):

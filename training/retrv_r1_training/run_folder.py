@@ -9,9 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import yaml
+
 from retrv_r1_retriever.errors import OptionsError, explain
 from retrv_r1_retriever.model.checkpoint import Manifest
 from retrv_r1_training.estimate import AnyRecipe
+from retrv_r1_training.inputs import inputs_of
 from retrv_r1_training.overrides import dump, same_as_before
 from retrv_r1_training.processes import is_first
 
@@ -62,12 +65,14 @@ def _is_finished(run: Path, out: Path) -> bool:
 
 
 def _keep(recipe: AnyRecipe, run: Path) -> None:
-    """RUN/recipe.yaml says what this folder was started with. Another one is refused as soon as it would be mixed with results."""
-    file = run / "recipe.yaml"
-    if not _has_results(run):
-        file.unlink(missing_ok=True)
-    same_as_before(file, dump(recipe), "the recipe this folder was started with",
-                   "Choose another --run folder, or remove this one.")  # fmt: skip
+    """RUN/recipe.yaml and RUN/inputs.yaml: what this folder was started with. Once it has results, others are refused."""
+    inputs = yaml.safe_dump(inputs_of(recipe), sort_keys=False, allow_unicode=True, width=1000)
+    fresh = not _has_results(run)
+    for name, text, what in (("recipe.yaml", dump(recipe), "recipe"), ("inputs.yaml", inputs, "data")):
+        if fresh:
+            (run / name).unlink(missing_ok=True)
+        same_as_before(run / name, text, f"the {what} this folder was started with",
+                       f"Go on with that {what}, choose another --run folder, or remove this one.")  # fmt: skip
 
 
 def _has_results(run: Path) -> bool:
