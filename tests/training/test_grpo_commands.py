@@ -13,7 +13,7 @@ import yaml
 
 pytest.importorskip("trl")
 
-from retrv_r1_training import cli, grpo_commands
+from retrv_r1_training import cli, grpo, grpo_commands
 from retrv_r1_training.calibrate import Measured, NoneThreshold, calibrate
 from retrv_r1_training.grpo_commands import GrpoRecipe
 from retrv_r1_training.overrides import load
@@ -34,26 +34,52 @@ def recipe(tmp_path_factory):
     root = small_catalogue(folder / "data", queries=4)
     values["data"] = data_block(root, 6, with_lists) | {"validation_queries": 12}
     values["grpo"] |= {"max_new_tokens": 90, "batch_size": 2, "micro_batch": 8}
+    del values["grpo"]["save_every"]
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump(values))
     return file
 
 
-def test_grpo_leaves_a_checkpoint_with_the_same_memory(recipe, capsys):
-    run = recipe.parent / "run"
-    argv = ["grpo", str(recipe), "--run", str(run), "--threads", "1", "--set"]
-    assert cli.main([*argv, "grpo.steps=2"]) == 0
+@pytest.fixture(scope="module")
+def run(recipe):
+    """Trained for two steps."""
+    assert grpo_run(recipe) == 0
+    return recipe.parent / "run"
+
+
+def grpo_run(recipe, *sets):
+    folder = recipe.parent / "run"
+    return cli.main(["grpo", str(recipe), "--run", str(folder), "--threads", "1", "--set", "grpo.steps=2", *sets])
+
+
+def test_grpo_leaves_a_checkpoint_with_the_same_memory(recipe, run, capsys):
     before, after = read_manifest(_miniature()), load_checkpoint(run / "checkpoint", device="cpu").manifest
     assert after.memory_digest == before.memory_digest
     assert after.checkpoint_digest != before.checkpoint_digest
     assert after.embedder_digest == before.embedder_digest
+    assert (after.trained_min_k, after.trained_top_k) == (before.trained_min_k, 6)
+    assert before.trained_min_k == 2
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [row["lambda"] for row in rows] == [0.0, 0.5]
     assert {"groups_equal", "inspections", "correct", "format"} <= set(rows[0])
     assert {"val_R@1_all", "val_R@1_coarse", "val_opened_fine"} <= set(rows[-1])
     assert load(GrpoRecipe, run / "recipe.yaml").grpo.steps == 2, "the resolved recipe is kept"
-    assert cli.main([*argv, "grpo.steps=3"]) == 1
+    assert grpo_run(recipe, "--set", "grpo.steps=3") == 1
     assert "the recipe this folder was started with" in capsys.readouterr().err
+
+
+def test_grpo_called_again_goes_on_from_its_states_and_leaves_a_finished_run_alone(recipe, run, monkeypatch, caplog):
+    """A kill between the last state and the checkpoint, then none."""
+    monkeypatch.setattr(grpo._Source, "__call__", lambda *a: pytest.fail("trains again"))
+    before = read_manifest(run / "checkpoint")
+    shutil.rmtree(run / "checkpoint")
+    assert grpo_run(recipe) == 0
+    assert read_manifest(run / "checkpoint") == before
+    log = (run / "log.jsonl").read_text()
+    with caplog.at_level("INFO"):
+        assert grpo_run(recipe) == 0
+    assert "is finished" in caplog.text
+    assert (run / "log.jsonl").read_text() == log
 
 
 def test_passrate_names_the_solvable_hard_queries(recipe, capsys):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from retrv_r1_training.cli import RECIPES
 from retrv_r1_training.grpo_config import GrpoRecipe
-from retrv_r1_training.overrides import dump, keep, load, override, read_yaml
+from retrv_r1_training.overrides import dump, load, override, read_yaml, same_as_before
 from retrv_r1_training.sft_recipe import SftRecipe
 
 from retrv_r1_retriever.errors import OptionsError
@@ -98,9 +98,16 @@ def test_a_key_that_comes_twice_is_an_error(tmp_path):
         read_yaml(file)
 
 
-def test_a_folder_keeps_one_recipe(tmp_path):
-    recipe = load(SftRecipe, BASE)
-    keep(recipe, tmp_path)
-    keep(recipe, tmp_path)
-    with pytest.raises(OptionsError, match="expected the recipe this folder was started with"):
-        keep(load(SftRecipe, BASE, ["seed=1"]), tmp_path)
+def test_what_differs_from_before_is_named(tmp_path):
+    file = tmp_path / "new" / "recipe.yaml"
+    same_as_before(file, "a: {b: [1, {c: 2}]}\nd: 1\n", "this", "Fix it.")
+    same_as_before(file, "a: {b: [1, {c: 2}]}\nd: 1\n", "this", "Fix it.")
+    with pytest.raises(
+        OptionsError, match=r"expected this, got another one: a\.b\.1\.c was 2, is 3; d was 1, is absent\. Fix"
+    ):
+        same_as_before(file, "a: {b: [1, {c: 3}]}\n", "this", "Fix it.")
+    with pytest.raises(OptionsError, match=r"3 was absent, is 3; and 3 more"):
+        same_as_before(file, "a: {b: [1, {c: 2}]}\nd: {0: 0, 1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: 6}\n", "this", "Fix it.")
+    file.write_text("a: {")
+    with pytest.raises(OptionsError, match="another one: it cannot be read"):
+        same_as_before(file, "a: 1\n", "this", "Fix it.")

@@ -7,9 +7,11 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from retrv_r1_training import trl_sft
 from retrv_r1_training.cli import main
 from retrv_r1_training.examples import TraceExamples, trace_examples
@@ -18,13 +20,15 @@ from retrv_r1_training.mbeir_tasks import Folder
 from retrv_r1_training.overrides import load
 from retrv_r1_training.sft import SftLoss, Totals, losses
 from retrv_r1_training.sft_recipe import ExampleSettings, Optimisation, SftRecipe, accumulation
+from retrv_r1_training.stage_checkpoint import list_lengths, write_manifest
 
 from retrv_r1_retriever.errors import InputError, OptionsError
-from retrv_r1_retriever.model.checkpoint import load_checkpoint, read_manifest
+from retrv_r1_retriever.model.checkpoint import Manifest, load_checkpoint, read_manifest
 from retrv_r1_retriever.prompt import ADDED_TOKENS
 from tests.tiny import picture
 
 PLAIN = SftLoss(TokenWeights(1, 1, 1, 1, 1, 1, 1, 1), answer=0, direct=0, relation=0)
+DONE = ["optim.steps=4", "run.save=2", "data.validation_queries=4", "run.evaluate=2", "run.report_to=[tensorboard]"]
 
 
 def sft(material, run, *sets):
@@ -49,8 +53,7 @@ def source(material):
 def done(material, tmp_path_factory):
     """A finished run of four steps with a state after every second."""
     run = tmp_path_factory.mktemp("done") / "run"
-    sets = ["optim.steps=4", "run.save=2", "data.validation_queries=4", "run.evaluate=2", "run.report_to=[tensorboard]"]
-    assert sft(material, run, *sets) == 0
+    assert sft(material, run, *DONE) == 0
     return run
 
 
@@ -162,18 +165,59 @@ def test_accumulation_of_a_run_is_its_large_batch(material, tmp_path):
     assert len(set(large)) == 3
 
 
-def test_resumed_run_is_the_uninterrupted_one(material, done, tmp_path):
+@pytest.mark.parametrize("left", ["no state", "half a state"])
+def test_resumed_run_is_the_uninterrupted_one(material, done, tmp_path, left):
     run = tmp_path / "run"
     shutil.copytree(done, run)
-    shutil.rmtree(run / "checkpoint-4")
+    if left == "no state":
+        shutil.rmtree(run / "checkpoint-4")
+    else:
+        (run / "checkpoint-4" / "trainer_state.json").unlink()
     shutil.rmtree(run / "checkpoint")
-    sets = ["optim.steps=4", "run.save=2", "data.validation_queries=4", "run.evaluate=2", "run.report_to=[tensorboard]"]
-    assert sft(material, run, *sets) == 0
+    assert sft(material, run, *DONE) == 0
     for key in ("loss", "grad_norm", "eval_loss", "learning_rate"):
         assert logged(run, key) == logged(done, key), key
     assert len(logged(run)) == 4
     states = [trl_sft.load_file(folder / "checkpoint-4" / trl_sft.TRAINED) for folder in (run, done)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
+
+
+@pytest.mark.parametrize("changed", ["traces", "start"])
+def test_a_run_does_not_go_on_with_other_inputs(material, done, tmp_path, capsys, changed):
+    """The recipe names the same files; one of them is another by now."""
+    run, recipe = tmp_path / "run", yaml.safe_load((done / "recipe.yaml").read_text())
+    shutil.copytree(done, run)
+    shutil.rmtree(run / "checkpoint")
+    digest = read_manifest(material / "start").checkpoint_digest
+    if changed == "traces":
+        file = Path(recipe["data"]["train"][0]["traces"])
+        before, said = file.read_text(), f"{file} was {file.stat().st_size:,} bytes, "
+        other = before[: len(before) // 2]
+    else:
+        file = material / "start" / "retrv" / "manifest.json"
+        before, said = file.read_text(), f"start was checkpoint {digest}, embedder "
+        other = before.replace(digest, "0" * 16)
+    file.write_text(other)
+    try:
+        assert sft(material, run, *DONE) == 1
+    finally:
+        file.write_text(before)
+    message = capsys.readouterr().err
+    assert "inputs.yaml: expected the data this folder was started with, got another one: " + said in message
+    assert sft(material, run, *DONE) == 0, "they are back"
+
+
+def test_a_finished_run_is_left_alone(material, done, tmp_path, caplog):
+    """`calibrate` has written into its manifest since."""
+    run = tmp_path / "run"
+    shutil.copytree(done, run)
+    write_manifest(run / "checkpoint", replace(read_manifest(run / "checkpoint"), think_margin=0.5))
+    before = {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file() and file.suffix != ".yaml"}
+    with caplog.at_level("INFO"):
+        assert sft(material, run, *DONE) == 0
+    assert "is finished" in caplog.text
+    assert read_manifest(run / "checkpoint").think_margin == 0.5
+    assert before == {file: file.stat().st_mtime_ns for file in before}
 
 
 def test_exported_checkpoint_keeps_memory_valid_and_has_learnt(material, done):
@@ -192,6 +236,14 @@ def test_exported_checkpoint_keeps_memory_valid_and_has_learnt(material, done):
     assert moved.sum() == moved[rows].sum()
     layer = "model.language_model.layers.0.self_attn.q_proj.weight"
     assert not torch.equal(old.model.state_dict()[layer], new.model.state_dict()[layer]), "LoRA is merged"
+
+
+@pytest.mark.parametrize(
+    ("before", "stated", "after"), [(5, None, 5), (12, None, 8), (0, None, 0), (5, 0, 0), (0, 4, 4)]
+)
+def test_the_shortest_list_is_that_of_the_start_unless_the_recipe_says_one(material, before, stated, after):
+    data = replace(load(SftRecipe, material / "recipe.yaml").data, top_k=8, min_k=stated)
+    assert list_lengths(Manifest("x", trained_top_k=20, trained_min_k=before), data)["trained_min_k"] == after
 
 
 def test_run_leaves_logs_and_the_resolved_recipe(material, done):
@@ -271,6 +323,14 @@ def test_pixels_under_zero3_are_refused(source):
 def test_a_recipe_that_cannot_run_says_why(material, tmp_path, capsys, sets, message):
     assert sft(material, tmp_path / "run", sets) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_recipe_that_could_not_run_can_be_mended_in_its_folder(material, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert sft(material, run, "data.root=nowhere") == 1
+    assert sft(material, run, "optim.steps=1") == 0
+    assert sft(material, run, "optim.steps=3") == 1
+    assert "recipe this folder was started with, got another one: optim.steps was 1, is 3." in capsys.readouterr().err
 
 
 def test_trajectory_does_not_depend_on_the_number_of_gpus():

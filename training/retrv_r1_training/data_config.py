@@ -31,7 +31,8 @@ class Part:
 class DataConfig:
     """root: folder of M-BEIR files; top_k: K of the lists
 
-    min_k: the shortest lists that `sft` has thoughts on (`synthesize --min-k`), which the checkpoint tells its users; 0 = all are of K
+    min_k: the shortest lists trained on (in `sft` those of `synthesize --min-k`), which the checkpoint tells its users; 0 = all are of K,
+        None = as short as those that the starting checkpoint was trained on
     validation_queries: at most, evenly over the validation parts (`base`: captions); 0 = none
     captions: JSONL below root, {"id", "caption"}, for `base` and `align`; without it, the caption in a candidate's `src_content`
     cache_gb: of candidates' memory, and as much again of pictures after the tower, in each process
@@ -43,7 +44,7 @@ class DataConfig:
     train: tuple[Part, ...]
     validation: tuple[Part, ...] = ()
     top_k: int = 20
-    min_k: int = 0
+    min_k: int | None = None
     validation_queries: int = 200
     captions: str | None = None
     cache_gb: float = 2.0
@@ -51,12 +52,12 @@ class DataConfig:
     max_bad_share: float = MAX_BAD_SHARE
 
     def __post_init__(self) -> None:
-        check_ranges(self, top_k="1 or more", min_k="0 or more", validation_queries="0 or more", cache_gb="0 or more",
+        check_ranges(self, top_k="1 or more", validation_queries="0 or more", cache_gb="0 or more",
                      workers="0 or more", max_bad_share="a share, 0 to 1")  # fmt: skip
         for what, good, expected, got in (
             ("train", bool(self.train), "at least one part", "none"),
             ("top_k", self.top_k <= MAX_CANDIDATES, f"1 to {MAX_CANDIDATES}", self.top_k),
-            ("min_k", self.min_k <= self.top_k, f"0 to data.top_k ({self.top_k})", self.min_k),
+            ("min_k", 0 <= (self.min_k or 0) <= self.top_k, f"0 to data.top_k ({self.top_k})", self.min_k),
         ):
             if not good:
                 raise OptionsError(explain(f"data.{what}", expected=expected, got=got, fix="Fix the recipe."))

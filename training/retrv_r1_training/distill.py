@@ -26,7 +26,7 @@ from retrv_r1_training.processes import world
 from retrv_r1_training.rollout import RolloutRunner, Sampling, Task
 from retrv_r1_training.sft import Example, example_of
 from retrv_r1_training.sft_recipe import DistillRecipe, Thinking
-from retrv_r1_training.trl_sft import keep_recipe, load_start, train_on
+from retrv_r1_training.trl_sft import load_start, train_on
 from retrv_r1_training.waiting import counted
 
 log = logging.getLogger(__name__)
@@ -143,7 +143,6 @@ class OwnExamples:
 
 def train_distill(recipe: DistillRecipe, run: Path, think_only: bool = False) -> Path:
     """Think, then train or resume in folder `run` and export; returns the checkpoint's folder (`think_only`: the thoughts' folder)."""
-    keep_recipe(recipe, run)
     start = load_start(recipe)
     folder = Folder(recipe.data, checkpoint_folder(recipe.checkpoint), recipe.seed)
     reader = CandidateReader(start, folder.images, recipe.data.cache_gb)

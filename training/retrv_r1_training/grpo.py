@@ -6,7 +6,6 @@ Frozen: tower, embedding table (slot rows excepted) and the module's in_proj, so
 from __future__ import annotations
 
 import copy
-import logging
 import os
 import random
 from collections.abc import Callable, Sequence
@@ -19,7 +18,6 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch import nn
-from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig
 
 from retrv_r1_retriever.images import ImageSource
@@ -35,12 +33,11 @@ from retrv_r1_training.memory_training import learns_memory
 from retrv_r1_training.processes import from_all, rank, world
 from retrv_r1_training.reward import penalty_at, progress, reward
 from retrv_r1_training.rollout import TOGETHER, Rollout, RolloutRunner, Sampling, Task
+from retrv_r1_training.run_folder import last_state
 from retrv_r1_training.run_log import RunLog
 from retrv_r1_training.sft import freeze_for_sft
 from retrv_r1_training.trl_private import RolloutTrainer
 from retrv_r1_training.trl_sft import deepspeed_config
-
-log = logging.getLogger(__name__)
 
 
 def train_grpo(
@@ -53,10 +50,7 @@ def train_grpo(
     """
     trainer = make_trainer(checkpoint, tasks, config, seed, run, images, held_out)
     RunLog(log_file, "grpo", _SHOWN).watch(trainer)
-    last = get_last_checkpoint(str(run)) if run.is_dir() else None
-    if last:
-        log.info("grpo: going on from %s", last)
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=last_state(run))
     model = trainer.accelerator.unwrap_model(trainer.model)
     merged = model.merge_and_unload() if config.lora_rank else model
     merged.__dict__.pop("forward", None)  # TRL's fused head, and Accelerate's precision
@@ -150,7 +144,7 @@ def _arguments(config: GrpoConfig, seed: int, run: Path) -> GRPOConfig:
         gradient_checkpointing=config.gradient_checkpointing,
         bf16=dtype == "bfloat16", use_cpu=not torch.cuda.is_available(), deepspeed=deepspeed_config(config.deepspeed, dtype),
         logging_steps=1, report_to=list(config.report_to) or "none", disable_tqdm=None, ddp_find_unused_parameters=False,
-        save_strategy="steps" if config.save_every else "no", save_steps=config.save_every or config.steps, save_total_limit=2,
+        save_strategy="steps", save_steps=config.save_every or config.steps, save_total_limit=2,
     )  # fmt: skip
 
 

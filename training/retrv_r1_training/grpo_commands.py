@@ -19,9 +19,10 @@ from retrv_r1_training.candidate_reader import CandidateReader
 from retrv_r1_training.grpo import dtype_of, sampling_of, train_grpo
 from retrv_r1_training.grpo_config import GrpoRecipe
 from retrv_r1_training.mbeir_tasks import Folder, checkpoint_folder
-from retrv_r1_training.overrides import dump, keep, load, same_as_before
+from retrv_r1_training.overrides import dump, load, same_as_before
 from retrv_r1_training.processes import device, from_all, is_first
 from retrv_r1_training.rollout import RolloutRunner, Task
+from retrv_r1_training.run_folder import finish, open_run
 from retrv_r1_training.stage_checkpoint import save_stage
 from retrv_r1_training.waiting import counted
 
@@ -46,24 +47,26 @@ class _Opened:
 
 def run_grpo(args: argparse.Namespace) -> None:
     recipe = load(GrpoRecipe, args.recipe, args.overrides)
-    if is_first():
-        keep(recipe, args.run)
-        log.info("%s", dump(recipe))
+    out = args.out or args.run / "checkpoint"
+    with open_run(recipe, args.run, out) as unfinished:
+        if unfinished:
+            _train(recipe, args.run, out)
+
+
+def _train(recipe: GrpoRecipe, run: Path, out: Path) -> None:
     opened = _Opened.of(recipe, checkpoint_folder(recipe.checkpoint))
     only = hard_queries(Path(recipe.hard)) if recipe.hard else None
     tasks = opened.data.training(opened.reader, recipe.shuffle, recipe.grpo.missing, only)
     held_out = opened.data.validation(opened.reader)
     log.info("grpo: %d training lists, %d for validation", len(tasks), len(held_out))
     model = train_grpo(
-        opened.checkpoint, tasks, held_out, recipe.grpo, recipe.seed, args.run / "states", args.run / "log.jsonl",
+        opened.checkpoint, tasks, held_out, recipe.grpo, recipe.seed, run / "states", run / "log.jsonl",
         opened.reader,
     )  # fmt: skip
     if is_first():
-        out = args.out or args.run / "checkpoint"
         start = load_checkpoint(opened.folder, device="cpu", dtype="float32")
         merged = replace(start, model=onto(start.model, model, start.processor))
-        saved = save_stage(opened.folder, out, merged, data=recipe.data)
-        log.info("checkpoint %s in %s, memory %s", saved.checkpoint_digest, out, saved.memory_digest)
+        finish(out, lambda aside: save_stage(opened.folder, aside, merged, data=recipe.data))
     from_all(None)  # the first process is done, too
 
 

@@ -21,7 +21,7 @@ class GrpoConfig:
         deviation alone, one opened candidate in a group of right answers weighs as much as being right, whatever lambda is
     lora_rank: 0 trains all weights of the language model
     dtype: None = bfloat16 on a GPU, float32 on the CPU; deepspeed: None = one process or DDP
-    evaluate_every, save_every: updates; 0 = only at the end. missing: see `tasks_of`
+    evaluate_every, save_every: updates; 0 = only at the end. The last two states are kept. missing: see `tasks_of`
     """
 
     steps: int
@@ -46,7 +46,7 @@ class GrpoConfig:
     gradient_checkpointing: bool = False
     missing: Literal["none", "drop"] = "none"
     evaluate_every: int = 0
-    save_every: int = 0
+    save_every: int = 60  # a multiple of up to 6 iterations
     report_to: tuple[str, ...] = ("tensorboard",)
     dtype: Literal["bfloat16", "float32"] | None = None
     deepspeed: Literal["zero2"] | None = None

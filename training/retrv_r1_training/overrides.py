@@ -1,11 +1,11 @@
-"""Recipes with overrides: YAML, then `--set a.b=value`, into frozen dataclasses; what was resolved is printed and kept.
+"""Recipes with overrides: YAML, then `--set a.b=value`, into frozen dataclasses, and back.
 
 Every key is checked: an unknown one, or a value of the wrong type, is an error that names the key.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -79,18 +79,34 @@ def dump(recipe: Any) -> str:
     return yaml.safe_dump(_plain(asdict(recipe)), sort_keys=False, allow_unicode=True)
 
 
-def keep(recipe: Any, run: Path) -> None:
-    """Write RUN/recipe.yaml; a folder that was started with another recipe is refused, or a resumed run would mix two."""
-    same_as_before(run / "recipe.yaml", dump(recipe), "the recipe this folder was started with",
-                   "Choose another --run folder, or remove this one.")  # fmt: skip
-
-
 def same_as_before(file: Path, text: str, expected: str, fix: str) -> None:
-    """Write `text`, or raise `OptionsError` if something else is there."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if file.exists() and file.read_text(encoding="utf-8") != text:
-        raise OptionsError(explain(str(file), expected=expected, got="another one", fix=fix))
-    file.write_text(text, encoding="utf-8")
+    """Write `text` (YAML or JSON), or raise `OptionsError` if something else is there."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    elif (old := file.read_text(encoding="utf-8")) != text:
+        got = f"another one: {_differences(old, text)}"
+        raise OptionsError(explain(str(file), expected=expected, got=got, fix=fix))
+
+
+def _differences(old: str, new: str) -> str:
+    """The first few keys that differ."""
+    try:
+        was, now = (dict(_flat(yaml.safe_load(text))) for text in (old, new))
+    except yaml.YAMLError:
+        return "it cannot be read"
+    said = [f"{key} was {was.get(key, 'absent')}, is {now.get(key, 'absent')}"
+            for key in {**was, **now} if key not in was or key not in now or was[key] != now[key]]  # fmt: skip
+    return "; ".join([*said[:5], *([f"and {len(said) - 5} more"] if said[5:] else [])])
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """a.b.0 -> value"""
+    if not isinstance(value, (dict, list)):
+        yield name, value
+        return
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from _flat(inner, f"{name}.{key}" if name else str(key))
 
 
 def _plain(value: Any) -> Any:

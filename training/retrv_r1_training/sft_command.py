@@ -11,6 +11,7 @@ from retrv_r1_retriever.errors import OptionsError, explain, missing_extra
 from retrv_r1_training.estimate import AnyRecipe, estimate, table
 from retrv_r1_training.grpo_config import GrpoRecipe
 from retrv_r1_training.overrides import load, override, read_yaml
+from retrv_r1_training.run_folder import open_run
 from retrv_r1_training.sft_recipe import DistillRecipe, SftRecipe
 from retrv_r1_training.stage_recipe import AlignRecipe, BaseRecipe, EmbedderRecipe
 
@@ -58,7 +59,9 @@ def _sft(args: argparse.Namespace) -> int:
         from retrv_r1_training.trl_sft import train_sft
     except ModuleNotFoundError as error:
         raise missing_extra(error.name or "trl", "train") from error
-    train_sft(recipe, args.run)
+    with open_run(recipe, args.run) as unfinished:
+        if unfinished:
+            train_sft(recipe, args.run)
     return 0
 
 
@@ -68,7 +71,9 @@ def _distill(args: argparse.Namespace) -> int:
         from retrv_r1_training.distill import train_distill
     except ModuleNotFoundError as error:
         raise missing_extra(error.name or "trl", "train") from error
-    train_distill(recipe, args.run, args.think_only)
+    with open_run(recipe, args.run) as unfinished:
+        if unfinished:
+            train_distill(recipe, args.run, args.think_only)
     return 0
 
 

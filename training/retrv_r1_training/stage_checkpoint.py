@@ -31,11 +31,17 @@ def save_stage(
     Raises `CheckpointError` if a frozen weight moved.
     """
     before = trained.manifest
-    lists = {"trained_top_k": data.top_k, "trained_min_k": data.min_k} if data else {}
+    lists = list_lengths(before, data) if data else {}
     manifest = replace(
         before, **lists, think_margin=None, none_margin=None, teachers={**before.teachers, **(teachers or {})}
     )
     return save_whole(start, out, replace(trained, manifest=manifest))
+
+
+def list_lengths(before: Manifest, data: DataConfig) -> dict[str, int]:
+    """For the manifest, after a stage on `data`: short lists of a stage before are not forgotten because these are long."""
+    shortest = min(before.trained_min_k, data.top_k) if data.min_k is None else data.min_k
+    return {"trained_top_k": data.top_k, "trained_min_k": shortest}
 
 
 def save_whole(start: Path, out: Path, trained: Checkpoint) -> Manifest:

@@ -11,6 +11,7 @@ import torch
 
 from retrv_r1_retriever.errors import missing_extra
 from retrv_r1_training.overrides import load
+from retrv_r1_training.run_folder import open_run
 from retrv_r1_training.stage_recipe import AlignRecipe, BaseRecipe, EmbedderRecipe
 
 _STAGES = {
@@ -40,5 +41,7 @@ def _main(args: argparse.Namespace) -> int:
         if error.name not in ("trl", "peft", "datasets", "accelerate", "deepspeed"):
             raise
         raise missing_extra(error.name, "train") from error
-    getattr(module, f"train_{args.stage}")(recipe, args.run)
+    with open_run(recipe, args.run) as unfinished:
+        if unfinished:
+            getattr(module, f"train_{args.stage}")(recipe, args.run)
     return 0

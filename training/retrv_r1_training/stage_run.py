@@ -14,15 +14,13 @@ from typing import Any, TypeAlias
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers.trainer_utils import get_last_checkpoint
 
 from retrv_r1_retriever.model.checkpoint import Checkpoint, create_checkpoint, load_checkpoint
 from retrv_r1_retriever.model.processing import Processor
 from retrv_r1_training.adapters import prepare_deepspeed, raise_precision, trained_state
 from retrv_r1_training.draws import Draws
-from retrv_r1_training.overrides import dump, keep
 from retrv_r1_training.processes import device as own_device
-from retrv_r1_training.processes import is_first
+from retrv_r1_training.run_folder import last_state
 from retrv_r1_training.run_log import RunLog
 from retrv_r1_training.stage_checkpoint import stored_dtype
 from retrv_r1_training.stage_recipe import AlignRecipe, BaseRecipe, EmbedderRecipe, Start
@@ -102,7 +100,7 @@ def train(recipe: StageRecipe, run: Path, work: Work, per_device: int | None = N
         train_dataset=numbers(len(work.draws), False), eval_dataset=numbers(1, True) if work.measure else None,
     )  # fmt: skip
     RunLog(run / "log.jsonl", recipe.stage).watch(trainer)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(run))
+    trainer.train(resume_from_checkpoint=last_state(run))
     for reason, count in work.draws.skipped.items():
         log.info("skipped %d x %s", count, reason)
     return trained_state(trainer.model)
@@ -111,14 +109,6 @@ def train(recipe: StageRecipe, run: Path, work: Work, per_device: int | None = N
 def _collate(draws: Draws[Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     places = [row["number"] for row in rows]
     return {"examples": [draws[n] for n in places], "numbers": places}
-
-
-def begin(recipe: StageRecipe, run: Path) -> None:
-    """The resolved recipe, printed and kept; a folder that was started with another one is refused."""
-    if is_first():
-        keep(recipe, run)
-        log.info("%s", dump(recipe))
-    torch.manual_seed(recipe.seed)
 
 
 def load_start(start: Start, dtype: str, device: str | None = None) -> Checkpoint:

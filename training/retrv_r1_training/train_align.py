@@ -6,7 +6,6 @@ relation  a linear reading of the relation token, thrown away afterwards, tells 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from retrv_r1_retriever.model.checkpoint import save_checkpoint
+from retrv_r1_retriever.model.checkpoint import Manifest, save_checkpoint
 from retrv_r1_retriever.model.modeling import RetrvR1ForConditionalGeneration
 from retrv_r1_retriever.model.processing import Processor
 from retrv_r1_training.adapters import freeze_folded, load_trained
@@ -24,13 +23,13 @@ from retrv_r1_training.describe import Descriptions
 from retrv_r1_training.draws import Contrasted, Contrasts, Draws, Opened, Source
 from retrv_r1_training.loss import accuracy, of_each_sequence, weighted_ce
 from retrv_r1_training.processes import is_first
+from retrv_r1_training.run_folder import finish
 from retrv_r1_training.stage_checkpoint import keep_embedder
 from retrv_r1_training.stage_recipe import AlignRecipe
-from retrv_r1_training.stage_run import Figures, Work, begin, dtype_of, is_checkpoint, load_start, train
+from retrv_r1_training.stage_run import Figures, Work, dtype_of, is_checkpoint, load_start, train
 from retrv_r1_training.teacher import Caption
 from retrv_r1_training.trl_sft import SftModel
 
-log = logging.getLogger(__name__)
 SAMPLE = 8  #: lists whose candidates show how long the full tokens are
 
 
@@ -42,7 +41,7 @@ class AlignModel(SftModel):
 
 def train_align(recipe: AlignRecipe, run: Path) -> Path:
     """Train or resume in folder `run`; returns the checkpoint. Memories made with the start are stale after this."""
-    begin(recipe, run)
+    torch.manual_seed(recipe.seed)
     start = load_start(recipe.start, recipe.run.dtype)
     files, processor = Opened(recipe.data), start.processor
     made = _contrasts(recipe, files.train)
@@ -55,7 +54,7 @@ def train_align(recipe: AlignRecipe, run: Path) -> Path:
     state = train(recipe, run, Work(processor, model, draws, objective, measure))
     out = run / "checkpoint"
     if is_first():
-        export(recipe, state, out)
+        finish(out, lambda aside: export(recipe, state, aside))
     return out
 
 
@@ -82,15 +81,13 @@ def _train_module(model: RetrvR1ForConditionalGeneration) -> None:
     freeze_folded(model)
 
 
-def export(recipe: AlignRecipe, state: dict[str, Tensor], out: Path) -> None:
+def export(recipe: AlignRecipe, state: dict[str, Tensor], out: Path) -> Manifest:
     """The start with the trained module, and its embedder as it is."""
     start = load_start(recipe.start, "float32", "cpu")
     _train_module(start.model)
     load_trained(start.model, {name: value for name, value in state.items() if not name.startswith("reading.")})
     saved = save_checkpoint(out, start.model, start.processor, start.manifest, dtype=dtype_of(recipe))
-    if is_checkpoint(recipe.start):
-        keep_embedder(Path(recipe.start.path), out, saved)
-    log.info("checkpoint %s in %s, memory %s", saved.checkpoint_digest, out, saved.memory_digest)
+    return keep_embedder(Path(recipe.start.path), out, saved) if is_checkpoint(recipe.start) else saved
 
 
 @dataclass(frozen=True)

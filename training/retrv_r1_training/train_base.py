@@ -26,8 +26,9 @@ from retrv_r1_training.base import DESCRIBE, FRAME, caption_chunk, caption_loss
 from retrv_r1_training.draws import Captioned, Draws, Opened, Source
 from retrv_r1_training.loss import accuracy
 from retrv_r1_training.processes import device, is_first
+from retrv_r1_training.run_folder import finish
 from retrv_r1_training.stage_recipe import BaseRecipe
-from retrv_r1_training.stage_run import Figures, Work, begin, train
+from retrv_r1_training.stage_run import Figures, Work, train
 from retrv_r1_training.trl_sft import SftModel
 
 log = logging.getLogger(__name__)
@@ -36,17 +37,17 @@ BASE = "retrv-r1-base"
 
 def train_base(recipe: BaseRecipe, run: Path) -> Path:
     """Train or resume in folder `run`; returns the checkpoint, whose compression module is fresh."""
-    begin(recipe, run)
+    torch.manual_seed(recipe.seed)
     files = Opened(recipe.data)
-    start = _start(recipe, run / "start", files.train)
     draws = Captioned(files.train).draws(recipe.optim.steps * recipe.optim.batch_size, recipe.seed)
     held_out = Captioned(files.validation).draws(files.validated, 0) if files.validated else None
+    start = _start(recipe, run / "start", files.train)
     measure = None if held_out is None else Measure(start.processor, held_out, recipe.optim.per_device)
     model = trainable(SftModel.of(start.model))
     state = train(recipe, run, Work(start.processor, model, draws, Objective(start.processor), measure))
     out = run / "checkpoint"
     if is_first():
-        export(recipe, run / "start", state, out)
+        finish(out, lambda aside: export(recipe, run / "start", state, aside))
     return out
 
 
@@ -88,11 +89,10 @@ def texts(sources: Sequence[Source]) -> Iterator[str]:
             yield from ([f" {query.content.text}"] if query.content.text else [])
 
 
-def export(recipe: BaseRecipe, start: Path, state: dict[str, Tensor], out: Path) -> None:
+def export(recipe: BaseRecipe, start: Path, state: dict[str, Tensor], out: Path) -> Manifest:
     made = load_checkpoint(start, device="cpu", dtype="float32")
     load_trained(trainable(SftModel.of(made.model)), state)
-    saved = save_checkpoint(out, made.model, made.processor, made.manifest, dtype=getattr(torch, recipe.run.dtype))
-    log.info("checkpoint %s in %s", saved.checkpoint_digest, out)
+    return save_checkpoint(out, made.model, made.processor, made.manifest, dtype=getattr(torch, recipe.run.dtype))
 
 
 @dataclass(frozen=True)

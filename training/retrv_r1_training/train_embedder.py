@@ -6,7 +6,6 @@ are made again in the backward pass (gradient caching, Gao et al. 2021, arXiv 21
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from torch.distributed.nn.functional import all_gather
 from torch.utils.checkpoint import checkpoint
 
 from retrv_r1_retriever.evaluation.mbeir import MODALITIES, modality_of
-from retrv_r1_retriever.model.checkpoint import save_checkpoint
+from retrv_r1_retriever.model.checkpoint import Manifest, save_checkpoint
 from retrv_r1_retriever.model.embedding import BackboneEmbedder, embed_chunks, embedding_chunk
 from retrv_r1_retriever.model.modeling import RetrvR1Model
 from retrv_r1_retriever.model.processing import Chunk, EncodedImage, Processor
@@ -31,16 +30,15 @@ from retrv_r1_training.data import encode
 from retrv_r1_training.draws import Contrasted, Contrasts, Opened, Source
 from retrv_r1_training.embedder import info_nce
 from retrv_r1_training.processes import is_first, world
+from retrv_r1_training.run_folder import finish
 from retrv_r1_training.stage_recipe import EmbedderRecipe
-from retrv_r1_training.stage_run import Figures, Work, begin, dtype_of, load_start, train
+from retrv_r1_training.stage_run import Figures, Work, dtype_of, load_start, train
 from retrv_r1_training.trl_sft import SftModel
-
-log = logging.getLogger(__name__)
 
 
 def train_embedder(recipe: EmbedderRecipe, run: Path) -> Path:
     """Train or resume in folder `run`; returns the checkpoint: the start's, with the trained embedder inside."""
-    begin(recipe, run)
+    torch.manual_seed(recipe.seed)
     start = load_start(recipe.start, recipe.run.dtype)
     files, dim = Opened(recipe.data), recipe.dim or start.model.config.text_config.hidden_size
     made = Contrasts(files.train, recipe.hard_negatives, recipe.hard_negatives, recipe.depth)
@@ -53,11 +51,11 @@ def train_embedder(recipe: EmbedderRecipe, run: Path) -> Path:
     state = train(recipe, run, work, per_device=recipe.optim.batch_size // world())
     out = run / "checkpoint"
     if is_first():
-        export(recipe, state, out, dim)
+        finish(out, lambda aside: export(recipe, state, aside, dim))
     return out
 
 
-def export(recipe: EmbedderRecipe, state: dict[str, Tensor], out: Path, dim: int) -> None:
+def export(recipe: EmbedderRecipe, state: dict[str, Tensor], out: Path, dim: int) -> Manifest:
     """The start with the embedder inside; model and memory stay what they were."""
     trained = load_start(recipe.start, "float32", "cpu")
     model = language_model_only(trained.model, recipe.tune, recipe.lora)
@@ -65,10 +63,7 @@ def export(recipe: EmbedderRecipe, state: dict[str, Tensor], out: Path, dim: int
     embedder = merged(model)
     start = load_start(recipe.start, "float32", "cpu")
     manifest = replace(start.manifest, embedder_dim=dim)
-    saved = save_checkpoint(out, start.model, start.processor, manifest, embedder, dtype_of(recipe))
-    log.info(
-        "checkpoint %s in %s, embedder %s of %d dimensions", saved.checkpoint_digest, out, saved.embedder_digest, dim
-    )
+    return save_checkpoint(out, start.model, start.processor, manifest, embedder, dtype_of(recipe))
 
 
 @dataclass(frozen=True)

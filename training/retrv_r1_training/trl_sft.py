@@ -16,11 +16,10 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from retrv_r1_retriever.errors import InputError, explain
-from retrv_r1_retriever.model.checkpoint import Checkpoint, load_checkpoint
+from retrv_r1_retriever.model.checkpoint import Checkpoint, Manifest, load_checkpoint
 from retrv_r1_retriever.model.modeling import RetrvR1ForConditionalGeneration
 from retrv_r1_retriever.model.processing import EncodedImage, Processor
 from retrv_r1_training.adapters import (
@@ -35,8 +34,8 @@ from retrv_r1_training.adapters import (
 )
 from retrv_r1_training.examples import Source, trace_examples
 from retrv_r1_training.mbeir_tasks import Folder, checkpoint_folder
-from retrv_r1_training.overrides import dump, keep
-from retrv_r1_training.processes import device, is_first, world
+from retrv_r1_training.processes import device, world
+from retrv_r1_training.run_folder import finish, last_state
 from retrv_r1_training.run_log import RunLog
 from retrv_r1_training.sft import Example, SftLoss, Totals, losses
 from retrv_r1_training.sft_recipe import SftRecipe, accumulation
@@ -219,18 +218,11 @@ def build(recipe: SftRecipe, run: Path, start: Checkpoint, train: Source, held_o
 
 def train_sft(recipe: SftRecipe, run: Path) -> Path:
     """Train or resume in folder `run` and export; returns the checkpoint's folder. Every process of a launch calls this."""
-    keep_recipe(recipe, run)
     start = load_start(recipe)
     train, held_out, teachers = trace_examples(
         recipe, start, Folder(recipe.data, checkpoint_folder(recipe.checkpoint), recipe.seed)
     )
     return train_on(recipe, run, start, train, held_out, teachers)
-
-
-def keep_recipe(recipe: SftRecipe, run: Path) -> None:
-    if is_first():
-        keep(recipe, run)
-        log.info("%s", dump(recipe))
 
 
 def load_start(recipe: SftRecipe) -> Checkpoint:
@@ -243,16 +235,16 @@ def train_on(
     """The loop of `sft` and `distill`, whatever the examples are."""
     trainer = build(recipe, run, start, train, held_out)
     log.info("%d process(es), %d lists each per step", world(), recipe.optim.batch_size // world())
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(run))
+    trainer.train(resume_from_checkpoint=last_state(run))
     state, out = trained_state(trainer.model), run / "checkpoint"
     unset_hf_deepspeed_config()  # or transformers would load the starting checkpoint partitioned
     if trainer.is_world_process_zero():
-        export(recipe, state, out, teachers)
+        finish(out, lambda aside: export(recipe, state, aside, teachers))
     trainer.accelerator.wait_for_everyone()
     return out
 
 
-def export(recipe: SftRecipe, state: dict[str, Tensor], out: Path, teachers: Mapping[str, str]) -> None:
+def export(recipe: SftRecipe, state: dict[str, Tensor], out: Path, teachers: Mapping[str, str]) -> Manifest:
     """What was trained, merged into the starting checkpoint. Frozen weights are taken from there, bit by bit."""
     folder = checkpoint_folder(recipe.checkpoint)
     start = load_checkpoint(folder, device="cpu", dtype="float32")
@@ -265,5 +257,4 @@ def export(recipe: SftRecipe, state: dict[str, Tensor], out: Path, teachers: Map
         table[rows] = plain.get_input_embeddings().weight[rows]
         plain.get_input_embeddings().weight.copy_(table)
     trained = replace(start, model=plain)
-    saved = save_stage(folder, out, trained, data=recipe.data, teachers=teachers)
-    log.info("checkpoint %s in %s, memory %s", saved.checkpoint_digest, out, saved.memory_digest)
+    return save_stage(folder, out, trained, data=recipe.data, teachers=teachers)

@@ -1,0 +1,103 @@
+"""A run's folder, as every stage keeps it: one recipe, states to go on from, and at the end a checkpoint that is left alone."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+
+from retrv_r1_retriever.errors import OptionsError, explain
+from retrv_r1_retriever.model.checkpoint import Manifest
+from retrv_r1_training.estimate import AnyRecipe
+from retrv_r1_training.inputs import inputs_of
+from retrv_r1_training.overrides import dump, same_as_before
+from retrv_r1_training.processes import is_first
+
+log = logging.getLogger(__name__)
+_LAST_WRITTEN = "trainer_state.json"  # by transformers, of all files of a state
+
+
+@contextmanager
+def open_run(recipe: AnyRecipe, run: Path, out: Path | None = None) -> Iterator[bool]:
+    """Whether there is anything left to do in folder `run`. Every process of a launch calls this, around all of its work.
+
+    out: where the checkpoint goes, None = RUN/checkpoint
+    """
+    if is_first():
+        _keep(recipe, run)
+    _say(logging.INFO, "%s", dump(recipe))
+    out = out or run / "checkpoint"
+    done = _is_finished(run, out)
+    if done:
+        _say(
+            logging.INFO,
+            "%s is finished, its checkpoint is %s: nothing is done. To train again, choose another --run folder",
+            run,
+            out,
+        )
+    yield not done
+
+
+def finish(out: Path, export: Callable[[Path], Manifest]) -> None:
+    """Write the checkpoint aside and move it into place when it is whole: that it is there says that the run is finished."""
+    aside = out.with_name(f"{out.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)  # what a kill left
+    saved = export(aside)
+    aside.rename(out)
+    digests = f"memory {saved.memory_digest}" + (f", embedder {saved.embedder_digest}" if saved.embedder_dim else "")
+    log.info("checkpoint %s in %s, %s", saved.checkpoint_digest, out, digests)
+
+
+def _is_finished(run: Path, out: Path) -> bool:
+    if not out.exists():
+        return False
+    if (out / "retrv" / "manifest.json").is_file() and (out.parent == run or _has_results(run)):
+        return True
+    fix = "Move it away, or choose another folder."
+    raise OptionsError(
+        explain(str(out), expected="nothing yet, or this run's checkpoint", got="something else", fix=fix)
+    )
+
+
+def _keep(recipe: AnyRecipe, run: Path) -> None:
+    """RUN/recipe.yaml and RUN/inputs.yaml: what this folder was started with. Once it has results, others are refused."""
+    inputs = yaml.safe_dump(inputs_of(recipe), sort_keys=False, allow_unicode=True, width=1000)
+    fresh = not _has_results(run)
+    for name, text, what in (("recipe.yaml", dump(recipe), "recipe"), ("inputs.yaml", inputs, "data")):
+        if fresh:
+            (run / name).unlink(missing_ok=True)
+        same_as_before(run / name, text, f"the {what} this folder was started with",
+                       f"Go on with that {what}, choose another --run folder, or remove this one.")  # fmt: skip
+
+
+def _has_results(run: Path) -> bool:
+    """Whether there is anything in this folder that depends on its recipe: a state, a checkpoint, a start, thoughts."""
+    made = (run / "start").exists() or any(file.stat().st_size for file in run.glob("thoughts-*.jsonl"))
+    return made or any(run.rglob("checkpoint*"))
+
+
+def last_state(folder: Path) -> str | None:
+    """The last whole state below `folder`, None = start from the beginning. A kill while one is written leaves it without its end."""
+    states = [s for s in folder.glob("checkpoint-*") if s.name.removeprefix("checkpoint-").isdigit()]
+    for state in sorted(states, key=lambda s: int(s.name.removeprefix("checkpoint-")), reverse=True):
+        try:
+            json.loads((state / _LAST_WRITTEN).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            _say(logging.WARNING, "%s is not whole (a kill while it was saved?) and is passed over: %s", state, error)
+            continue
+        _say(logging.INFO, "going on from %s", state)
+        return str(state)
+    if states:
+        _say(logging.WARNING, "no state below %s is whole: starting from the beginning", folder)
+    return None
+
+
+def _say(level: int, text: str, *values: object) -> None:
+    """Once per launch."""
+    if is_first():
+        log.log(level, text, *values)
