@@ -190,7 +190,7 @@ def test_a_stage_stops_as_soon_as_validation_is_content(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     weight = torch.nn.Parameter(torch.ones(1))
-    with pytest.raises(FloatingPointError, match="loss is nan at step 0"):
+    with pytest.raises(FloatingPointError, match="loss at step 0: expected a finite number, got nan"):
         train("x", Schedule(2, 0.1, 1), [weight], lambda s: (weight.sum() * float("nan"), {}), tmp_path / "log")
 
 

@@ -13,6 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from retrv_r1_retriever.errors import explain
+from retrv_r1_training.stopping import NotFiniteError
+
 log = logging.getLogger(__name__)
 
 
@@ -62,7 +65,10 @@ def train(
                 group["lr"] = schedule.lr_at(step)
             loss, metrics = loss_fn(step)
             if not torch.isfinite(loss):
-                raise FloatingPointError(f"{name}: loss is {loss.item()} at step {step}. Lower the learning rate.")
+                fix = "The stages before it are kept: lower its learning rate and start again."
+                raise NotFiniteError(
+                    explain(f"{name}: loss at step {step}", expected="a finite number", got=loss.item(), fix=fix)
+                )
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             if after_backward:

@@ -86,6 +86,7 @@ class Miniature:
             log.info("%s: done before, %s", name, file)
             return
         note.write_text(made_with, encoding="utf-8")
+        (self.run / f"quality-{name}.json").unlink(missing_ok=True)  # of weights that somebody removed
         started = time.monotonic()
         torch.manual_seed(self.recipe.seed)
         model: RetrvR1ForConditionalGeneration = getattr(self, name)()

@@ -5,15 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
-
-from transformers import Trainer
+from typing import TYPE_CHECKING, NoReturn
 
 from retrv_r1_retriever.errors import RetrvR1Error, explain
 
+if TYPE_CHECKING:
+    from transformers import Trainer
+
 
 class NotFiniteError(RetrvR1Error, FloatingPointError):
-    """The loss is NaN or infinite; the state was saved before this was raised."""
+    """The loss is NaN or infinite; what was good is saved: a state, or the stage before."""
 
 
 def stop_not_finite(trainer: Trainer, stage: str, values: Sequence[float], seen: str, rate: str) -> NoReturn:
