@@ -325,6 +325,13 @@ def test_a_recipe_that_cannot_run_says_why(material, tmp_path, capsys, sets, mes
     assert message in capsys.readouterr().err
 
 
+def test_zero_is_only_at_the_end(material, tmp_path):
+    assert sft(material, tmp_path, "run.evaluate=0", "run.save=0", "data.validation_queries=4") == 0
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "eval_loss" in row] == [2]
+    assert [state.name for state in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
 def test_a_recipe_that_could_not_run_can_be_mended_in_its_folder(material, tmp_path, capsys):
     run = tmp_path / "run"
     assert sft(material, run, "data.root=nowhere") == 1
