@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import platform
 import sys
 from pathlib import Path
 
 if sys.platform == "win32":
     import msvcrt
 
+    _FAR = 1 << 30  # behind the holder's name: nobody else may read what is locked
+
     def _take(file: int) -> None:
+        os.lseek(file, _FAR, os.SEEK_SET)
         msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
 
     def _give_back(file: int) -> None:
+        os.lseek(file, _FAR, os.SEEK_SET)
         msvcrt.locking(file, msvcrt.LK_UNLCK, 1)
 
 else:
@@ -26,19 +31,29 @@ else:
 
 
 class FolderLock:
-    """Held from here to `release`, by one object in one process. Raises `BlockingIOError` where another one has it."""
+    """Held from here to `release`, by one object in one process. Raises `BlockingIOError`, which names it, where another one has it.
 
-    def __init__(self, folder: Path) -> None:
+    name: of the lock's file, where there are several in a folder
+    """
+
+    def __init__(self, folder: Path, name: str = ".lock") -> None:
         self._file: int | None = None
-        file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        file = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             _take(file)
         except OSError as error:
+            os.lseek(file, 0, os.SEEK_SET)
+            holder = os.read(file, 1000).decode(errors="replace")
             os.close(file)
-            if isinstance(error, PermissionError):  # what Windows says of a lock that is held
-                raise BlockingIOError(str(error)) from error
+            if isinstance(
+                error, BlockingIOError | PermissionError
+            ):  # the latter: what Windows says of a lock that is held
+                raise BlockingIOError(holder) from error
             raise
         self._file = file
+        os.lseek(file, 0, os.SEEK_SET)
+        os.ftruncate(file, 0)
+        os.write(file, f"process {os.getpid()} on {platform.node()}".encode())
 
     def release(self) -> None:
         """Harmless where it was given back already."""

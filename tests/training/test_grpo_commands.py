@@ -17,6 +17,7 @@ from retrv_r1_training import cli, grpo, grpo_commands
 from retrv_r1_training.calibrate import Measured, NoneThreshold, calibrate
 from retrv_r1_training.grpo_commands import GrpoRecipe
 from retrv_r1_training.overrides import load
+from retrv_r1_training.run_folder import locked
 
 from retrv_r1_retriever.config import Config, checkpoint_path
 from retrv_r1_retriever.errors import InputError
@@ -100,6 +101,9 @@ def test_passrate_names_the_solvable_hard_queries(recipe, capsys):
         assert cli.main(argv) == 0
     assert asked == [2]
     assert out.read_text() == "".join(lines)
+    with locked(out.parent, ".rates.jsonl.lock"):
+        assert cli.main(argv) == 1
+    assert "rates.jsonl.lock: expected no other run at work here, got process" in capsys.readouterr().err
     assert cli.main([*argv, "--set", "seed=1"]) == 1
     assert "what this file was started with" in capsys.readouterr().err
     grpo = ["grpo", str(recipe), "--run", str(recipe.parent / "no"), "--threads", "1", "--set", f"hard={out}"]

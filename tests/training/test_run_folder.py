@@ -1,17 +1,21 @@
-"""A run's folder: one recipe, whole states, and a checkpoint that says that the run is finished."""
+"""A run's folder: one run at a time, one recipe, whole states, and a checkpoint that says that the run is finished."""
 
 from __future__ import annotations
 
+import errno
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
-from retrv_r1_training import inputs
+from retrv_r1_training import inputs, run_folder
 from retrv_r1_training.cli import RECIPES
 from retrv_r1_training.overrides import load
-from retrv_r1_training.run_folder import finish, last_state, open_run
+from retrv_r1_training.run_folder import finish, last_state, locked, open_run
 from retrv_r1_training.sft_recipe import SftRecipe
 
-from retrv_r1_retriever.errors import OptionsError
+from retrv_r1_retriever.errors import OptionsError, RetrvR1Error
 from retrv_r1_retriever.model.checkpoint import Manifest
 
 
@@ -115,3 +119,43 @@ def test_a_fingerprint_sees_what_is_cut_added_or_moved(tmp_path, monkeypatch):
         known.add(inputs.fingerprint(tmp_path / "file"))
     assert len(known) == 7
     assert inputs.fingerprint(tmp_path / "none") == "no file"
+
+
+def test_a_second_run_is_refused_until_the_first_is_gone(recipe, tmp_path):
+    with open_run(recipe, tmp_path):
+        message = f"expected no other run at work here, got process {os.getpid()} on "
+        with pytest.raises(RetrvR1Error, match=message), open_run(recipe, tmp_path):
+            pass
+    with pytest.raises(KeyboardInterrupt), open_run(recipe, tmp_path):
+        raise KeyboardInterrupt
+    with open_run(recipe, tmp_path):
+        pass
+
+
+def test_a_kill_leaves_no_lock_behind(tmp_path):
+    code = f"from retrv_r1_training.run_folder import *\nwith locked(Path({str(tmp_path)!r})):\n print('in', flush=True)\n input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"in\n"
+        with pytest.raises(RetrvR1Error, match=f"process {other.pid} on"), locked(tmp_path):
+            pass
+        with locked(tmp_path, ".another.lock"):
+            pass
+        other.kill()
+    with locked(tmp_path):
+        pass
+
+
+def test_only_the_first_process_of_a_launch_holds_the_lock(recipe, tmp_path, monkeypatch):
+    with open_run(recipe, tmp_path):
+        monkeypatch.setenv("RANK", "1")
+        with open_run(recipe, tmp_path) as unfinished:
+            assert unfinished
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
+    def unsupported(*args):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(run_folder, "FolderLock", unsupported)
+    with locked(tmp_path):
+        assert "cannot be locked ([Errno 38] Function not implemented): start no other run there" in caplog.text

@@ -212,7 +212,7 @@ def test_a_finished_run_is_left_alone(material, done, tmp_path, caplog):
     run = tmp_path / "run"
     shutil.copytree(done, run)
     write_manifest(run / "checkpoint", replace(read_manifest(run / "checkpoint"), think_margin=0.5))
-    before = {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file() and file.suffix != ".yaml"}
+    before = {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file() and file.name != ".lock"}
     with caplog.at_level("INFO"):
         assert sft(material, run, *DONE) == 0
     assert "is finished" in caplog.text
@@ -323,6 +323,13 @@ def test_pixels_under_zero3_are_refused(source):
 def test_a_recipe_that_cannot_run_says_why(material, tmp_path, capsys, sets, message):
     assert sft(material, tmp_path / "run", sets) == 1
     assert message in capsys.readouterr().err
+
+
+def test_zero_is_only_at_the_end(material, tmp_path):
+    assert sft(material, tmp_path, "run.evaluate=0", "run.save=0", "data.validation_queries=4") == 0
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "eval_loss" in row] == [2]
+    assert [state.name for state in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
 def test_a_recipe_that_could_not_run_can_be_mended_in_its_folder(material, tmp_path, capsys):

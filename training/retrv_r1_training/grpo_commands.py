@@ -22,7 +22,7 @@ from retrv_r1_training.mbeir_tasks import Folder, checkpoint_folder
 from retrv_r1_training.overrides import dump, load, same_as_before
 from retrv_r1_training.processes import device, from_all, is_first
 from retrv_r1_training.rollout import RolloutRunner, Task
-from retrv_r1_training.run_folder import finish, open_run
+from retrv_r1_training.run_folder import finish, locked, open_run
 from retrv_r1_training.stage_checkpoint import save_stage
 from retrv_r1_training.waiting import counted
 
@@ -71,6 +71,11 @@ def _train(recipe: GrpoRecipe, run: Path, out: Path) -> None:
 
 
 def run_passrate(args: argparse.Namespace) -> None:
+    with locked(args.out.parent, f".{args.out.name}.lock"):
+        _passrate(args)
+
+
+def _passrate(args: argparse.Namespace) -> None:
     recipe = load(GrpoRecipe, args.recipe, args.overrides)
     opened = _Opened.of(recipe, checkpoint_folder(recipe.checkpoint))
     tasks = opened.data.training(opened.reader, recipe.shuffle, recipe.grpo.missing)

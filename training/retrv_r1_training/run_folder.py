@@ -1,4 +1,4 @@
-"""A run's folder, as every stage keeps it: one recipe, states to go on from, and at the end a checkpoint that is left alone."""
+"""A run's folder: one run at a time, one recipe, states to go on from, and a checkpoint that says that it is finished."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import yaml
 
-from retrv_r1_retriever.errors import OptionsError, explain
+from retrv_r1_retriever._lock import FolderLock
+from retrv_r1_retriever.errors import OptionsError, RetrvR1Error, explain
 from retrv_r1_retriever.model.checkpoint import Manifest
 from retrv_r1_training.estimate import AnyRecipe
 from retrv_r1_training.inputs import inputs_of
@@ -28,19 +29,39 @@ def open_run(recipe: AnyRecipe, run: Path, out: Path | None = None) -> Iterator[
 
     out: where the checkpoint goes, None = RUN/checkpoint
     """
-    if is_first():
-        _keep(recipe, run)
-    _say(logging.INFO, "%s", dump(recipe))
-    out = out or run / "checkpoint"
-    done = _is_finished(run, out)
-    if done:
-        _say(
-            logging.INFO,
-            "%s is finished, its checkpoint is %s: nothing is done. To train again, choose another --run folder",
-            run,
-            out,
-        )
-    yield not done
+    with locked(run) if is_first() else nullcontext():
+        if is_first():
+            _keep(recipe, run)
+        _say(logging.INFO, "%s", dump(recipe))
+        out = out or run / "checkpoint"
+        done = _is_finished(run, out)
+        if done:
+            text = "%s is finished, its checkpoint is %s: nothing is done. To train again, choose another --run folder"
+            _say(logging.INFO, text, run, out)
+        yield not done
+
+
+@contextmanager
+def locked(folder: Path, name: str = ".lock") -> Iterator[None]:
+    """Two runs in one folder would write into each other's files. The lock goes with the process, so a kill leaves none behind.
+
+    name: of the lock's file, for one output among others in the folder
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = None
+    try:
+        lock = FolderLock(folder, name)
+    except BlockingIOError as holder:
+        fix = "Wait for it or stop it, or choose another place."
+        what, expected = f"lock {folder / name}", "no other run at work here"
+        raise RetrvR1Error(explain(what, expected=expected, got=holder, fix=fix)) from None
+    except OSError as error:  # a file system without locks
+        log.warning("%s cannot be locked (%s): start no other run there", folder, error)
+    try:
+        yield
+    finally:
+        if lock:
+            lock.release()
 
 
 def finish(out: Path, export: Callable[[Path], Manifest]) -> None:

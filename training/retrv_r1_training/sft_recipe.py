@@ -59,7 +59,8 @@ class Optimisation:
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """deepspeed: ZeRO stage, None = one process or DDP; every: steps between log lines; save, evaluate: between those
+    """deepspeed: ZeRO stage, None = one process or DDP; every: steps between log lines; save, evaluate: between those,
+        0 = only at the end; keep: last states
 
     report_to: passed on to transformers ("tensorboard", "wandb", ...); RUN/log.jsonl is always written
     """

@@ -186,10 +186,10 @@ def training_arguments(recipe: SftRecipe, run: Path, evaluate: bool) -> SFTConfi
         max_grad_norm=optim.max_grad_norm, optim="adamw_torch", bf16=running.dtype == "bfloat16",
         gradient_checkpointing=running.checkpointing, deepspeed=deepspeed_config(running.deepspeed, running.dtype),
         use_cpu=not torch.cuda.is_available(), report_to=list(running.report_to) or "none",
-        logging_steps=running.every, logging_first_step=True, save_strategy="steps", save_steps=running.save,
+        logging_steps=running.every, logging_first_step=True, save_strategy="steps", save_steps=running.save or optim.steps,
         save_total_limit=running.keep, eval_strategy="steps" if evaluate else "no",
         eval_on_start=evaluate and recipe.stage == "distill",  # what was the direct read worth before?
-        eval_steps=running.evaluate, remove_unused_columns=False, max_length=None, packing=False,
+        eval_steps=running.evaluate or optim.steps, remove_unused_columns=False, max_length=None, packing=False,
         dataset_kwargs={"skip_prepare_dataset": True}, ddp_find_unused_parameters=False, disable_tqdm=None,
         logging_nan_inf_filter=False, train_sampling_strategy="sequential",  # the examples have their own order
     )  # fmt: skip
