@@ -15,8 +15,10 @@ pytest.importorskip("trl")
 
 from retrv_r1_training import cli, grpo_commands
 from retrv_r1_training.calibrate import Measured, NoneThreshold, calibrate
+from retrv_r1_training.candidate_reader import CandidateReader
 from retrv_r1_training.grpo_commands import GrpoRecipe
 from retrv_r1_training.overrides import load
+from retrv_r1_training.unreadable import UnreadablePicture
 
 from retrv_r1_retriever.config import Config, checkpoint_path
 from retrv_r1_retriever.errors import InputError
@@ -69,10 +71,13 @@ def test_passrate_names_the_solvable_hard_queries(recipe, capsys):
     asked = []
     with pytest.MonkeyPatch.context() as patch:
         inner = grpo_commands.pass_rates
-        patch.setattr(grpo_commands, "pass_rates", lambda runner, t, *a: asked.append(len(t)) or inner(runner, t, *a))
+        patch.setattr(
+            grpo_commands, "pass_rates",
+            lambda runner, tasks, *a: inner(runner, [asked.append(t.id) or t for t in tasks], *a),
+        )  # fmt: skip
         out.write_text("".join(lines[:3]) + lines[3][:20])  # a kill
         assert cli.main(argv) == 0
-    assert asked == [2]
+    assert asked == [row["id"] for row in rows[3:]]
     assert out.read_text() == "".join(lines)
     assert cli.main([*argv, "--set", "seed=1"]) == 1
     assert "what this file was started with" in capsys.readouterr().err
@@ -88,6 +93,29 @@ def test_passrate_names_the_solvable_hard_queries(recipe, capsys):
     out.write_text("no JSON\n")
     assert cli.main(grpo) == 1
     assert "expected rows of `retrv-r1-train passrate`" in capsys.readouterr().err
+
+
+def test_a_list_that_cannot_be_read_gets_no_pass_rate(recipe, tmp_path, monkeypatch):
+    """And no other is measured twice in its place."""
+    values = yaml.safe_load(recipe.read_text())
+    queries = Path(values["data"]["root"], values["data"]["train"][1]["queries"])
+    broken = [json.loads(line) for line in queries.read_text().splitlines()]
+    read = CandidateReader.query
+
+    def query(self, asked):
+        if asked.content.image == broken[0]["query_img_path"]:
+            raise UnreadablePicture("image of it: expected a picture, got none. Fix it.")
+        return read(self, asked)
+
+    monkeypatch.setattr(CandidateReader, "query", query)
+    out = tmp_path / "rates.jsonl"
+    assert cli.main(["passrate", str(recipe), "--samples", "1", "--threads", "1", "--out", str(out)]) == 0
+    ids = [json.loads(line)["id"] for line in out.read_text().splitlines()]
+    assert len(ids) == len(set(ids)) == 15
+    assert broken[0]["qid"] not in ids
+    assert broken[1]["qid"] in ids
+    argv = ["passrate", str(recipe), "--samples", "1", "--threads", "1", "--out", str(tmp_path / "strict.jsonl")]
+    assert cli.main([*argv, "--set", "data.max_bad_share=0.05"]) == 1
 
 
 def test_only_hard_queries_become_lists(recipe, tmp_path):

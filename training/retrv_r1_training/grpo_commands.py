@@ -6,8 +6,9 @@ import argparse
 import json
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,8 @@ def run_passrate(args: argparse.Namespace) -> None:
         "".join(json.dumps(row) + "\n" for row in known), encoding="utf-8"
     )  # without a half-written line
     solvable, left = sum(row["hard"] for row in known), tasks[len(known) :]
-    rows = pass_rates(RolloutRunner(opened.checkpoint, opened.reader), left, recipe, args.samples)
+    lists = (task for _, task in left.each(recipe.data.max_bad_share))
+    rows = pass_rates(RolloutRunner(opened.checkpoint, opened.reader), lists, recipe, args.samples)
     with args.out.open("a", encoding="utf-8") as out:
         for row in counted(rows, "pass rates", len(left)):
             solvable += row["hard"]
@@ -90,12 +92,12 @@ def run_passrate(args: argparse.Namespace) -> None:
 
 
 def pass_rates(
-    runner: RolloutRunner, tasks: Sequence[Task], recipe: GrpoRecipe, samples: int
+    runner: RolloutRunner, tasks: Iterable[Task], recipe: GrpoRecipe, samples: int
 ) -> Iterator[dict[str, Any]]:
     """One row per query. hard: solved in some samples and not in all; rank: of the positive in the list, None if it is missing."""
     sampling, together = sampling_of(recipe.grpo, recipe.grpo.temperature), max(1, 256 // samples)
-    for start in range(0, len(tasks), together):
-        part = list(tasks[start : start + together])
+    tasks = iter(tasks)
+    while part := list(islice(tasks, together)):
         seeds = [random.Random(f"{recipe.seed}/{t.id}/{s}").getrandbits(48) for t in part for s in range(samples)]
         rollouts = runner.run([t for t in part for _ in range(samples)], seeds, sampling)
         for i, task in enumerate(part):
