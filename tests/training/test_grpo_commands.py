@@ -21,7 +21,7 @@ from retrv_r1_training.overrides import load
 from retrv_r1_training.unreadable import UnreadablePicture
 
 from retrv_r1_retriever.config import Config, checkpoint_path
-from retrv_r1_retriever.errors import InputError
+from retrv_r1_retriever.errors import InputError, OptionsError
 from retrv_r1_retriever.model.checkpoint import load_checkpoint, read_manifest
 from tests.training.parts import data_block, small_catalogue, with_lists
 
@@ -140,6 +140,22 @@ def test_calibrate_writes_both_thresholds_and_no_digest_changes(recipe):
     assert set(found["skipped"]) == {"all", "coarse", "fine"}
     assert after.checkpoint_digest == before.checkpoint_digest
     assert load_checkpoint(folder, device="cpu").manifest.think_margin == after.think_margin
+
+
+def test_calibrate_writes_into_no_checkpoint_that_was_lent(recipe, tmp_path, monkeypatch, capsys):
+    shipped = (_miniature() / "retrv" / "manifest.json").read_bytes()
+    for argv in ([], ["--checkpoint", str(_miniature())]):
+        assert cli.main(["calibrate", str(recipe), "--threads", "1", *argv]) == 1
+        said = capsys.readouterr().err
+        assert "expected a folder of your own, got " in said
+        assert f"`cp -rL {_miniature()} calibrated`, and pass --checkpoint calibrated." in said
+    assert (_miniature() / "retrv" / "manifest.json").read_bytes() == shipped
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(grpo_commands, "checkpoint_folder", lambda name: cache)
+    with pytest.raises(OptionsError, match="expected a folder of your own"):
+        grpo_commands.own_folder(None, "someone/on-the-hub")
+    cache.mkdir()
+    assert grpo_commands.own_folder(None, str(cache)) == grpo_commands.own_folder(cache, "miniature") == cache
 
 
 def _miniature():

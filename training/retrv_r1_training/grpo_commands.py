@@ -12,7 +12,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from retrv_r1_retriever.errors import InputError, explain
+import retrv_r1_retriever
+from retrv_r1_retriever.errors import InputError, OptionsError, explain
 from retrv_r1_retriever.model.checkpoint import Checkpoint, load_checkpoint
 from retrv_r1_training.adapters import onto
 from retrv_r1_training.calibrate import calibrate, measurements, table, write_thresholds
@@ -134,9 +135,22 @@ def read_rates(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def own_folder(named: Path | None, checkpoint: str) -> Path:
+    """The checkpoint to write thresholds into. Raises `OptionsError` for one that was lent: the package's own, or the hub cache's."""
+    folder = named or checkpoint_folder(checkpoint)
+    package = Path(retrv_r1_retriever.__file__).resolve().parent
+    if package in folder.resolve().parents or not (named or Path(checkpoint).is_dir()):
+        got = f"{folder}, which other programs read, too"
+        fix = f"Copy it, `cp -rL {folder} calibrated`, and pass --checkpoint calibrated."
+        raise OptionsError(
+            explain(f"checkpoint {named or checkpoint}", expected="a folder of your own", got=got, fix=fix)
+        )
+    return folder
+
+
 def run_calibrate(args: argparse.Namespace) -> None:
     recipe = load(GrpoRecipe, args.recipe, args.overrides)
-    opened = _Opened.of(recipe, args.checkpoint or checkpoint_folder(recipe.checkpoint))
+    opened = _Opened.of(recipe, own_folder(args.checkpoint, recipe.checkpoint))
     held_out = opened.data.validation(opened.reader)
     runner = RolloutRunner(opened.checkpoint, opened.reader)
     measured = measurements(runner, held_out, sampling_of(recipe.grpo, 0.0))
