@@ -19,7 +19,7 @@ from retrv_r1_training.rollout import RolloutRunner
 from retrv_r1_training.sft_recipe import DistillRecipe, Thinking
 from safetensors.torch import load_file, save_file
 
-from retrv_r1_retriever.errors import OptionsError
+from retrv_r1_retriever.errors import InputError, OptionsError
 from retrv_r1_retriever.model.checkpoint import load_checkpoint, read_manifest
 from retrv_r1_retriever.ranking import Order
 from retrv_r1_retriever.trace import Sampled
@@ -50,6 +50,22 @@ def test_thoughts_survive_a_kill_and_are_the_ones_of_an_uninterrupted_run(tmp_pa
     think_ahead(runner, tasks, thinking, tmp_path / "cut.jsonl")
     assert (tmp_path / "cut.jsonl").read_text() == "".join(lines)
     assert asked == [2]
+
+
+def test_only_thoughts_that_ended_by_themselves_are_taught(tmp_path, caplog):
+    """Cut in the middle, with the answer that the budget forced, one is no thought to learn, even if the answer is right."""
+    checkpoint = miniature()
+    cut = think_ahead(
+        RolloutRunner(checkpoint), make_tasks(checkpoint, 2), Thinking(max_new_tokens=12), tmp_path / "cut.jsonl"
+    )
+    assert not any(t.ended or t.right for t in cut)
+    whole = [replace(t, ended=True, right=t.number == 0) for t in cut]
+    caplog.set_level("INFO")
+    assert distill._taught([*cut, *whole], Thinking(right_only=False)) == whole
+    assert distill._taught([*cut, *whole], Thinking()) == whole[:1]
+    assert "distill: 4 thoughts, 2 cut by their budget, 1 right, 1 taught" in caplog.text
+    with pytest.raises(InputError, match=r"some that end by themselves, got 2, 2 of them cut .*max_new_tokens"):
+        distill._taught(cut, Thinking(right_only=False))
 
 
 def without_pictures(thought):

@@ -19,10 +19,12 @@ from retrv_r1_retriever.parser import parse
 from retrv_r1_retriever.prompt import NONE_INDEX
 from retrv_r1_retriever.ranking import Order, rank
 from retrv_r1_retriever.trace import Full, ReasoningTrace, Segment
+from retrv_r1_retriever.types import StopReason
 from retrv_r1_training.candidate_reader import CandidateReader
 from retrv_r1_training.examples import Source
 from retrv_r1_training.mbeir_tasks import Folder, Tasks, checkpoint_folder
 from retrv_r1_training.processes import world
+from retrv_r1_training.reward import is_correct
 from retrv_r1_training.rollout import RolloutRunner, Sampling, Task
 from retrv_r1_training.sft import Example, example_of
 from retrv_r1_training.sft_recipe import DistillRecipe, Thinking
@@ -34,12 +36,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class OwnThought:
-    """What the model thought about task `number`. ranks: by slot, see `own_ranks`; right: it ended in a right answer."""
+    """What the model thought about task `number`. ranks: by slot, see `own_ranks`
+
+    ended: by itself, not cut by its budget or the context; right: it ended so, in a right answer
+    """
 
     number: int
     query_id: str
     turn: tuple[Segment, ...]
     ranks: tuple[int, ...]
+    ended: bool
     right: bool
 
     def to_json(self) -> str:
@@ -48,6 +54,7 @@ class OwnThought:
             "number": self.number,
             "query_id": self.query_id,
             "ranks": self.ranks,
+            "ended": self.ended,
             "right": self.right,
             "trace": turn,
         }
@@ -57,7 +64,7 @@ class OwnThought:
     def from_json(cls, line: str) -> OwnThought:
         row: dict[str, Any] = json.loads(line)
         turn = ReasoningTrace.from_json(json.dumps(row["trace"])).segments
-        return cls(row["number"], row["query_id"], turn, tuple(row["ranks"]), row["right"])
+        return cls(row["number"], row["query_id"], turn, tuple(row["ranks"]), row["ended"], row["right"])
 
 
 def own_ranks(order: Order) -> tuple[int, ...]:
@@ -91,8 +98,9 @@ def think_ahead(runner: RolloutRunner, tasks: Sequence[Task], thinking: Thinking
                 )
             order = rank(task.prompt.candidates, reading.direct, reading.outcome)
             turn = reading.outcome.segments[len(task.prompt.segments) :]
-            right = reading.outcome.answer in task.right
-            known.append(OwnThought(number, task.id, turn, own_ranks(order), right))
+            ended = reading.outcome.stop_reason is StopReason.ANSWERED
+            right = is_correct(reading.outcome, task.right)
+            known.append(OwnThought(number, task.id, turn, own_ranks(order), ended, right))
             out.write(known[-1].to_json() + "\n")
             out.flush()
     return known
@@ -168,17 +176,30 @@ def _sources(
     _one_process(files[0], len(tasks))
     runner = RolloutRunner(start, reader)
     own = think_ahead(runner, tasks, thinking, files[0])
-    taught = [thought for thought in own if thought.right or not thinking.right_only]
-    log.info("distill: %d thoughts, %d of them right, %d taught", len(own), sum(t.right for t in own), len(taught))
-    if not taught:
-        fix = "Set thinking.right_only to false, or train a better model first."
-        raise InputError(explain("thoughts", expected="some that end in a right answer", got="none", fix=fix))
+    taught = _taught(own, thinking)
     count = recipe.optim.steps * recipe.optim.batch_size
     measured = think_ahead(runner, held_out, thinking, files[1]) if len(held_out) else []
     return (
         OwnExamples(tasks, taught, reader, count, judged=False),
         OwnExamples(held_out, measured, reader, len(measured), judged=True),
     )
+
+
+def _taught(own: Sequence[OwnThought], thinking: Thinking) -> list[OwnThought]:
+    """One that was cut is never taught: the model would learn to stop in the middle, at an answer that it did not come to."""
+    ended = [thought for thought in own if thought.ended]
+    right = [thought for thought in ended if thought.right]
+    taught = right if thinking.right_only else ended
+    cut = len(own) - len(ended)
+    log.info(
+        "distill: %d thoughts, %d cut by their budget, %d right, %d taught", len(own), cut, len(right), len(taught)
+    )
+    if not taught:
+        expected = "some that end by themselves" + (" in a right answer" if thinking.right_only else "")
+        got = f"{len(own)}, {cut} of them cut by their budget"
+        fix = "Raise thinking.max_new_tokens if they are cut; set thinking.right_only to false, or train a better model first."
+        raise InputError(explain("thoughts", expected=expected, got=got, fix=fix))
+    return taught
 
 
 def _one_process(file: Path, wanted: int) -> None:
