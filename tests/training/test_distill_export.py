@@ -88,7 +88,7 @@ def done(tmp_path_factory):
     assert cli.main(["distill", str(folder / "distill.yaml"), "--run", str(run), "--threads", "1", "--think-only"]) == 0
     assert not (run / "checkpoint").exists()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distill.RolloutRunner, "run", lambda *a: pytest.fail("thinks again"))
+        patch.setattr(distill.RolloutRunner, "readings", lambda *a: pytest.fail("thinks again"))
         assert cli.main(["distill", str(folder / "distill.yaml"), "--run", str(run), "--threads", "1"]) == 0
     return run
 
@@ -112,9 +112,35 @@ def test_changed_data_under_old_thoughts_are_refused(done, tmp_path):
 
 
 def test_several_processes_are_told_to_think_first(tmp_path, monkeypatch):
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    lines = [OwnThought(n, f"q{n}", (), (1, 2), True, True, "of this").to_json() + "\n" for n in range(3)]
+    whole.write_text("".join(lines))
+    cut.write_text(lines[0] + lines[1][:20])
+    distill._one_process("of this", {cut: 9})
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(OptionsError, match="--think-only"):
-        distill._one_process(tmp_path / "none.jsonl", 3)
+    distill._one_process("of this", {whole: 3, tmp_path / "no validation.jsonl": 0})
+    with pytest.raises(OptionsError, match=r"got 1 of 3 in .*cut\.jsonl.*--think-only"):
+        distill._one_process("of this", {whole: 3, cut: 3})  # killed during validation
+    with pytest.raises(OptionsError, match=r"got 0 of 3 in .*none\.jsonl"):
+        distill._one_process("of this", {tmp_path / "none.jsonl": 3})
+
+
+def test_whole_thoughts_are_only_read_and_those_of_other_weights_or_data_refused(tmp_path):
+    """Other processes read them at the same time."""
+    runner, file = RolloutRunner(miniature()), tmp_path / "thoughts.jsonl"
+    own = OwnThought(0, "q0", (), (1, 2), True, True, read_manifest(MODEL).checkpoint_digest)
+    file.write_text(own.to_json() + "\n")
+    before = file.stat()
+    assert think_ahead(runner, [None], Thinking(), file) == [own]
+    assert file.stat().st_mtime_ns == before.st_mtime_ns
+    with pytest.raises(InputError, match=r"expected 0 thoughts, got 1\. The data changed"):
+        think_ahead(runner, [], Thinking(), file)
+    for other in (replace(own, checkpoint="0123").to_json(), own.to_json().replace('"checkpoint"', '"none"')):
+        file.write_text(other + "\n")
+        said = r"expected thoughts of checkpoint \w+, got those of (0123|unknown)\. Remove the run's thoughts-\*\.jsonl, and its checkpoint"
+        with pytest.raises(InputError, match=said):
+            think_ahead(runner, [None, None], Thinking(), file)
+        assert file.read_text() == other + "\n"
 
 
 def test_shipped_recipe_loads_and_relation_loss_is_refused():
