@@ -18,6 +18,7 @@ from retrv_r1_training.calibrate import Measured, NoneThreshold, calibrate
 from retrv_r1_training.candidate_reader import CandidateReader
 from retrv_r1_training.grpo_commands import GrpoRecipe
 from retrv_r1_training.overrides import load
+from retrv_r1_training.stage_checkpoint import write_manifest
 from retrv_r1_training.unreadable import UnreadablePicture
 
 from retrv_r1_retriever.config import Config, checkpoint_path
@@ -77,8 +78,12 @@ def test_passrate_names_the_solvable_hard_queries(recipe, capsys):
         )  # fmt: skip
         out.write_text("".join(lines[:3]) + lines[3][:20])  # a kill
         assert cli.main(argv) == 0
-    assert asked == [row["id"] for row in rows[3:]]
-    assert out.read_text() == "".join(lines)
+        assert asked == [row["id"] for row in rows[3:]]
+        assert out.read_text() == "".join(lines)
+        out.write_text("".join(lines[1:]))
+        assert cli.main(argv) == 0
+    assert asked[2:] == [rows[0]["id"]], "by id, not by count"
+    assert sorted(out.read_text().splitlines()) == sorted(line.strip() for line in lines)
     assert cli.main([*argv, "--set", "seed=1"]) == 1
     assert "what this file was started with" in capsys.readouterr().err
     grpo = ["grpo", str(recipe), "--run", str(recipe.parent / "no"), "--threads", "1", "--set", f"hard={out}"]
@@ -93,6 +98,23 @@ def test_passrate_names_the_solvable_hard_queries(recipe, capsys):
     out.write_text("no JSON\n")
     assert cli.main(grpo) == 1
     assert "expected rows of `retrv-r1-train passrate`" in capsys.readouterr().err
+
+
+def test_pass_rates_of_other_weights_are_refused(recipe, tmp_path, capsys):
+    folder, out = tmp_path / "model", tmp_path / "rates.jsonl"
+    shutil.copytree(_miniature(), folder)
+    argv = ["passrate", str(recipe), "--samples", "1", "--limit", "1", "--threads", "1", "--out", str(out)]
+    argv += ["--set", f"checkpoint={folder}"]
+    assert cli.main(argv) == 0
+    manifest = read_manifest(folder)
+    write_manifest(folder, replace(manifest, checkpoint_digest="0123"))
+    assert cli.main(argv) == 1
+    assert "expected what this file was started with, got" in capsys.readouterr().err
+    write_manifest(folder, manifest)
+    assert cli.main(argv) == 0
+    out.with_suffix(".yaml").unlink()
+    assert cli.main(argv) == 1
+    assert "expected what this file was started with, got no such file" in capsys.readouterr().err
 
 
 def test_a_list_that_cannot_be_read_gets_no_pass_rate(recipe, tmp_path, monkeypatch):

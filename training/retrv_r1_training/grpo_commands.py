@@ -75,21 +75,32 @@ def run_passrate(args: argparse.Namespace) -> None:
     tasks = opened.data.training(opened.reader, recipe.shuffle, recipe.grpo.missing)
     if args.limit:
         tasks = tasks.sample(min(args.limit, len(tasks)), recipe.seed)
-    same_as_before(args.out.with_suffix(".yaml"), f"samples: {args.samples}\nlimit: {args.limit}\n{dump(recipe)}",
-                   "what this file was started with", "Choose another --out, or remove both files.")  # fmt: skip
-    known = read_rates(args.out) if args.out.exists() else []
+    rows = known_rates(args, opened.checkpoint.manifest.checkpoint_digest, recipe)
     args.out.write_text(
-        "".join(json.dumps(row) + "\n" for row in known), encoding="utf-8"
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
     )  # without a half-written line
-    solvable, left = sum(row["hard"] for row in known), tasks[len(known) :]
+    left = tasks.others({row["id"] for row in rows})
     lists = (task for _, task in left.each(recipe.data.max_bad_share))
-    rows = pass_rates(RolloutRunner(opened.checkpoint, opened.reader), lists, recipe, args.samples)
+    found = pass_rates(RolloutRunner(opened.checkpoint, opened.reader), lists, recipe, args.samples)
     with args.out.open("a", encoding="utf-8") as out:
-        for row in counted(rows, "pass rates", len(left)):
-            solvable += row["hard"]
+        for row in counted(found, "pass rates", len(left)):
+            rows.append(row)
             out.write(json.dumps(row) + "\n")
             out.flush()
-    log.info("passrate: %d of %d queries are solved sometimes, not always: %s", solvable, len(tasks), args.out)
+    hard = sum(row["hard"] for row in rows)
+    log.info("passrate: %d of %d queries are solved sometimes, not always: %s", hard, len(rows), args.out)
+
+
+def known_rates(args: argparse.Namespace, checkpoint: str, recipe: GrpoRecipe) -> list[dict[str, Any]]:
+    """What --out has already. Raises `OptionsError` unless these weights made it, with this recipe and these arguments."""
+    started = args.out.with_suffix(".yaml")
+    expected, fix = "what this file was started with", "Choose another --out, or remove both files."
+    rows = read_rates(args.out) if args.out.exists() else []
+    if rows and not started.exists():
+        raise OptionsError(explain(str(started), expected=expected, got="no such file", fix=fix))
+    text = f"checkpoint_digest: {checkpoint}\nsamples: {args.samples}\nlimit: {args.limit}\n{dump(recipe)}"
+    same_as_before(started, text, expected, fix)
+    return rows
 
 
 def pass_rates(

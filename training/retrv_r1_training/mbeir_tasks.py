@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import overload
@@ -125,10 +125,12 @@ class Tasks(Sequence[Task]):
         return Unreadable(max_share, len(self)).each(self._where, self._task)
 
     def _task(self, where: tuple[int, int]) -> Task:
-        lists = self._parts[where[0]]
-        klist = self._make(lists, where[1])
+        return make_task(self._klist(where), self._parts[where[0]], self._reader)
+
+    def _klist(self, where: tuple[int, int]) -> KList:
+        klist = self._make(self._parts[where[0]], where[1])
         assert klist is not None, "made before"
-        return make_task(klist, lists, self._reader)
+        return klist
 
     def __len__(self) -> int:
         return len(self._where)
@@ -139,6 +141,13 @@ class Tasks(Sequence[Task]):
 
     def sample(self, count: int, seed: int) -> Tasks:
         return self.only(random.Random(seed).sample(list(self._where), count))
+
+    def others(self, known: Collection[str]) -> Tasks:
+        """The first of each query whose id is not known. Reads no picture."""
+        first: dict[str, tuple[int, int]] = {}
+        for where in self._where:
+            first.setdefault(self._klist(where).query.id, where)
+        return self.only([where for id, where in first.items() if id not in known])
 
     def only(self, where: Sequence[tuple[int, int]]) -> Tasks:
         return Tasks(self._parts, self._make, self._reader, self._unreadable, where)
