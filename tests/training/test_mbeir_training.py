@@ -157,7 +157,12 @@ def test_validation_lists_are_as_served_and_a_missing_positive_is_a_miss(materia
     made = with_lists(root, "t2i", "val", 3)
     settings = DataConfig(str(root), (Part(**made),), (Part(**made),), top_k=3, validation_queries=4)
     tasks = Folder(settings, material / "start", 0).validation(reader)
-    assert len(tasks) == 3, "at most four, evenly: every second of six"
+    assert len(tasks) == 4
+    few = tasks.only(range(12))
+    assert [few.spread(n)._where for n in (8, 5, 11)] == [
+        [0, 1, 3, 4, 6, 7, 9, 10], [0, 2, 4, 7, 9], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10],
+    ]  # fmt: skip
+    assert len(few.spread(12)) == len(few.spread(99)) == 12
     off = replace(settings, validation_queries=0)
     assert len(Folder(off, material / "start", 0).validation(reader)) == 0
 

@@ -137,7 +137,8 @@ class Tasks(Sequence[Task]):
 
     def spread(self, count: int) -> Tasks:
         """At most `count` of them, evenly."""
-        return self[:: -(-len(self) // count)]
+        count = min(count, len(self))
+        return self.only([self._where[n * len(self) // count] for n in range(count)])
 
     def sample(self, count: int, seed: int) -> Tasks:
         return self.only(random.Random(seed).sample(list(self._where), count))
