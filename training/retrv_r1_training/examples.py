@@ -152,7 +152,8 @@ def trace_examples(recipe: SftRecipe, start: Checkpoint, folder: Folder) -> tupl
     drawn = TraceExamples(train, reader, count, recipe.examples, recipe.seed, share)
     few = min(data.validation_queries, sum(map(len, held_out)))
     served = TraceExamples(held_out, reader, few, ExampleSettings(spread=0.0), recipe.seed).readable(share)
-    log.info("validation: %d of %d lists can be read and are measured", len(served), few)
+    if few:
+        log.info("validation: %d of %d lists can be read and are measured", len(served), few)
     return drawn, served, {name: licence for part in train for name, licence in part.teachers.items()}
 
 
