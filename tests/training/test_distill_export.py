@@ -19,7 +19,7 @@ from retrv_r1_training.rollout import RolloutRunner
 from retrv_r1_training.sft_recipe import DistillRecipe, Thinking
 from safetensors.torch import load_file, save_file
 
-from retrv_r1_retriever.errors import OptionsError
+from retrv_r1_retriever.errors import InputError, OptionsError
 from retrv_r1_retriever.model.checkpoint import load_checkpoint, read_manifest
 from retrv_r1_retriever.ranking import Order
 from retrv_r1_retriever.trace import Sampled
@@ -52,6 +52,22 @@ def test_thoughts_survive_a_kill_and_are_the_ones_of_an_uninterrupted_run(tmp_pa
     assert asked == [2]
 
 
+def test_only_thoughts_that_ended_by_themselves_are_taught(tmp_path, caplog):
+    """Cut in the middle, with the answer that the budget forced, one is no thought to learn, even if the answer is right."""
+    checkpoint = miniature()
+    cut = think_ahead(
+        RolloutRunner(checkpoint), make_tasks(checkpoint, 2), Thinking(max_new_tokens=12), tmp_path / "cut.jsonl"
+    )
+    assert not any(t.ended or t.right for t in cut)
+    whole = [replace(t, ended=True, right=t.number == 0) for t in cut]
+    caplog.set_level("INFO")
+    assert distill._taught([*cut, *whole], Thinking(right_only=False)) == whole
+    assert distill._taught([*cut, *whole], Thinking()) == whole[:1]
+    assert "distill: 4 thoughts, 2 cut by their budget, 1 right, 1 taught" in caplog.text
+    with pytest.raises(InputError, match=r"some that end by themselves, got 2, 2 of them cut .*max_new_tokens"):
+        distill._taught(cut, Thinking(right_only=False))
+
+
 def without_pictures(thought):
     return tuple(replace(s, content=None) if hasattr(s, "content") else s for s in thought.turn)
 
@@ -72,7 +88,7 @@ def done(tmp_path_factory):
     assert cli.main(["distill", str(folder / "distill.yaml"), "--run", str(run), "--threads", "1", "--think-only"]) == 0
     assert not (run / "checkpoint").exists()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distill.RolloutRunner, "run", lambda *a: pytest.fail("thinks again"))
+        patch.setattr(distill.RolloutRunner, "readings", lambda *a: pytest.fail("thinks again"))
         assert cli.main(["distill", str(folder / "distill.yaml"), "--run", str(run), "--threads", "1"]) == 0
     return run
 
@@ -96,9 +112,35 @@ def test_changed_data_under_old_thoughts_are_refused(done, tmp_path):
 
 
 def test_several_processes_are_told_to_think_first(tmp_path, monkeypatch):
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    lines = [OwnThought(n, f"q{n}", (), (1, 2), True, True, "of this").to_json() + "\n" for n in range(3)]
+    whole.write_text("".join(lines))
+    cut.write_text(lines[0] + lines[1][:20])
+    distill._one_process("of this", {cut: 9})
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(OptionsError, match="--think-only"):
-        distill._one_process(tmp_path / "none.jsonl", 3)
+    distill._one_process("of this", {whole: 3, tmp_path / "no validation.jsonl": 0})
+    with pytest.raises(OptionsError, match=r"got 1 of 3 in .*cut\.jsonl.*--think-only"):
+        distill._one_process("of this", {whole: 3, cut: 3})  # killed during validation
+    with pytest.raises(OptionsError, match=r"got 0 of 3 in .*none\.jsonl"):
+        distill._one_process("of this", {tmp_path / "none.jsonl": 3})
+
+
+def test_whole_thoughts_are_only_read_and_those_of_other_weights_or_data_refused(tmp_path):
+    """Other processes read them at the same time."""
+    runner, file = RolloutRunner(miniature()), tmp_path / "thoughts.jsonl"
+    own = OwnThought(0, "q0", (), (1, 2), True, True, read_manifest(MODEL).checkpoint_digest)
+    file.write_text(own.to_json() + "\n")
+    before = file.stat()
+    assert think_ahead(runner, [None], Thinking(), file) == [own]
+    assert file.stat().st_mtime_ns == before.st_mtime_ns
+    with pytest.raises(InputError, match=r"expected 0 thoughts, got 1\. The data changed"):
+        think_ahead(runner, [], Thinking(), file)
+    for other in (replace(own, checkpoint="0123").to_json(), own.to_json().replace('"checkpoint"', '"none"')):
+        file.write_text(other + "\n")
+        said = r"expected thoughts of checkpoint \w+, got those of (0123|unknown)\. Remove the run's thoughts-\*\.jsonl, and its checkpoint"
+        with pytest.raises(InputError, match=said):
+            think_ahead(runner, [None, None], Thinking(), file)
+        assert file.read_text() == other + "\n"
 
 
 def test_shipped_recipe_loads_and_relation_loss_is_refused():

@@ -78,9 +78,23 @@ def test_a_rollout_scores_what_was_drawn_and_nothing_else(loaded):
         if row.outcome.stop_reason is not StopReason.ANSWERED:
             drawn = drawn[:-1]  # an arg-max, no draw
             assert row.answer_at is None
+            assert not forced_right(row).correct, "the reward does not count it"
         assert ids[row.scored].tolist() == [i for part in drawn for i in part]
         assert (row.logprobs[~row.scored] == 0).all() or row.answer_at is None
         assert not row.chunk.image[row.prompt_tokens :][row.scored].any(), "an opened picture is scored"
+
+
+def forced_right(row):
+    return replace(row, task=replace(row.task, right=(row.outcome.answer,)))
+
+
+def test_no_figure_counts_a_forced_answer_as_correct(loaded):
+    checkpoint, tasks = loaded
+    rows = list(
+        map(forced_right, RolloutRunner(checkpoint).run(tasks[:2], [0] * 2, replace(SAMPLING, max_new_tokens=12)))
+    )
+    assert grpo.summary(rows)["correct"] == 0
+    assert grpo.summary(rows)["forced"] == grpo.groups(rows, [0.0, 0.0])["groups_all_wrong"] == 1
 
 
 def test_the_same_seed_draws_the_same_thought_in_any_company(loaded):

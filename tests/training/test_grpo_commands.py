@@ -15,12 +15,15 @@ pytest.importorskip("trl")
 
 from retrv_r1_training import cli, grpo, grpo_commands
 from retrv_r1_training.calibrate import Measured, NoneThreshold, calibrate
+from retrv_r1_training.candidate_reader import CandidateReader
 from retrv_r1_training.grpo_commands import GrpoRecipe
 from retrv_r1_training.overrides import load
 from retrv_r1_training.run_folder import locked
+from retrv_r1_training.stage_checkpoint import write_manifest
+from retrv_r1_training.unreadable import UnreadablePicture
 
 from retrv_r1_retriever.config import Config, checkpoint_path
-from retrv_r1_retriever.errors import InputError
+from retrv_r1_retriever.errors import InputError, OptionsError
 from retrv_r1_retriever.model.checkpoint import load_checkpoint, read_manifest
 from tests.training.parts import data_block, small_catalogue, with_lists
 
@@ -96,11 +99,18 @@ def test_passrate_names_the_solvable_hard_queries(recipe, capsys):
     asked = []
     with pytest.MonkeyPatch.context() as patch:
         inner = grpo_commands.pass_rates
-        patch.setattr(grpo_commands, "pass_rates", lambda runner, t, *a: asked.append(len(t)) or inner(runner, t, *a))
+        patch.setattr(
+            grpo_commands, "pass_rates",
+            lambda runner, tasks, *a: inner(runner, [asked.append(t.id) or t for t in tasks], *a),
+        )  # fmt: skip
         out.write_text("".join(lines[:3]) + lines[3][:20])  # a kill
         assert cli.main(argv) == 0
-    assert asked == [2]
-    assert out.read_text() == "".join(lines)
+        assert asked == [row["id"] for row in rows[3:]]
+        assert out.read_text() == "".join(lines)
+        out.write_text("".join(lines[1:]))
+        assert cli.main(argv) == 0
+    assert asked[2:] == [rows[0]["id"]], "by id, not by count"
+    assert sorted(out.read_text().splitlines()) == sorted(line.strip() for line in lines)
     with locked(out.parent, ".rates.jsonl.lock"):
         assert cli.main(argv) == 1
     assert "rates.jsonl.lock: expected no other run at work here, got process" in capsys.readouterr().err
@@ -118,6 +128,46 @@ def test_passrate_names_the_solvable_hard_queries(recipe, capsys):
     out.write_text("no JSON\n")
     assert cli.main(grpo) == 1
     assert "expected rows of `retrv-r1-train passrate`" in capsys.readouterr().err
+
+
+def test_pass_rates_of_other_weights_are_refused(recipe, tmp_path, capsys):
+    folder, out = tmp_path / "model", tmp_path / "rates.jsonl"
+    shutil.copytree(_miniature(), folder)
+    argv = ["passrate", str(recipe), "--samples", "1", "--limit", "1", "--threads", "1", "--out", str(out)]
+    argv += ["--set", f"checkpoint={folder}"]
+    assert cli.main(argv) == 0
+    manifest = read_manifest(folder)
+    write_manifest(folder, replace(manifest, checkpoint_digest="0123"))
+    assert cli.main(argv) == 1
+    assert "expected what this file was started with, got" in capsys.readouterr().err
+    write_manifest(folder, manifest)
+    assert cli.main(argv) == 0
+    out.with_suffix(".yaml").unlink()
+    assert cli.main(argv) == 1
+    assert "expected what this file was started with, got no such file" in capsys.readouterr().err
+
+
+def test_a_list_that_cannot_be_read_gets_no_pass_rate(recipe, tmp_path, monkeypatch):
+    """And no other is measured twice in its place."""
+    values = yaml.safe_load(recipe.read_text())
+    queries = Path(values["data"]["root"], values["data"]["train"][1]["queries"])
+    broken = [json.loads(line) for line in queries.read_text().splitlines()]
+    read = CandidateReader.query
+
+    def query(self, asked):
+        if asked.content.image == broken[0]["query_img_path"]:
+            raise UnreadablePicture("image of it: expected a picture, got none. Fix it.")
+        return read(self, asked)
+
+    monkeypatch.setattr(CandidateReader, "query", query)
+    out = tmp_path / "rates.jsonl"
+    assert cli.main(["passrate", str(recipe), "--samples", "1", "--threads", "1", "--out", str(out)]) == 0
+    ids = [json.loads(line)["id"] for line in out.read_text().splitlines()]
+    assert len(ids) == len(set(ids)) == 15
+    assert broken[0]["qid"] not in ids
+    assert broken[1]["qid"] in ids
+    argv = ["passrate", str(recipe), "--samples", "1", "--threads", "1", "--out", str(tmp_path / "strict.jsonl")]
+    assert cli.main([*argv, "--set", "data.max_bad_share=0.05"]) == 1
 
 
 def test_only_hard_queries_become_lists(recipe, tmp_path):
@@ -142,6 +192,22 @@ def test_calibrate_writes_both_thresholds_and_no_digest_changes(recipe):
     assert set(found["skipped"]) == {"all", "coarse", "fine"}
     assert after.checkpoint_digest == before.checkpoint_digest
     assert load_checkpoint(folder, device="cpu").manifest.think_margin == after.think_margin
+
+
+def test_calibrate_writes_into_no_checkpoint_that_was_lent(recipe, tmp_path, monkeypatch, capsys):
+    shipped = (_miniature() / "retrv" / "manifest.json").read_bytes()
+    for argv in ([], ["--checkpoint", str(_miniature())]):
+        assert cli.main(["calibrate", str(recipe), "--threads", "1", *argv]) == 1
+        said = capsys.readouterr().err
+        assert "expected a folder of your own, got " in said
+        assert f"`cp -rL {_miniature()} calibrated`, and pass --checkpoint calibrated." in said
+    assert (_miniature() / "retrv" / "manifest.json").read_bytes() == shipped
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(grpo_commands, "checkpoint_folder", lambda name: cache)
+    with pytest.raises(OptionsError, match="expected a folder of your own"):
+        grpo_commands.own_folder(None, "someone/on-the-hub")
+    cache.mkdir()
+    assert grpo_commands.own_folder(None, str(cache)) == grpo_commands.own_folder(cache, "miniature") == cache
 
 
 def _miniature():

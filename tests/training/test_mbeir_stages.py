@@ -247,8 +247,29 @@ def test_unusable_rows_are_counted_and_replaced_and_unreadable_ones_have_a_limit
 
     with pytest.raises(InputError, match=r"pictures: expected at most 1% unreadable ones, got 21 of .*image 3.png"):
         list(map(Draws([50], broken, 100, 0).__getitem__, range(100)))
-    with pytest.raises(InputError, match="data: expected rows to train on, got 5 x never"):
+    with pytest.raises(InputError, match="data: expected rows that can be used, got 5 x never"):
         Draws([5], lambda *a: (_ for _ in ()).throw(Unusable("never")), 1, 0)[0]
+
+
+def test_rows_to_measure_on_come_once_and_nothing_stands_in_for_an_unreadable_one(caplog):
+    def make(file, row, rng):
+        if row == 3:
+            raise ImageError("image 3.png: expected a picture, got none. Fix it.")
+        if row % 2 == 0:
+            raise Unusable("even")
+        return row
+
+    caplog.set_level("INFO")
+    draws = Draws([10], make, 30, 0)
+    measured = draws.readable(0.2)
+    assert sorted(measured[n] for n in range(len(measured))) == [1, 5, 7, 9]
+    assert "validation: 4 examples are measured, 1 cannot be read" in caplog.text
+    order = [row for row in draws._shuffled(0, 10) if row % 2]
+    assert len(Draws([10], make, 3, 0).readable(1.0)) == 3 - (3 in order[:3]), "not even by one further on"
+    with pytest.raises(InputError, match=r"pictures: expected at most 5% unreadable ones, got 1 of 10, last: image 3"):
+        draws.readable(0.05)
+    with pytest.raises(InputError, match="expected rows that can be used, got 1 x unreadable"):
+        Draws([1], lambda *a: make(0, 3, None), 1, 0).readable(1.0)
 
 
 def test_lists_hold_hard_negatives_first_and_no_right_answer_twice(material, recipes):

@@ -157,7 +157,12 @@ def test_validation_lists_are_as_served_and_a_missing_positive_is_a_miss(materia
     made = with_lists(root, "t2i", "val", 3)
     settings = DataConfig(str(root), (Part(**made),), (Part(**made),), top_k=3, validation_queries=4)
     tasks = Folder(settings, material / "start", 0).validation(reader)
-    assert len(tasks) == 3, "at most four, evenly: every second of six"
+    assert len(tasks) == 4
+    few = tasks.only(range(12))
+    assert [few.spread(n)._where for n in (8, 5, 11)] == [
+        [0, 1, 3, 4, 6, 7, 9, 10], [0, 2, 4, 7, 9], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10],
+    ]  # fmt: skip
+    assert len(few.spread(12)) == len(few.spread(99)) == 12
     off = replace(settings, validation_queries=0)
     assert len(Folder(off, material / "start", 0).validation(reader)) == 0
 
@@ -191,14 +196,14 @@ def test_examples_are_the_traces_word_for_word(traces, reader):
 
 
 class Blind(CandidateReader):
-    """Cannot read one picture."""
+    """Cannot read one picture, or with None any."""
 
     def __init__(self, reader, did):
         self.__dict__ |= reader.__dict__
         self.did = did
 
     def candidates(self, documents):
-        if any(d.id == self.did for d in documents):
+        if self.did is None or any(d.id == self.did for d in documents):
             raise UnreadablePicture(f"image of {self.did}: expected a picture, got none. Fix it.")
         return super().candidates(documents)
 
@@ -228,6 +233,42 @@ def test_a_thought_or_list_with_a_broken_picture_is_passed_over_and_the_next_one
     assert set(ids) == {t.id for t in plain if lost not in [c.document.id for c in t.prompt.candidates]}
     assert len(ids) == len(plain)
     assert [t.id for t in tasks[2:4]] == [plain[n].id if plain[n].id in ids else ids[n] for n in (2, 3)]
+
+
+def test_a_validation_list_with_a_broken_picture_is_left_out_and_counted(material, reader, caplog):
+    root = material / "catalogue"
+    made = Part(**with_lists(root, "t2i", "val", 3))
+    settings = DataConfig(str(root), (made,), (made,), top_k=3, max_bad_share=0.9)
+    plain = list(Folder(settings, material / "start", 0).validation(reader))
+    lost = plain[0].prompt.candidates[0].document.id
+    whole = [t.id for t in plain if lost not in [c.document.id for c in t.prompt.candidates]]
+    assert 0 < len(whole) < len(plain)
+    blind = Blind(reader, lost)
+    caplog.set_level("INFO")
+    tasks = Folder(settings, material / "start", 0).validation(blind)
+    assert [t.id for t in tasks] == whole
+    assert f"validation: {len(whole)} of {len(plain)} lists can be read and are measured" in caplog.text
+    blind.did = tasks[0].prompt.candidates[0].document.id
+    with pytest.raises(UnreadablePicture):
+        tasks[0]
+    strict = replace(settings, max_bad_share=0.01)
+    with pytest.raises(InputError, match=rf"pictures: expected at most 1% unreadable ones, got 1 of {len(plain)}"):
+        Folder(strict, material / "start", 0).validation(blind)
+    blind.did = None
+    with pytest.raises(InputError, match="expected some that can be read, got none"):
+        Folder(replace(settings, max_bad_share=1.0), material / "start", 0).validation(blind)
+
+
+def test_a_validation_thought_with_a_broken_picture_is_left_out(traces, reader):
+    _, found = traces
+    lost = found[0].candidates[0]
+    drawn = TraceExamples([found], Blind(reader, lost), len(found), ExampleSettings(spread=0.0), seed=0)
+    good = TraceExamples([found], reader, len(found), ExampleSettings(spread=0.0), seed=0)
+    whole = [n for n in range(len(found)) if lost not in found[good._at(n)].candidates]
+    measured = drawn.readable(0.9)
+    assert [measured[n].turn.ids.tolist() for n in range(len(measured))] == [good[n].turn.ids.tolist() for n in whole]
+    with pytest.raises(InputError, match=f"expected at most 1% unreadable ones, got 1 of {len(found)}"):
+        drawn.readable(0.01)
 
 
 def test_many_broken_pictures_are_an_error():

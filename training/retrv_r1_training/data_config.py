@@ -37,7 +37,7 @@ class DataConfig:
     captions: JSONL below root, {"id", "caption"}, for `base` and `align`; without it, the caption in a candidate's `src_content`
     cache_gb: of candidates' memory, and as much again of pictures after the tower, in each process
     workers: processes that read ahead, in `base`, `embedder` and `align`
-    max_bad_share: of rows and thoughts that cannot be used; a larger share is an error
+    max_bad_share: of rows, thoughts and validation lists that cannot be used; a larger share is an error
     """
 
     root: str

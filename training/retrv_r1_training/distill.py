@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,12 @@ from retrv_r1_retriever.parser import parse
 from retrv_r1_retriever.prompt import NONE_INDEX
 from retrv_r1_retriever.ranking import Order, rank
 from retrv_r1_retriever.trace import Full, ReasoningTrace, Segment
+from retrv_r1_retriever.types import StopReason
 from retrv_r1_training.candidate_reader import CandidateReader
 from retrv_r1_training.examples import Source
 from retrv_r1_training.mbeir_tasks import Folder, Tasks, checkpoint_folder
 from retrv_r1_training.processes import world
+from retrv_r1_training.reward import is_correct
 from retrv_r1_training.rollout import RolloutRunner, Sampling, Task
 from retrv_r1_training.sft import Example, example_of
 from retrv_r1_training.sft_recipe import DistillRecipe, Thinking
@@ -30,17 +32,25 @@ from retrv_r1_training.trl_sft import load_start, train_on
 from retrv_r1_training.waiting import counted
 
 log = logging.getLogger(__name__)
+_AGAIN = (
+    "Remove the run's thoughts-*.jsonl, and its checkpoint-* folders if there are any, or choose another --run folder."
+)
 
 
 @dataclass(frozen=True, slots=True)
 class OwnThought:
-    """What the model thought about task `number`. ranks: by slot, see `own_ranks`; right: it ended in a right answer."""
+    """What the model thought about task `number`. ranks: by slot, see `own_ranks`
+
+    ended: by itself, not cut by its budget or the context; right: it ended so, in a right answer; checkpoint: digest of the weights
+    """
 
     number: int
     query_id: str
     turn: tuple[Segment, ...]
     ranks: tuple[int, ...]
+    ended: bool
     right: bool
+    checkpoint: str
 
     def to_json(self) -> str:
         turn = json.loads(ReasoningTrace(self.turn).to_json())  # pictures are left out
@@ -48,7 +58,9 @@ class OwnThought:
             "number": self.number,
             "query_id": self.query_id,
             "ranks": self.ranks,
+            "ended": self.ended,
             "right": self.right,
+            "checkpoint": self.checkpoint,
             "trace": turn,
         }
         return json.dumps(row, ensure_ascii=False)
@@ -57,7 +69,8 @@ class OwnThought:
     def from_json(cls, line: str) -> OwnThought:
         row: dict[str, Any] = json.loads(line)
         turn = ReasoningTrace.from_json(json.dumps(row["trace"])).segments
-        return cls(row["number"], row["query_id"], turn, tuple(row["ranks"]), row["right"])
+        ended, checkpoint = row.get("ended", False), row.get("checkpoint", "unknown")  # earlier files named neither
+        return cls(row["number"], row["query_id"], turn, tuple(row["ranks"]), ended, row["right"], checkpoint)
 
 
 def own_ranks(order: Order) -> tuple[int, ...]:
@@ -74,8 +87,17 @@ def own_ranks(order: Order) -> tuple[int, ...]:
 
 
 def think_ahead(runner: RolloutRunner, tasks: Sequence[Task], thinking: Thinking, file: Path) -> list[OwnThought]:
-    """One greedy thought per task, from `file` as far as they are there: a killed run goes on where it was."""
-    known = list(_read(file)) if file.exists() else []
+    """One greedy thought per task, from `file` as far as they are there: a killed run goes on where it was.
+
+    A whole file is only read, so that several processes may. Raises `InputError` for one of other weights.
+    """
+    checkpoint = runner.engine.versions["checkpoint"]
+    known = _read(file, checkpoint)
+    if len(known) > len(tasks):
+        fix = f"The data changed. {_AGAIN}"
+        raise InputError(explain(str(file), expected=f"{len(tasks)} thoughts", got=len(known), fix=fix))
+    if len(known) == len(tasks):
+        return known
     file.write_text(
         "".join(thought.to_json() + "\n" for thought in known), encoding="utf-8"
     )  # without a half-written line
@@ -91,18 +113,22 @@ def think_ahead(runner: RolloutRunner, tasks: Sequence[Task], thinking: Thinking
                 )
             order = rank(task.prompt.candidates, reading.direct, reading.outcome)
             turn = reading.outcome.segments[len(task.prompt.segments) :]
-            right = reading.outcome.answer in task.right
-            known.append(OwnThought(number, task.id, turn, own_ranks(order), right))
+            ended = reading.outcome.stop_reason is StopReason.ANSWERED
+            right = is_correct(reading.outcome, task.right)
+            known.append(OwnThought(number, task.id, turn, own_ranks(order), ended, right, checkpoint))
             out.write(known[-1].to_json() + "\n")
             out.flush()
     return known
 
 
-def _read(file: Path) -> Iterator[OwnThought]:
-    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n"):
-            return  # cut off by a kill
-        yield OwnThought.from_json(line)
+def _read(file: Path, checkpoint: str) -> list[OwnThought]:
+    """Without a line that a kill cut off. Raises `InputError` if other weights thought so."""
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+    thoughts = [OwnThought.from_json(line) for line in lines if line.endswith("\n")]
+    if other := next((t.checkpoint for t in thoughts if t.checkpoint != checkpoint), None):
+        expected, got = f"thoughts of checkpoint {checkpoint}", f"those of {other}"
+        raise InputError(explain(str(file), expected=expected, got=got, fix=_AGAIN))
+    return thoughts
 
 
 class OwnExamples:
@@ -126,7 +152,7 @@ class OwnExamples:
         thought = self._thoughts[number % len(self._thoughts)]
         task = self._tasks[thought.number]
         if task.id != thought.query_id:
-            fix = "The data changed: remove the run's thoughts-*.jsonl, or choose another --run folder."
+            fix = f"The data changed. {_AGAIN}"
             raise InputError(explain(f"thought {thought.number}", expected=task.id, got=thought.query_id, fix=fix))
         contents = [c.document.content for c in task.prompt.candidates]
         turn = [
@@ -164,27 +190,39 @@ def _sources(
 ) -> tuple[Source, Source]:
     thinking = recipe.thinking
     files = run / "thoughts-train.jsonl", run / "thoughts-validation.jsonl"
-    _one_process(files[0], len(tasks))
+    _one_process(start.manifest.checkpoint_digest, {files[0]: len(tasks), files[1]: len(held_out)})
     runner = RolloutRunner(start, reader)
     own = think_ahead(runner, tasks, thinking, files[0])
-    taught = [thought for thought in own if thought.right or not thinking.right_only]
-    log.info("distill: %d thoughts, %d of them right, %d taught", len(own), sum(t.right for t in own), len(taught))
-    if not taught:
-        fix = "Set thinking.right_only to false, or train a better model first."
-        raise InputError(explain("thoughts", expected="some that end in a right answer", got="none", fix=fix))
+    taught = _taught(own, thinking)
     count = recipe.optim.steps * recipe.optim.batch_size
-    measured = think_ahead(runner, held_out, thinking, files[1]) if len(held_out) else []
+    measured = think_ahead(runner, held_out, thinking, files[1])
     return (
         OwnExamples(tasks, taught, reader, count, judged=False),
         OwnExamples(held_out, measured, reader, len(measured), judged=True),
     )
 
 
-def _one_process(file: Path, wanted: int) -> None:
-    if world() > 1 and (not file.exists() or len(list(_read(file))) < wanted):
-        fix = "Run the same command without a launcher and `--think-only` first."
-        raise OptionsError(
-            explain(
-                "distill", expected="all thoughts before several processes start", got=f"not yet in {file}", fix=fix
-            )
-        )
+def _taught(own: Sequence[OwnThought], thinking: Thinking) -> list[OwnThought]:
+    """One that was cut is never taught: the model would learn to stop in the middle, at an answer that it did not come to."""
+    ended = [thought for thought in own if thought.ended]
+    right = [thought for thought in ended if thought.right]
+    taught = right if thinking.right_only else ended
+    cut = len(own) - len(ended)
+    log.info(
+        "distill: %d thoughts, %d cut by their budget, %d right, %d taught", len(own), cut, len(right), len(taught)
+    )
+    if not taught:
+        expected = "some that end by themselves" + (" in a right answer" if thinking.right_only else "")
+        got = f"{len(own)}, {cut} of them cut by their budget"
+        fix = "Raise thinking.max_new_tokens if they are cut; set thinking.right_only to false, or train a better model first."
+        raise InputError(explain("thoughts", expected=expected, got=got, fix=fix))
+    return taught
+
+
+def _one_process(checkpoint: str, wanted: Mapping[Path, int]) -> None:
+    """Raises `OptionsError` in a launch of several while thoughts are missing: only one may write them."""
+    for file, count in wanted.items() if world() > 1 else ():
+        if (found := len(_read(file, checkpoint))) < count:
+            expected, got = "all thoughts before several processes start", f"{found} of {count} in {file}"
+            fix = "Run the same command without a launcher and `--think-only` first."
+            raise OptionsError(explain("distill", expected=expected, got=got, fix=fix))

@@ -23,7 +23,7 @@ from retrv_r1_training.data import Item
 from retrv_r1_training.data_config import DataConfig, Part
 from retrv_r1_training.klists import hard_negatives
 from retrv_r1_training.labelled import Captions
-from retrv_r1_training.unreadable import Unreadable
+from retrv_r1_training.unreadable import Chosen, Unreadable
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -59,24 +59,54 @@ class Draws(Generic[T]):
             raise IndexError(number)
         total = int(self._ends[-1])
         if not total:
-            raise InputError(explain("data", expected="rows to train on", got="empty files", fix="Check the recipe."))
+            raise self._nothing()
         epoch, place = divmod(number, total)
-        order, rng = self._shuffled(epoch, total), random.Random(f"{self._seed}:{number}")
+        order = self._shuffled(epoch, total)
         self._unreadable.asked()
         for step in range(min(TRIES, total)):
             row = int(order[(place + step) % total])
-            file = int(np.searchsorted(self._ends, row, side="right"))
             try:
-                return self._make(file, row - int(self._ends[file - 1] if file else 0), rng)
+                return self._drawn(row, number)
             except Unusable as reason:
                 self.skipped[str(reason)] += 1
             except ImageError as error:
                 self.skipped["unreadable picture"] += 1
                 self._unreadable.note(row, error)
+        raise self._nothing()
+
+    def readable(self, max_share: float) -> Chosen[T]:
+        """To measure with: at most `count` examples, no row twice. One that cannot be read is left out, and nothing stands in for it.
+
+        Raises `InputError` above the share.
+        """
+        total = int(self._ends[-1])
+        asked = min(self._count, total)
+        order, found, unreadable = self._shuffled(0, total), [], Unreadable(max_share, asked)
+        for number in range(total):
+            if len(found) + unreadable.count == asked:
+                break
+            try:
+                self._drawn(int(order[number]), number)
+                found.append(number)
+            except Unusable as reason:
+                self.skipped[str(reason)] += 1
+            except ImageError as error:
+                self.skipped["unreadable picture"] += 1
+                unreadable.note(number, error)
+        if not found:
+            raise self._nothing()
+        log.info("validation: %d examples are measured, %d cannot be read", len(found), unreadable.count)
+        return Chosen(found, lambda number: self._drawn(int(order[number]), number))
+
+    def _drawn(self, row: int, number: int) -> T:
+        file = int(np.searchsorted(self._ends, row, side="right"))
+        start = int(self._ends[file - 1]) if file else 0
+        return self._make(file, row - start, random.Random(f"{self._seed}:{number}"))
+
+    def _nothing(self) -> InputError:
         got = ", ".join(f"{count} x {reason}" for reason, count in self.skipped.most_common(3))
-        raise InputError(
-            explain("data", expected="rows to train on", got=got, fix="`retrv-r1-train check` shows the rows.")
-        )
+        fix = "`retrv-r1-train check` shows the rows."
+        return InputError(explain("data", expected="rows that can be used", got=got or "empty files", fix=fix))
 
     def _shuffled(self, epoch: int, total: int) -> np.ndarray:
         if epoch != self._epoch:

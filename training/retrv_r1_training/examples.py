@@ -7,6 +7,7 @@ share the work without talking.
 from __future__ import annotations
 
 import json
+import logging
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +31,9 @@ from retrv_r1_training.mbeir_tasks import Folder
 from retrv_r1_training.sft import Example, example_of, filled
 from retrv_r1_training.sft_recipe import ExampleSettings, SftRecipe
 from retrv_r1_training.traces import TeacherTrace
-from retrv_r1_training.unreadable import Unreadable
+from retrv_r1_training.unreadable import Chosen, Unreadable
+
+log = logging.getLogger(__name__)
 
 
 class Source(Protocol):
@@ -100,6 +103,14 @@ class TraceExamples:
             map(self._at, range(number, number + int(self._ends[-1]))), lambda at: self._drawn(at, number)
         )
 
+    def readable(self, max_share: float) -> Chosen[Example]:
+        """To measure with: those that can be read, without anything in the others' place. Raises `InputError` above the share."""
+        found = Unreadable(max_share, len(self)).each(range(len(self)), self._own)
+        return Chosen([number for number, _ in found], self._own)
+
+    def _own(self, number: int) -> Example:
+        return self._drawn(self._at(number), number)
+
     def _at(self, number: int) -> int:
         """Of all thoughts, the one that comes as number `number`."""
         epoch, place = divmod(number, int(self._ends[-1]))
@@ -140,7 +151,9 @@ def trace_examples(recipe: SftRecipe, start: Checkpoint, folder: Folder) -> tupl
     share = data.max_bad_share
     drawn = TraceExamples(train, reader, count, recipe.examples, recipe.seed, share)
     few = min(data.validation_queries, sum(map(len, held_out)))
-    served = TraceExamples(held_out, reader, few, ExampleSettings(spread=0.0), recipe.seed, share)
+    served = TraceExamples(held_out, reader, few, ExampleSettings(spread=0.0), recipe.seed).readable(share)
+    if few:
+        log.info("validation: %d of %d lists can be read and are measured", len(served), few)
     return drawn, served, {name: licence for part in train for name, licence in part.teachers.items()}
 
 

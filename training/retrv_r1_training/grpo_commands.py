@@ -6,12 +6,14 @@ import argparse
 import json
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from retrv_r1_retriever.errors import InputError, explain
+import retrv_r1_retriever
+from retrv_r1_retriever.errors import InputError, OptionsError, explain
 from retrv_r1_retriever.model.checkpoint import Checkpoint, load_checkpoint
 from retrv_r1_training.adapters import onto
 from retrv_r1_training.calibrate import calibrate, measurements, table, write_thresholds
@@ -81,29 +83,41 @@ def _passrate(args: argparse.Namespace) -> None:
     tasks = opened.data.training(opened.reader, recipe.shuffle, recipe.grpo.missing)
     if args.limit:
         tasks = tasks.sample(min(args.limit, len(tasks)), recipe.seed)
-    same_as_before(args.out.with_suffix(".yaml"), f"samples: {args.samples}\nlimit: {args.limit}\n{dump(recipe)}",
-                   "what this file was started with", "Choose another --out, or remove both files.")  # fmt: skip
-    known = read_rates(args.out) if args.out.exists() else []
+    rows = known_rates(args, opened.checkpoint.manifest.checkpoint_digest, recipe)
     args.out.write_text(
-        "".join(json.dumps(row) + "\n" for row in known), encoding="utf-8"
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
     )  # without a half-written line
-    solvable, left = sum(row["hard"] for row in known), tasks[len(known) :]
-    rows = pass_rates(RolloutRunner(opened.checkpoint, opened.reader), left, recipe, args.samples)
+    left = tasks.others({row["id"] for row in rows})
+    lists = (task for _, task in left.each(recipe.data.max_bad_share))
+    found = pass_rates(RolloutRunner(opened.checkpoint, opened.reader), lists, recipe, args.samples)
     with args.out.open("a", encoding="utf-8") as out:
-        for row in counted(rows, "pass rates", len(left)):
-            solvable += row["hard"]
+        for row in counted(found, "pass rates", len(left)):
+            rows.append(row)
             out.write(json.dumps(row) + "\n")
             out.flush()
-    log.info("passrate: %d of %d queries are solved sometimes, not always: %s", solvable, len(tasks), args.out)
+    hard = sum(row["hard"] for row in rows)
+    log.info("passrate: %d of %d queries are solved sometimes, not always: %s", hard, len(rows), args.out)
+
+
+def known_rates(args: argparse.Namespace, checkpoint: str, recipe: GrpoRecipe) -> list[dict[str, Any]]:
+    """What --out has already. Raises `OptionsError` unless these weights made it, with this recipe and these arguments."""
+    started = args.out.with_suffix(".yaml")
+    expected, fix = "what this file was started with", "Choose another --out, or remove both files."
+    rows = read_rates(args.out) if args.out.exists() else []
+    if rows and not started.exists():
+        raise OptionsError(explain(str(started), expected=expected, got="no such file", fix=fix))
+    text = f"checkpoint_digest: {checkpoint}\nsamples: {args.samples}\nlimit: {args.limit}\n{dump(recipe)}"
+    same_as_before(started, text, expected, fix)
+    return rows
 
 
 def pass_rates(
-    runner: RolloutRunner, tasks: Sequence[Task], recipe: GrpoRecipe, samples: int
+    runner: RolloutRunner, tasks: Iterable[Task], recipe: GrpoRecipe, samples: int
 ) -> Iterator[dict[str, Any]]:
     """One row per query. hard: solved in some samples and not in all; rank: of the positive in the list, None if it is missing."""
     sampling, together = sampling_of(recipe.grpo, recipe.grpo.temperature), max(1, 256 // samples)
-    for start in range(0, len(tasks), together):
-        part = list(tasks[start : start + together])
+    tasks = iter(tasks)
+    while part := list(islice(tasks, together)):
         seeds = [random.Random(f"{recipe.seed}/{t.id}/{s}").getrandbits(48) for t in part for s in range(samples)]
         rollouts = runner.run([t for t in part for _ in range(samples)], seeds, sampling)
         for i, task in enumerate(part):
@@ -140,9 +154,22 @@ def read_rates(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def own_folder(named: Path | None, checkpoint: str) -> Path:
+    """The checkpoint to write thresholds into. Raises `OptionsError` for one that was lent: the package's own, or the hub cache's."""
+    folder = named or checkpoint_folder(checkpoint)
+    package = Path(retrv_r1_retriever.__file__).resolve().parent
+    if package in folder.resolve().parents or not (named or Path(checkpoint).is_dir()):
+        got = f"{folder}, which other programs read, too"
+        fix = f"Copy it, `cp -rL {folder} calibrated`, and pass --checkpoint calibrated."
+        raise OptionsError(
+            explain(f"checkpoint {named or checkpoint}", expected="a folder of your own", got=got, fix=fix)
+        )
+    return folder
+
+
 def run_calibrate(args: argparse.Namespace) -> None:
     recipe = load(GrpoRecipe, args.recipe, args.overrides)
-    opened = _Opened.of(recipe, args.checkpoint or checkpoint_folder(recipe.checkpoint))
+    opened = _Opened.of(recipe, own_folder(args.checkpoint, recipe.checkpoint))
     held_out = opened.data.validation(opened.reader)
     runner = RolloutRunner(opened.checkpoint, opened.reader)
     measured = measurements(runner, held_out, sampling_of(recipe.grpo, 0.0))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import overload
@@ -74,13 +74,16 @@ class Folder:
         return Tasks(map(self.lists, self.config.train), make, reader, Unreadable(self.config.max_bad_share))
 
     def validation(self, reader: CandidateReader) -> Sequence[Task]:
-        """As served: a positive that the first stage did not find is a miss."""
+        """As served: a positive that the first stage did not find is a miss. Lists that cannot be read are left out, here and for good."""
         if not self.config.validation or not self.config.validation_queries:
             return []
         lists = map(self.lists, self.config.validation)
-        unreadable = Unreadable(self.config.max_bad_share)
-        tasks = Tasks(lists, lambda part, n: part.as_served(n, self.config.top_k), reader, unreadable)
-        return tasks.spread(self.config.validation_queries)
+        tasks = Tasks(lists, lambda part, n: part.as_served(n, self.config.top_k), reader)
+        asked = tasks.spread(self.config.validation_queries)
+        readable = counted(asked.each(self.config.max_bad_share), "validation lists read", len(asked))
+        found = asked.only([where for where, _ in readable])
+        log.info("validation: %d of %d lists can be read and are measured", len(found), len(asked))
+        return found
 
     @cached_property
     def _embedder(self) -> BackboneEmbedder:
@@ -90,11 +93,11 @@ class Folder:
 class Tasks(Sequence[Task]):
     """Queries with their candidates, made when they are asked for; the same number gives an equal task every time.
 
-    Where a picture of one cannot be read, the next one stands in for it; too many are an `InputError`.
+    unreadable: counts those with a picture that cannot be read, for which the next one stands in; None = they are an `InputError`
     """
 
     def __init__(
-        self, parts: Iterable[KLists], make: MakeList, reader: CandidateReader, unreadable: Unreadable,
+        self, parts: Iterable[KLists], make: MakeList, reader: CandidateReader, unreadable: Unreadable | None = None,
         where: Sequence[tuple[int, int]] | None = None,
     ) -> None:  # fmt: skip
         self._parts, self._make, self._reader, self._unreadable = list(parts), make, reader, unreadable
@@ -110,28 +113,44 @@ class Tasks(Sequence[Task]):
     def __getitem__(self, number: slice) -> Tasks: ...
     def __getitem__(self, number: int | slice) -> Task | Tasks:
         if isinstance(number, slice):
-            return self._only(self._where[number])
+            return self.only(self._where[number])
+        if self._unreadable is None:
+            return self._task(self._where[number])
         self._where[number]  # raises IndexError
         following = (self._where[(number + step) % len(self)] for step in range(len(self)))
         return self._unreadable.first(following, self._task)
 
+    def each(self, max_share: float) -> Iterator[tuple[tuple[int, int], Task]]:
+        """Those that can be read, each once, with where it stands: nothing stands in for another. Raises `InputError` above the share."""
+        return Unreadable(max_share, len(self)).each(self._where, self._task)
+
     def _task(self, where: tuple[int, int]) -> Task:
-        lists = self._parts[where[0]]
-        klist = self._make(lists, where[1])
+        return make_task(self._klist(where), self._parts[where[0]], self._reader)
+
+    def _klist(self, where: tuple[int, int]) -> KList:
+        klist = self._make(self._parts[where[0]], where[1])
         assert klist is not None, "made before"
-        return make_task(klist, lists, self._reader)
+        return klist
 
     def __len__(self) -> int:
         return len(self._where)
 
     def spread(self, count: int) -> Tasks:
         """At most `count` of them, evenly."""
-        return self[:: -(-len(self) // count)]
+        count = min(count, len(self))
+        return self.only([self._where[n * len(self) // count] for n in range(count)])
 
     def sample(self, count: int, seed: int) -> Tasks:
-        return self._only(random.Random(seed).sample(list(self._where), count))
+        return self.only(random.Random(seed).sample(list(self._where), count))
 
-    def _only(self, where: Sequence[tuple[int, int]]) -> Tasks:
+    def others(self, known: Collection[str]) -> Tasks:
+        """The first of each query whose id is not known. Reads no picture."""
+        first: dict[str, tuple[int, int]] = {}
+        for where in self._where:
+            first.setdefault(self._klist(where).query.id, where)
+        return self.only([where for id, where in first.items() if id not in known])
+
+    def only(self, where: Sequence[tuple[int, int]]) -> Tasks:
         return Tasks(self._parts, self._make, self._reader, self._unreadable, where)
 
     def _usable(self) -> list[tuple[int, int]]:

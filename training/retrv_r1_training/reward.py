@@ -37,14 +37,16 @@ def penalty_at(penalty: str | float, done: float) -> float:
 
 
 def reward(outcome: Outcome, right: Collection[int], top_k: int, penalty: float, format_weight: float) -> Reward:
-    """right: slots of the right answers; any of them counts as much as another.
+    """right: slots of the right answers; any of them counts as much as another."""
+    result = 1.0 - penalty * len(outcome.inspected) / top_k if is_correct(outcome, right) else 0.0
+    return Reward(format_weight if is_well_formed(outcome) else 0.0, result)
 
-    An answer that a spent budget forced earns nothing: it is an arg-max and not the policy's own, and where it counted, the policy
+
+def is_correct(outcome: Outcome, right: Collection[int]) -> bool:
+    """The policy's own answer is right. One that a spent budget forced is an arg-max and not its own, and where it counted, the policy
     learned to ask for the same candidate until the budget was spent (docs/experiments.md).
     """
-    correct = outcome.stop_reason is StopReason.ANSWERED and outcome.answer in right
-    result = 1.0 - penalty * len(outcome.inspected) / top_k if correct else 0.0
-    return Reward(format_weight if is_well_formed(outcome) else 0.0, result)
+    return outcome.stop_reason is StopReason.ANSWERED and outcome.answer in right
 
 
 def is_well_formed(outcome: Outcome) -> bool:

@@ -28,6 +28,7 @@ from retrv_r1_retriever.session import Outcome
 from retrv_r1_retriever.trace import Full, Sampled, Segment
 from retrv_r1_retriever.types import Content, ImageInput, StopReason
 from retrv_r1_training.lists import ListConfig, Lists, candidate_list, prompt_of
+from retrv_r1_training.reward import is_correct
 
 TOGETHER = 256  #: thoughts that share forward passes, at most
 
@@ -92,7 +93,8 @@ class Rollout:
 
     @property
     def correct(self) -> bool:
-        return self.outcome.answer in self.task.right
+        """As the reward has it; R@1 on held-out lists counts forced answers, too, as users get them."""
+        return is_correct(self.outcome, self.task.right)
 
     @property
     def ids(self) -> list[int]:

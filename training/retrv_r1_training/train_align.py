@@ -29,6 +29,7 @@ from retrv_r1_training.stage_recipe import AlignRecipe
 from retrv_r1_training.stage_run import Figures, Work, dtype_of, is_checkpoint, load_start, train
 from retrv_r1_training.teacher import Caption
 from retrv_r1_training.trl_sft import SftModel
+from retrv_r1_training.unreadable import Chosen
 
 SAMPLE = 8  #: lists whose candidates show how long the full tokens are
 
@@ -49,8 +50,10 @@ def train_align(recipe: AlignRecipe, run: Path) -> Path:
     said = Descriptions(start, recipe.frame, recipe.tokens, run / "descriptions.sqlite")
     objective = Objective(processor, said, recipe.frame, recipe.by_word)
     model = prepare(AlignModel.of(start.model), processor, recipe.by_word, draws)
-    held_out = _contrasts(recipe, files.validation).draws(files.validated, 0) if files.validated else None
-    measure = None if held_out is None else Measure(objective, held_out, recipe.optim.per_device)
+    measure = None
+    if files.validated:
+        held_out = _contrasts(recipe, files.validation).draws(files.validated, 0).readable(recipe.data.max_bad_share)
+        measure = Measure(objective, held_out, recipe.optim.per_device)
     state = train(recipe, run, Work(processor, model, draws, objective, measure))
     out = run / "checkpoint"
     if is_first():
@@ -133,7 +136,7 @@ class Measure:
     """The objective's figures on held-out lists, read `at_once` at a time."""
 
     objective: Objective
-    held_out: Draws[Contrasted]
+    held_out: Chosen[Contrasted]
     at_once: int
 
     def __call__(self, net: AlignModel) -> Figures:

@@ -23,13 +23,14 @@ from retrv_r1_retriever.types import Content
 from retrv_r1_training.adapters import load_trained
 from retrv_r1_training.backbone import build_model, build_processor, build_tokenizer
 from retrv_r1_training.base import DESCRIBE, FRAME, caption_chunk, caption_loss
-from retrv_r1_training.draws import Captioned, Draws, Opened, Source
+from retrv_r1_training.draws import Captioned, Opened, Source
 from retrv_r1_training.loss import accuracy
 from retrv_r1_training.processes import device, is_first
 from retrv_r1_training.run_folder import finish
 from retrv_r1_training.stage_recipe import BaseRecipe
 from retrv_r1_training.stage_run import Figures, Work, train
 from retrv_r1_training.trl_sft import SftModel
+from retrv_r1_training.unreadable import Chosen
 
 log = logging.getLogger(__name__)
 BASE = "retrv-r1-base"
@@ -40,9 +41,11 @@ def train_base(recipe: BaseRecipe, run: Path) -> Path:
     torch.manual_seed(recipe.seed)
     files = Opened(recipe.data)
     draws = Captioned(files.train).draws(recipe.optim.steps * recipe.optim.batch_size, recipe.seed)
-    held_out = Captioned(files.validation).draws(files.validated, 0) if files.validated else None
     start = _start(recipe, run / "start", files.train)
-    measure = None if held_out is None else Measure(start.processor, held_out, recipe.optim.per_device)
+    measure = None
+    if files.validated:
+        held_out = Captioned(files.validation).draws(files.validated, 0).readable(recipe.data.max_bad_share)
+        measure = Measure(start.processor, held_out, recipe.optim.per_device)
     model = trainable(SftModel.of(start.model))
     state = train(recipe, run, Work(start.processor, model, draws, Objective(start.processor), measure))
     out = run / "checkpoint"
@@ -113,7 +116,7 @@ class Measure:
     """Loss and share of right tokens on held-out captions, read `at_once` at a time."""
 
     processor: Processor
-    held_out: Draws[tuple[Content, str]]
+    held_out: Chosen[tuple[Content, str]]
     at_once: int
 
     def __call__(self, net: SftModel) -> Figures:

@@ -34,6 +34,7 @@ from retrv_r1_training.run_folder import finish
 from retrv_r1_training.stage_recipe import EmbedderRecipe
 from retrv_r1_training.stage_run import Figures, Work, dtype_of, load_start, train
 from retrv_r1_training.trl_sft import SftModel
+from retrv_r1_training.unreadable import Chosen
 
 
 def train_embedder(recipe: EmbedderRecipe, run: Path) -> Path:
@@ -41,18 +42,23 @@ def train_embedder(recipe: EmbedderRecipe, run: Path) -> Path:
     torch.manual_seed(recipe.seed)
     start = load_start(recipe.start, recipe.run.dtype)
     files, dim = Opened(recipe.data), recipe.dim or start.model.config.text_config.hidden_size
-    made = Contrasts(files.train, recipe.hard_negatives, recipe.hard_negatives, recipe.depth)
     model = language_model_only(SftModel.of(start.model), recipe.tune, recipe.lora, recipe.run.deepspeed is not None)
     objective = Objective(start.processor, dim, recipe.temperature, recipe.optim.per_device, recipe.across_modalities)
-    work = Work(
-        start.processor, model, made.draws(recipe.optim.steps * recipe.optim.batch_size, recipe.seed), objective,
-        Measure(recipe, start.processor, dim, files.validation) if files.validated else None,
-    )  # fmt: skip
+    measure = None
+    if files.validated:
+        held_out = _contrasts(recipe, files.validation).draws(files.validated, 0).readable(recipe.data.max_bad_share)
+        measure = Measure(recipe, start.processor, dim, files.validation, held_out)
+    draws = _contrasts(recipe, files.train).draws(recipe.optim.steps * recipe.optim.batch_size, recipe.seed)
+    work = Work(start.processor, model, draws, objective, measure)
     state = train(recipe, run, work, per_device=recipe.optim.batch_size // world())
     out = run / "checkpoint"
     if is_first():
         finish(out, lambda aside: export(recipe, state, aside, dim))
     return out
+
+
+def _contrasts(recipe: EmbedderRecipe, sources: Sequence[Source]) -> Contrasts:
+    return Contrasts(sources, recipe.hard_negatives, recipe.hard_negatives, recipe.depth)
 
 
 def export(recipe: EmbedderRecipe, state: dict[str, Tensor], out: Path, dim: int) -> Manifest:
@@ -155,11 +161,10 @@ class Measure:
     processor: Processor
     dim: int
     sources: Sequence[Source]
+    held_out: Chosen[Contrasted]
 
     def __call__(self, net: SftModel) -> Figures:
-        hard = self.recipe.hard_negatives
-        drawn = Contrasts(self.sources, hard, hard, self.recipe.depth).draws(self.recipe.data.validation_queries, 0)
-        examples = [drawn[n] for n in range(len(drawn))]
+        examples = [self.held_out[n] for n in range(len(self.held_out))]
         items = {item.id: (item.modality, item.content) for e in examples for item in e.items}
         rng = random.Random(0)
         for n in range(self.recipe.pool - len(items)):
