@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from retrv_r1_retriever.cli.terminal import at_least_one
 from retrv_r1_training.ablation import Study
 from retrv_r1_training.miniature_cli import RECIPES
 
@@ -24,7 +25,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/ablation"), help="weights and logs of the runs")
     parser.add_argument("--rows", nargs="+", default=[], help="only these (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", help="only these (default: each row's own)")
-    parser.add_argument("--steps", type=int, help="cut every stage to this many steps: a smoke test")
+    parser.add_argument("--steps", type=at_least_one, help="cut every stage to this many steps: a smoke test")
     parser.add_argument("--table", action="store_true", help="train nothing: table and plot of what is finished")
     parser.add_argument("--threads", type=int, default=2)
     parser.set_defaults(main=_main)

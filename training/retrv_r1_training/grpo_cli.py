@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from retrv_r1_retriever.cli.terminal import at_least_one
 from retrv_r1_retriever.errors import missing_extra
 
 
@@ -22,8 +23,8 @@ def add_parser(commands: Any) -> None:
 
 def add_passrate_parser(commands: Any) -> None:
     parser = _parser(commands, "passrate", "how often a checkpoint solves each training query, as JSONL")
-    parser.add_argument("--samples", type=int, default=8, help="thoughts per query")
-    parser.add_argument("--limit", type=int, help="queries, drawn at random")
+    parser.add_argument("--samples", type=at_least_one, default=8, help="thoughts per query")
+    parser.add_argument("--limit", type=at_least_one, help="queries, drawn at random")
     parser.add_argument("--out", type=Path, required=True)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from retrv_r1_retriever.cli.terminal import at_least_one
 from retrv_r1_training.miniature import Miniature, with_fewer_steps
 from retrv_r1_training.overrides import dump, load
 from retrv_r1_training.recipe import Recipe
@@ -31,7 +32,7 @@ def add_parser(commands: Any) -> None:
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, help="cut every stage to this many steps: a smoke test")
+    parser.add_argument("--steps", type=at_least_one, help="cut every stage to this many steps: a smoke test")
     parser.add_argument("--set", dest="overrides", metavar="KEY=VALUE", action="append", default=[])
     parser.add_argument("--threads", type=int, default=2)
 
