@@ -75,7 +75,7 @@ class Running:
     report_to: tuple[str, ...] = ("tensorboard",)
 
     def __post_init__(self) -> None:
-        check_ranges(self, every="1 or more", save="1 or more", evaluate="0 or more", keep="1 or more")
+        check_ranges(self, every="1 or more", save="0 or more", evaluate="0 or more", keep="1 or more")
 
 
 @dataclass(frozen=True, slots=True)
