@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from retrv_r1_retriever.errors import OptionsError, explain
@@ -17,9 +18,10 @@ _RANGES = {
 }
 
 
-def check_ranges(of: Any, **ranges: str) -> None:
-    """Each named field of the dataclass `of` is to lie in its range: `check_ranges(self, steps="1 or more")`."""
-    for name, expected in ranges.items():
-        value = getattr(of, name)
-        if not (math.isfinite(value) and _RANGES[expected](value)):
-            raise OptionsError(explain(name, expected=expected, got=value, fix="Fix the recipe."))
+def check_ranges(of: Any, ranges: Mapping[str, str]) -> None:
+    """The fields of the dataclass `of` are to lie in their ranges: `check_ranges(self, {"1 or more": "steps batch_size"})`."""
+    for expected, names in ranges.items():
+        for name in names.split():
+            value = getattr(of, name)
+            if not (math.isfinite(value) and _RANGES[expected](value)):
+                raise OptionsError(explain(name, expected=expected, got=value, fix="Fix the recipe."))

@@ -52,8 +52,14 @@ class DataConfig:
     max_bad_share: float = MAX_BAD_SHARE
 
     def __post_init__(self) -> None:
-        check_ranges(self, top_k="1 or more", validation_queries="0 or more", cache_gb="0 or more",
-                     workers="0 or more", max_bad_share="a share, 0 to 1")  # fmt: skip
+        check_ranges(
+            self,
+            {
+                "1 or more": "top_k",
+                "0 or more": "validation_queries cache_gb workers",
+                "a share, 0 to 1": "max_bad_share",
+            },
+        )
         for what, good, expected, got in (
             ("train", bool(self.train), "at least one part", "none"),
             ("top_k", self.top_k <= MAX_CANDIDATES, f"1 to {MAX_CANDIDATES}", self.top_k),

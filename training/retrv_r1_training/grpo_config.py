@@ -53,12 +53,14 @@ class GrpoConfig:
 
     def __post_init__(self) -> None:
         check_ranges(
-            self, steps="0 or more", lr="0 or more", batch_size="1 or more", group_size="2 or more", beta="0 or more",
-            temperature="more than 0", format_weight="0 or more", std_floor="0 or more", epsilon="more than 0",
-            iterations="1 or more", micro_batch="1 or more", max_inspections="0 or more", max_new_tokens="1 or more",
-            lora_rank="0 or more", warmup="0 or more", max_grad_norm="more than 0", evaluate_every="0 or more",
-            save_every="0 or more",
-        )  # fmt: skip
+            self,
+            {
+                "0 or more": "steps lr beta format_weight std_floor max_inspections lora_rank warmup evaluate_every save_every",
+                "1 or more": "batch_size iterations micro_batch max_new_tokens",
+                "2 or more": "group_size",
+                "more than 0": "temperature epsilon max_grad_norm",
+            },
+        )
         if self.batch_size * self.group_size % (self.micro_batch * world()):
             got = f"{self.batch_size} * {self.group_size} over {self.micro_batch} * {world()} ranks"
             fix = "Change micro_batch."

@@ -33,7 +33,7 @@ class TokenWeights:
     answer: float = 2.2
 
     def __post_init__(self) -> None:
-        check_ranges(self, **{f.name: "0 or more" for f in fields(self)})
+        check_ranges(self, {"0 or more": " ".join(f.name for f in fields(self))})
 
 
 def hidden_states(

@@ -68,7 +68,7 @@ class SftLoss:
     ranknet: float = 0.0
 
     def __post_init__(self) -> None:
-        check_ranges(self, answer="0 or more", direct="0 or more", relation="0 or more", ranknet="0 or more")
+        check_ranges(self, {"0 or more": "answer direct relation ranknet"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ class LoraSettings:
     alpha: int = 256
 
     def __post_init__(self) -> None:
-        check_ranges(self, rank="1 or more", alpha="1 or more")
+        check_ranges(self, {"1 or more": "rank alpha"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class ExampleSettings:
     spread: float = 0.2
 
     def __post_init__(self) -> None:
-        check_ranges(self, direct_share="a share, 0 to 1", spread="a share, 0 to 1")
+        check_ranges(self, {"a share, 0 to 1": "direct_share spread"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +53,15 @@ class Optimisation:
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        check_ranges(self, steps="1 or more", batch_size="1 or more", per_device="1 or more", lr="0 or more",
-                     warmup="a share, 0 to 1", weight_decay="0 or more", max_grad_norm="more than 0")  # fmt: skip
+        check_ranges(
+            self,
+            {
+                "1 or more": "steps batch_size per_device",
+                "0 or more": "lr weight_decay",
+                "a share, 0 to 1": "warmup",
+                "more than 0": "max_grad_norm",
+            },
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +82,7 @@ class Running:
     report_to: tuple[str, ...] = ("tensorboard",)
 
     def __post_init__(self) -> None:
-        check_ranges(self, every="1 or more", save="0 or more", evaluate="0 or more", keep="1 or more")
+        check_ranges(self, {"1 or more": "every keep", "0 or more": "save evaluate"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +98,7 @@ class Hardware:
     use: float = 0.3
 
     def __post_init__(self) -> None:
-        check_ranges(self, gpus="1 or more", gpu_gb="more than 0", tflops="more than 0", bandwidth="more than 0",
-                     use="more than 0")  # fmt: skip
+        check_ranges(self, {"1 or more": "gpus", "more than 0": "gpu_gb tflops bandwidth use"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +143,7 @@ class Thinking:
     right_only: bool = True
 
     def __post_init__(self) -> None:
-        check_ranges(self, max_inspections="0 or more", max_new_tokens="1 or more", queries="0 or more")
+        check_ranges(self, {"0 or more": "max_inspections queries", "1 or more": "max_new_tokens"})
 
 
 @dataclass(frozen=True, slots=True)
