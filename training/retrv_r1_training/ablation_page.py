@@ -83,12 +83,12 @@ def figure(rows: dict[str, Row], found: dict[str, list[Result]]) -> Figure:
         _bars(axis, places + 0.26 * (n - 1), values, COLOURS[n], stratum)
     first = found[names[0]][0].quality["all"].first_stage
     axis.axvline(first, color="#555555", linewidth=0.8, linestyle=":")
-    axis.annotate("first stage", (first, -0.75), fontsize=7, ha="center")
+    axis.text(first, 1.01, "first stage", transform=axis.get_xaxis_transform(), fontsize=7, ha="center")
     axis.set_xlim(0, 1)
     axis.set_xlabel("R@1, hybrid")
     axis.set_yticks(places, names)
     axis.invert_yaxis()
-    axis.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+    axis.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3)
     _bars(opened, places, [[r.quality["all"].opened for r in found[name]] for name in names], COLOURS[6], "")
     opened.set_xlabel("opened per query")
     for one in (axis, opened):
