@@ -73,7 +73,7 @@ def test_a_search_that_misses_is_seen(monkeypatch, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("points", [100_000, 1_000_000])
 def test_at_size(tmp_path, points):
-    """A million: about 15 minutes, 6 GB of memory, 2 GB of disk."""
+    """A million: more than ten minutes, 6 GB of memory, 2 GB of disk."""
     out = tmp_path / "out.json"
     assert first_stage.main(["--points", str(points), "--dir", str(tmp_path), "--out", str(out)]) == 0
     rows = {(row["setting"], row["filter"]): row for row in json.loads(out.read_text())["rows"]}

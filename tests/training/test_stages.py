@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -72,6 +73,21 @@ def test_finished_stages_are_not_run_again(run, monkeypatch):
         Miniature(replace(recipe, pairs_per_query=3), run).train(run / "again")
     with pytest.raises(OptionsError, match=r"grpo.json: expected what grpo reads"):
         Miniature(replace(recipe, stages=replace(recipe.stages, polish=None)), run).train(run / "again")
+
+
+def test_grpo_goes_on_from_states_of_its_own_recipe_only(run, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    recipe = with_fewer_steps(load(Recipe, run / "recipe.yaml"), 2)
+    other = replace(recipe, stages=replace(recipe.stages, grpo=replace(recipe.stages.grpo, lr=1e-6)))
+    found = []
+    monkeypatch.setattr(
+        Miniature, "grpo", lambda self: found.append((self.run / "grpo-states").exists()) or self._load("polish")
+    )
+    for made in (recipe, other):  # as if killed before the end
+        (folder / "grpo.pt").unlink()
+        Miniature(made, folder).stage("grpo")
+    assert found == [True, False]
 
 
 def test_sft_keeps_what_memory_is_made_of(run):

@@ -10,13 +10,14 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from retrv_r1_retriever.errors import InputError, OptionsError, explain
+from retrv_r1_training.card import rows_of
 from retrv_r1_training.miniature import STAGES, Miniature, reads, with_fewer_steps
 from retrv_r1_training.overrides import load
 from retrv_r1_training.quality import Quality, plain
@@ -135,7 +136,8 @@ class Study:
             run = Miniature(recipe, self.work / f"{row.slug}-s{seed}")
             borrow(self.full[seed], run)
         last = run.train(run.run / "checkpoint")
-        result = Result(row.name, seed, kept, run.quality(last), dict(_minutes(run.run)))
+        minutes = {stage["stage"]: stage["minutes"] for stage in rows_of(run.run / "stages.jsonl")}
+        result = Result(row.name, seed, kept, run.quality(last), minutes)
         result.write(file)
         return result
 
@@ -155,10 +157,3 @@ def borrow(base: Miniature, run: Miniature) -> None:
             if (base.run / name).exists() and not (run.run / name).exists():
                 shutil.copy2(base.run / name, run.run / name)
     run.share_data(base)
-
-
-def _minutes(run: Path) -> Iterator[tuple[str, float]]:
-    file = run / "stages.jsonl"
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
-        row = json.loads(line)
-        yield row["stage"], row["minutes"]

@@ -32,8 +32,8 @@ serves demos and tests. It knows nothing but these cards: for real data, train o
 
 
 def write_card(folder: Path, run: Path, recipe: Recipe, manifest: Manifest, parameters: int) -> None:
-    stages = [row for row in _rows(run / "stages.jsonl") if row["steps"]]  # 0: left out, and not in the log
-    last = {row["stage"]: row for row in _rows(run / "log.jsonl")}
+    stages = [row for row in rows_of(run / "stages.jsonl") if row["steps"]]  # 0: left out, and not in the log
+    last = {row["stage"]: row for row in rows_of(run / "log.jsonl")}
     text = _HEAD.format(
         parameters=f"{parameters / 1e6:.1f}", seed=recipe.seed, min_k=manifest.trained_min_k, top_k=recipe.top_k, dim=recipe.embedder_dim,
         checkpoint=manifest.checkpoint_digest, memory=manifest.memory_digest,
@@ -70,6 +70,6 @@ _CAPTION_WORDS = {
 }  # `captions` evaluates on validation pictures only
 
 
-def _rows(file: Path) -> list[dict[str, Any]]:
+def rows_of(file: Path) -> list[dict[str, Any]]:
     """Of a log; none if every stage was lent by another run."""
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []

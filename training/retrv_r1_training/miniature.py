@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -85,6 +86,9 @@ class Miniature:
             same_as_before(note, made_with, f"what {name} reads of this recipe", fix)
             log.info("%s: done before, %s", name, file)
             return
+        if name != "grpo" or not note.exists() or note.read_text(encoding="utf-8") != made_with:
+            # states of another recipe, or of a start that is made anew
+            shutil.rmtree(self.run / "grpo-states", ignore_errors=True)
         note.write_text(made_with, encoding="utf-8")
         (self.run / f"quality-{name}.json").unlink(missing_ok=True)  # of weights that somebody removed
         started = time.monotonic()

@@ -98,7 +98,9 @@ class Hardware:
     use: float = 0.3
 
     def __post_init__(self) -> None:
-        check_ranges(self, {"1 or more": "gpus", "more than 0": "gpu_gb tflops bandwidth use"})
+        check_ranges(
+            self, {"1 or more": "gpus", "more than 0": "gpu_gb tflops bandwidth use", "a share, 0 to 1": "use"}
+        )
 
 
 @dataclass(frozen=True, slots=True)
