@@ -49,10 +49,11 @@ def test_the_shipped_rows_and_what_each_shares_with_full(tmp_path):
     made = study(tmp_path)
     rows = {row.slug: row for row in made.ablation.rows}
     full = made.recipe_of(rows["full"], 0)
-    up_to = {slug: (shared(full, made.recipe_of(row, 0)) or ["-"])[-1] for slug, row in rows.items()}
+    start = {slug: made.recipe_of(made.ablation.start(row), 0) for slug, row in rows.items()}
+    up_to = {slug: shared(start[slug], made.recipe_of(row, 0))[-1] for slug, row in rows.items()}
     assert up_to == {
         "full": "grpo", "no-rl": "polish", "fixed-lambda-0.5": "polish", "no-sft": "align", "no-inspection": "eliminate",
-        "no-icm-all-full": "align", "no-content-token": "embedder", "no-relation-token": "embedder",
+        "no-icm-all-full": "pointwise", "no-content-token": "embedder", "no-relation-token": "embedder",
         "no-self-alignment": "embedder", "memory-not-frozen": "align", "preset-paper": "embedder",
         "pointwise": "align",
     }  # fmt: skip
@@ -67,6 +68,8 @@ def test_rows_are_chosen_by_name_or_slug(tmp_path):
         made.only(["no-such"])
     with pytest.raises(OptionsError, match="a first row without `set`"):
         Ablation("miniature.yaml", (Row("x", ("seed=1",)),))
+    with pytest.raises(OptionsError, match=r"rows: b: start: expected \['a'\], got c"):
+        Ablation("miniature.yaml", (Row("a"), Row("b", start="c"), Row("c")))
 
 
 @pytest.mark.parametrize("blank", ["content", "relation"])
@@ -214,7 +217,7 @@ def test_two_rows_train_measure_and_resume(small, monkeypatch):
     assert results == ["full-s0.json", "no-relation-token-s0.json"]
     row = json.loads((small / "out" / "no-relation-token-s0.json").read_text())
     assert row["recipe"]["icm"]["blank"] == "relation"
-    assert set(row["minutes"]) == set(STAGES[3:])
+    assert set(row["minutes"]) == {*STAGES[3:]} - {"pointwise"}
     served = load_checkpoint(small / "work" / "no-relation-token-s0" / "checkpoint", device="cpu")
     assert served.model.config.icm_config.blank == "relation"
 

@@ -1,7 +1,7 @@
 """The ablation: one recipe, one change a row, every row trained and measured by the same code.
 
-A row shares with `full` of its seed whatever its change cannot have touched: those stages are copied, not trained again. A finished row
-leaves a JSON file; rows and stages that are there are not run again.
+A row shares with `full` of its seed, or with the row it names, whatever its change cannot have touched: those stages are copied, not
+trained again. A finished row leaves a JSON file; rows and stages that are there are not run again.
 """
 
 from __future__ import annotations
@@ -28,12 +28,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """set: `key=value` over the base; paper: the same row's R@5 on CIRR and OVEN, as far as known; note: for readers."""
+    """set: `key=value` over the base; paper: the same row's R@5 on CIRR and OVEN, as far as known; note: for readers.
+
+    start: the row whose stages it shares, "" = the first
+    """
 
     name: str
     set: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0,)
     paper: tuple[float | None, ...] = ()
+    start: str = ""
     note: str = ""
 
     @property
@@ -54,6 +58,12 @@ class Ablation:
             got = self.rows[0].set if self.rows else "no rows"
             fix = "Put the row that changes nothing first."
             raise OptionsError(explain("rows", expected="a first row without `set`", got=got, fix=fix))
+        names: list[str] = []
+        for row in self.rows:
+            if row.start and row.start not in names:
+                fix = "Name an earlier row."
+                raise OptionsError(explain(f"rows: {row.name}: start", expected=names, got=row.start, fix=fix))
+            names.append(row.name)
 
     def only(self, names: Sequence[str]) -> tuple[Row, ...]:
         """The rows of these names (or slugs), in the recipe's order; all if none is named."""
@@ -64,6 +74,10 @@ class Ablation:
             )
         chosen = {known[name].name for name in names} or {row.name for row in self.rows}
         return tuple(row for row in self.rows if row.name in chosen)
+
+    def start(self, row: Row) -> Row:
+        """The row whose stages `row` shares."""
+        return next((other for other in self.rows if other.name == row.start), self.rows[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,14 +105,14 @@ class Result:
 class Study:
     """recipe: the YAML; out: JSON files; work: folders of the runs. steps: cut every stage to so many (a smoke test)
 
-    full: the first row's runs by seed, whose data and stages the other rows share
+    runs: by row and seed, of which other rows take data and stages
     """
 
     recipe: Path
     out: Path
     work: Path
     steps: int | None = None
-    full: dict[int, Miniature] = field(default_factory=dict)
+    runs: dict[tuple[str, int], Miniature] = field(default_factory=dict)
 
     @property
     def ablation(self) -> Ablation:
@@ -128,23 +142,28 @@ class Study:
                 raise InputError(explain(str(file), expected="this recipe's result", got="another one's", fix=fix))
             log.info("%s, seed %d: done before, %s", row.name, seed, file)
             return found
-        base = self.ablation.rows[0]
-        if seed not in self.full:
-            self.full[seed] = Miniature(self.recipe_of(base, seed), self.work / f"{base.slug}-s{seed}")
-        run = self.full[seed]
-        if row != base:
-            run = Miniature(recipe, self.work / f"{row.slug}-s{seed}")
-            borrow(self.full[seed], run)
+        run = self._run(row, seed)
         last = run.train(run.run / "checkpoint")
         minutes = {stage["stage"]: stage["minutes"] for stage in rows_of(run.run / "stages.jsonl")}
         result = Result(row.name, seed, kept, run.quality(last), minutes)
         result.write(file)
         return result
 
+    def _run(self, row: Row, seed: int) -> Miniature:
+        """With the stages it shares."""
+        if (row.name, seed) not in self.runs:
+            made = Miniature(self.recipe_of(row, seed), self.work / f"{row.slug}-s{seed}")
+            start = self.ablation.start(row)
+            if start != row:
+                borrow(self._run(start, seed), made)
+            self.runs[row.name, seed] = made
+        return self.runs[row.name, seed]
+
 
 def shared(a: Recipe, b: Recipe) -> list[str]:
     """Stages that come out the same under both recipes, from the first on."""
-    return list(takewhile(lambda stage: reads(a, stage) == reads(b, stage), STAGES))
+    same = takewhile(lambda stage: reads(a, stage) == reads(b, stage), STAGES)
+    return [stage for stage in same if getattr(a.stages, stage)]
 
 
 def borrow(base: Miniature, run: Miniature) -> None:

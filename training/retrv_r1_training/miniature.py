@@ -1,6 +1,7 @@
 """All stages of the miniature in order, each resumable: a finished stage leaves its weights and is not run again.
 
-captions -> episodes -> embedder -> align -> direct -> eliminate -> sft -> [polish] -> [grpo] -> export     ([...]: if the recipe has it)
+captions -> episodes -> embedder -> align -> [pointwise] -> direct -> eliminate -> sft -> [polish] -> [grpo] -> export
+([...]: if the recipe has it)
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ READS: dict[str, tuple[str, ...]] = {
     "episodes": ("comparisons",),
     "embedder": ("embedder_dim", "embedder_recall"),
     "align": ("icm", "pairs_per_query"),
+    "pointwise": ("freeze_memory",),
     "direct": ("candidates", "freeze_memory", "rehearsal"),
     "eliminate": ("direct_weight",),
     "sft": ("max_inspections",),
@@ -139,12 +141,14 @@ class Miniature:
         )  # fmt: skip
         return model
 
+    def pointwise(self) -> RetrvR1ForConditionalGeneration:
+        model, schedule = self._start("align"), self.recipe.stages.pointwise
+        assert schedule is not None
+        pointwise.train_pointwise(model, self.processor, self.lists, schedule, self.recipe.seed + 5, self.log_file)
+        return model
+
     def direct(self) -> RetrvR1ForConditionalGeneration:
-        model = self._start("align")
-        if self.recipe.candidates == "single":
-            schedule, seed = self.recipe.stages.direct, self.recipe.seed + 5
-            pointwise.train_pointwise(model, self.processor, self.lists, schedule, seed, self.log_file)
-            return model
+        model = self._start("pointwise" if self.recipe.stages.pointwise else "align")
         direct.train_direct(
             model, self.processor, self.lists, Contrast(self.recipe.top_k), self.recipe.stages.direct,
             self.recipe.rehearsal, self.recipe.seed + 5, self.log_file,

@@ -1,4 +1,7 @@
-"""A peer: the same backbone as a pointwise cross-encoder, one candidate in full at a time, its label or none. K prompts for a list of K."""
+"""A peer: the same backbone as a pointwise cross-encoder, one candidate in full at a time, its label or none. K prompts for a list of K.
+
+A list of candidates in full is learned from here, too: without it, nothing was (docs/experiments.md).
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,7 @@ def train_pointwise(
     def mask() -> None:
         mask_embedding_gradient(model, processor)
 
-    train("direct", schedule, model.parameters(), loss_fn, log_file, mask, evaluate)
+    train("pointwise", schedule, model.parameters(), loss_fn, log_file, mask, evaluate)
 
 
 @torch.inference_mode()

@@ -14,12 +14,15 @@ from retrv_r1_training.loop import Schedule
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Stages:
+    """In the order they run in. None: the recipe has no such stage."""
+
     captions: Schedule
     episodes: Schedule
     embedder: Schedule
     align: Schedule
+    pointwise: Schedule | None = None
     direct: Schedule
     eliminate: Schedule
     sft: Schedule
@@ -35,8 +38,8 @@ class Recipe:
     direct_weight: of the direct read's loss
 
     What a model can be without, for the ablation: max_inspections 0 = thoughts that open nothing; candidates "full" = no compressed
-    tokens, every candidate in full, "single" = one of them at a time, with `pointwise` in the place of `direct`; freeze_memory
-    false = in_proj learns after `align`, too, and stored memory would not stay valid.
+    tokens, every candidate in full, "single" = one of them at a time, as `pointwise` trains it; freeze_memory false = in_proj learns
+    after `align`, too, and stored memory would not stay valid.
     A stage of 0 steps is left out: the next one begins where the one before it ended.
     """
 
