@@ -86,7 +86,7 @@ def test_grpo_called_again_goes_on_from_its_states_and_leaves_a_finished_run_alo
     assert (run / "log.jsonl").read_text() == log
 
 
-def test_passrate_names_the_solvable_hard_queries(recipe, capsys):
+def test_passrate_names_the_solvable_hard_queries(recipe, capsys, caplog):
     out = recipe.parent / "rates.jsonl"
     argv = ["passrate", str(recipe), "--samples", "3", "--limit", "5", "--threads", "1", "--out", str(out)]
     assert cli.main(argv) == 0
@@ -124,9 +124,12 @@ def test_passrate_names_the_solvable_hard_queries(recipe, capsys):
         out.write_text("".join(json.dumps(r | {"hard": hard, "id": "90:gone"}) + "\n" for r in rows))
         assert cli.main(grpo) == 1
         assert message in capsys.readouterr().err
+        assert "rates are those of checkpoint" not in caplog.text
         shutil.rmtree(recipe.parent / "no")
     out.write_text("no JSON\n")
+    out.with_suffix(".yaml").write_text("checkpoint_digest: other\n")
     assert cli.main(grpo) == 1
+    assert "the rates are those of checkpoint other, training starts at " in caplog.text
     assert "expected rows of `retrv-r1-train passrate`" in capsys.readouterr().err
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from retrv_r1_retriever.errors import InputError, OptionsError, explain
 from retrv_r1_training.card import rows_of
-from retrv_r1_training.miniature import STAGES, Miniature, reads, with_fewer_steps
+from retrv_r1_training.miniature import STAGES, Miniature, reads, stages_of, with_fewer_steps
 from retrv_r1_training.overrides import load
 from retrv_r1_training.quality import Quality, plain
 from retrv_r1_training.recipe import Recipe
@@ -163,7 +163,7 @@ class Study:
 def shared(a: Recipe, b: Recipe) -> list[str]:
     """Stages that come out the same under both recipes, from the first on."""
     same = takewhile(lambda stage: reads(a, stage) == reads(b, stage), STAGES)
-    return [stage for stage in same if getattr(a.stages, stage)]
+    return [stage for stage in same if stage in stages_of(a)]
 
 
 def borrow(base: Miniature, run: Miniature) -> None:

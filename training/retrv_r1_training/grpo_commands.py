@@ -21,7 +21,7 @@ from retrv_r1_training.candidate_reader import CandidateReader
 from retrv_r1_training.grpo import dtype_of, sampling_of, train_grpo
 from retrv_r1_training.grpo_config import GrpoRecipe
 from retrv_r1_training.mbeir_tasks import Folder, checkpoint_folder
-from retrv_r1_training.overrides import dump, load, same_as_before
+from retrv_r1_training.overrides import dump, load, read_yaml, same_as_before
 from retrv_r1_training.processes import device, from_all, is_first
 from retrv_r1_training.rollout import RolloutRunner, Task
 from retrv_r1_training.run_folder import finish, locked, open_run
@@ -57,7 +57,7 @@ def run_grpo(args: argparse.Namespace) -> None:
 
 def _train(recipe: GrpoRecipe, run: Path, out: Path) -> None:
     opened = _Opened.of(recipe, checkpoint_folder(recipe.checkpoint))
-    only = hard_queries(Path(recipe.hard)) if recipe.hard else None
+    only = hard_queries(Path(recipe.hard), opened.checkpoint.manifest.checkpoint_digest) if recipe.hard else None
     tasks = opened.data.training(opened.reader, recipe.shuffle, recipe.grpo.missing, only)
     held_out = opened.data.validation(opened.reader)
     log.info("grpo: %d training lists, %d for validation", len(tasks), len(held_out))
@@ -126,8 +126,13 @@ def pass_rates(
                    "pass_rate": solved / samples, "hard": 0 < solved < samples}  # fmt: skip
 
 
-def hard_queries(file: Path) -> frozenset[str]:
-    """Ids of the queries that are solved sometimes, not always."""
+def hard_queries(file: Path, checkpoint: str) -> frozenset[str]:
+    """Ids of the queries that are solved sometimes, not always. A file of other weights than `checkpoint` is said to be one."""
+    started = file.with_suffix(".yaml")
+    made_by = read_yaml(started).get("checkpoint_digest") if started.exists() else None
+    if made_by != checkpoint:
+        text = "%s: the rates are those of checkpoint %s, training starts at %s: what is hard for one may not be for the other"
+        log.warning(text, file, made_by or "unknown", checkpoint)
     rows = read_rates(file)
     hard = frozenset(row["id"] for row in rows if row["hard"])
     if not hard:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from retrv_r1_retriever.demo.catalogue import write_catalogue
+from retrv_r1_retriever.errors import OptionsError, explain
 from retrv_r1_retriever.model.checkpoint import Checkpoint, Manifest, save_checkpoint
 from retrv_r1_retriever.model.modeling import RetrvR1ForConditionalGeneration
 from retrv_r1_retriever.model.processing import Processor
@@ -35,6 +36,7 @@ from retrv_r1_training.overrides import same_as_before
 from retrv_r1_training.quality import Quality, plain, quality
 from retrv_r1_training.recipe import Recipe
 from retrv_r1_training.rollout import RolloutRunner, Sampling, tasks_of
+from retrv_r1_training.run_folder import locked
 from retrv_r1_training.teacher import TeacherStyle
 
 log = logging.getLogger(__name__)
@@ -76,18 +78,26 @@ class Miniature:
     def stage(self, name: str) -> None:
         """Run one stage, unless it was run before or the recipe has none of this name.
 
-        Raises `OptionsError` if the weights that are there were made with another recipe.
+        Raises `OptionsError` if the weights that are there were made with another recipe, `RetrvR1Error` while another run is at work.
         """
         file = self.run / f"{name}.pt"
-        schedule = getattr(self.recipe.stages, name)
-        if schedule is None:
+        if name not in stages_of(self.recipe):
             return
         note, made_with = file.with_suffix(".json"), json.dumps(reads(self.recipe, name), indent=1) + "\n"
         if file.exists():
-            fix = f"Remove it, {file.name} and the stages after it, or choose another folder."
-            same_as_before(note, made_with, f"what {name} reads of this recipe", fix)
+            expected = f"what {name} reads of this recipe"
+            fix = f"Remove {file.name} and the stages after it, or choose another folder."
+            if not note.exists():
+                got = f"no such file beside {file.name}"
+                raise OptionsError(explain(str(note), expected=expected, got=got, fix=fix))
+            same_as_before(note, made_with, expected, fix)
             log.info("%s: done before, %s", name, file)
             return
+        with locked(self.run):
+            self._make(name, note, made_with)
+
+    def _make(self, name: str, note: Path, made_with: str) -> None:
+        file, schedule = self.run / f"{name}.pt", getattr(self.recipe.stages, name)
         if name != "grpo" or not note.exists() or note.read_text(encoding="utf-8") != made_with:
             # states of another recipe, or of a start that is made anew
             shutil.rmtree(self.run / "grpo-states", ignore_errors=True)
@@ -295,15 +305,20 @@ def _captioned(pool: Pool) -> list[tuple[Content, str]]:
     return pictures
 
 
+def stages_of(recipe: Recipe) -> list[str]:
+    """Those that it has, in order."""
+    return [name for name in STAGES if getattr(recipe.stages, name)]
+
+
 def reads(recipe: Recipe, stage: str) -> dict[str, Any]:
     """What a stage's weights depend on, beside the stages before it."""
-    before = [name for name in STAGES[: STAGES.index(stage)] if getattr(recipe.stages, name)]
+    before = [name for name in stages_of(recipe) if STAGES.index(name) < STAGES.index(stage)]
     values = asdict(recipe)
     return {"after": before, stage: values["stages"][stage]} | {k: values[k] for k in ("seed", "top_k", *READS[stage])}
 
 
 def with_fewer_steps(recipe: Recipe, steps: int) -> Recipe:
     """The same recipe cut short: a smoke test of every stage, no model worth having."""
-    known = {name: getattr(recipe.stages, name) for name in STAGES}
-    cut = {name: replace(stage, steps=min(steps, stage.steps)) for name, stage in known.items() if stage}
+    known = {name: getattr(recipe.stages, name) for name in stages_of(recipe)}
+    cut = {name: replace(stage, steps=min(steps, stage.steps)) for name, stage in known.items()}
     return replace(recipe, stages=replace(recipe.stages, **cut))
