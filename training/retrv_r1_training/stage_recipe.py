@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from retrv_r1_retriever.errors import OptionsError, explain
 from retrv_r1_retriever.model.configuration import IcmConfig
@@ -135,6 +135,9 @@ class BaseRecipe:
                 self.run.deepspeed,
                 "Several processes work without it, and there is nothing to shard.",
             )
+
+
+StageRecipe: TypeAlias = EmbedderRecipe | AlignRecipe | BaseRecipe
 
 
 def _refuse_zero3(run: Running) -> None:

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from peft import PeftModel
@@ -23,11 +23,10 @@ from retrv_r1_training.processes import device as own_device
 from retrv_r1_training.run_folder import last_state
 from retrv_r1_training.run_log import RunLog
 from retrv_r1_training.stage_checkpoint import stored_dtype
-from retrv_r1_training.stage_recipe import AlignRecipe, BaseRecipe, EmbedderRecipe, Start
-from retrv_r1_training.trl_sft import SftModel, SftOnTrl, numbers, training_arguments
+from retrv_r1_training.stage_recipe import AlignRecipe, EmbedderRecipe, StageRecipe, Start
+from retrv_r1_training.trl_sft import OnTrl, SftModel, numbers, training_arguments
 
 log = logging.getLogger(__name__)
-StageRecipe: TypeAlias = EmbedderRecipe | AlignRecipe | BaseRecipe
 Figures: TypeAlias = dict[str, float]
 
 
@@ -44,14 +43,16 @@ class Work:
     measure: Callable[[SftModel], Figures] | None = None
 
 
-class StageTrainer(SftOnTrl):
+class StageTrainer(OnTrl):
+    control: Any  # transformers' own
+
     def __init__(
         self,
         stage: str,
         work: Work,
         **kwargs: Any,  # SFTTrainer's own
     ) -> None:
-        super().__init__(work.processor, None, model=work.model, **kwargs)
+        super().__init__(work.processor, model=work.model, **kwargs)
         self.stage, self._work = stage, work
         self.loss_is_scaled_for_ga = False  # a mean over the examples at hand
 
@@ -65,6 +66,7 @@ class StageTrainer(SftOnTrl):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
+        loss: Tensor
         loss, metrics = model(objective=lambda net: self._work.objective(net, inputs["examples"]))
         self.observe(loss, metrics, inputs["numbers"])
         return loss
@@ -72,7 +74,7 @@ class StageTrainer(SftOnTrl):
     def evaluate(self, *args: Any, **kwargs: Any) -> Figures:  # transformers' signature
         """The stage's own figures; every process computes all of them."""
         net = self.accelerator.unwrap_model(self.model)
-        net = net.get_base_model() if isinstance(net, PeftModel) else net
+        net = cast(SftModel, net.get_base_model() if isinstance(net, PeftModel) else net)
         self.model.eval()
         with torch.no_grad(), self.compute_loss_context_manager():
             assert self._work.measure is not None

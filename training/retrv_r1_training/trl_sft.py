@@ -40,6 +40,7 @@ from retrv_r1_training.run_log import RunLog
 from retrv_r1_training.sft import Example, SftLoss, Totals, losses
 from retrv_r1_training.sft_recipe import SftRecipe, accumulation
 from retrv_r1_training.stage_checkpoint import save_stage
+from retrv_r1_training.stage_recipe import StageRecipe
 from retrv_r1_training.stopping import stop_not_finite
 
 log = logging.getLogger(__name__)
@@ -62,50 +63,21 @@ class SftModel(RetrvR1ForConditionalGeneration):
     def of(cls, model: RetrvR1ForConditionalGeneration) -> SftModel:
         """The same object with this forward: nothing is copied."""
         model.__class__ = cls
-        return model  # type: ignore[return-value]
+        return model
 
 
-class SftOnTrl(SFTTrainer):
-    stage = "sft"
+class OnTrl(SFTTrainer):
+    """What the stages share on TRL: how their figures are shown, and how what they train is saved and loaded."""
+
+    stage: str
 
     def __init__(
         self,
         processor: Processor,
-        loss: SftLoss,
         **kwargs: Any,  # SFTTrainer's own
     ) -> None:
         super().__init__(processing_class=processor.tokenizer, **kwargs)
-        self.processor, self.parts = processor, loss
-        self.loss_is_scaled_for_ga = True  # `Totals` of the whole step already do it
-        self._hits: dict[int, float] = {}  # of an evaluation: number of the example -> its direct read is right
-
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
-        """`Totals` of an optimiser step, over its micro-batches and all processes."""
-        own = torch.tensor([s["totals"] for s in batch_samples], device=device).sum(0)
-        return self.accelerator.gather(own[None]).sum(0)
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
-    ) -> Tensor:
-        totals = None if num_items_in_batch is None else Totals(*num_items_in_batch.tolist())
-        examples: Sequence[Example] = inputs["examples"]
-        loss, metrics, hits = model(objective=lambda net: losses(net, self.processor, examples, self.parts, totals))
-        self.observe(loss, metrics, inputs["numbers"])
-        if not self.model.training:
-            rows = torch.stack([torch.tensor(inputs["numbers"], device=hits.device), hits.long()], dim=1)
-            self._hits |= {number: float(hit) for number, hit in self.accelerator.gather(rows).tolist()}
-        # gradients are averaged over processes, and `totals` already are of all of them
-        return loss if totals is None else loss * self.accelerator.num_processes
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self._hits:  # batches differ in size, and processes fill theirs up with examples seen before
-            self._metrics["eval"]["direct"] = [sum(self._hits.values()) / len(self._hits)]
-            self._hits = {}
-        super().log(logs, start_time)
+        self.processor = processor
 
     def observe(self, loss: Tensor, metrics: dict[str, float], numbers: Sequence[int]) -> None:
         """Note the metrics for the next log line; stop if the loss of any process is not finite."""
@@ -134,6 +106,51 @@ class SftOnTrl(SFTTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:  # TRL's signature
         """None: the exported checkpoint has its own."""
+
+
+class SftOnTrl(OnTrl):
+    stage = "sft"
+
+    def __init__(
+        self,
+        processor: Processor,
+        loss: SftLoss,
+        **kwargs: Any,  # SFTTrainer's own
+    ) -> None:
+        super().__init__(processor, **kwargs)
+        self.parts = loss
+        self.loss_is_scaled_for_ga = True  # `Totals` of the whole step already do it
+        self._hits: dict[int, float] = {}  # of an evaluation: number of the example -> its direct read is right
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
+        """`Totals` of an optimiser step, over its micro-batches and all processes."""
+        own = torch.tensor([s["totals"] for s in batch_samples], device=device).sum(0)
+        totals: Tensor = self.accelerator.gather(own[None]).sum(0)
+        return totals
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor:
+        totals = None if num_items_in_batch is None else Totals(*num_items_in_batch.tolist())
+        examples: Sequence[Example] = inputs["examples"]
+        loss: Tensor
+        loss, metrics, hits = model(objective=lambda net: losses(net, self.processor, examples, self.parts, totals))
+        self.observe(loss, metrics, inputs["numbers"])
+        if not self.model.training:
+            rows = torch.stack([torch.tensor(inputs["numbers"], device=hits.device), hits.long()], dim=1)
+            self._hits |= {number: float(hit) for number, hit in self.accelerator.gather(rows).tolist()}
+        # gradients are averaged over processes, and `totals` already are of all of them
+        return loss if totals is None else loss * self.accelerator.num_processes
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._hits:  # batches differ in size, and processes fill theirs up with examples seen before
+            self._metrics["eval"]["direct"] = [sum(self._hits.values()) / len(self._hits)]
+            self._hits = {}
+        super().log(logs, start_time)
 
 
 class Collator:
@@ -175,7 +192,7 @@ def deepspeed_config(stage: str | None, dtype: str) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
-def training_arguments(recipe: SftRecipe, run: Path, evaluate: bool) -> SFTConfig:
+def training_arguments(recipe: SftRecipe | StageRecipe, run: Path, evaluate: bool) -> SFTConfig:
     optim, running = recipe.optim, recipe.run
     micro_batches = accumulation(optim, world())
     return SFTConfig(
