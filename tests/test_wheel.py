@@ -45,6 +45,7 @@ def test_everything_is_in_the_wheel(wheel):
         "retrv_r1_retriever/demo/checkpoint/retrv/manifest.json",
         "retrv_r1_retriever/demo/checkpoint/retrv/icm.safetensors",
         "retrv_r1_retriever/demo/checkpoint/README.md",
+        "retrv_r1_training/py.typed",
         "retrv_r1_training/recipes/miniature.yaml",
         "langchain_retrv_r1/py.typed",
         "llama_index_retrv_r1/py.typed",

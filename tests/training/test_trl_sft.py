@@ -20,7 +20,7 @@ from retrv_r1_training.mbeir_tasks import Folder
 from retrv_r1_training.overrides import load
 from retrv_r1_training.sft import SftLoss, Totals, losses
 from retrv_r1_training.sft_recipe import ExampleSettings, Optimisation, SftRecipe, accumulation
-from retrv_r1_training.stage_checkpoint import list_lengths, write_manifest
+from retrv_r1_training.stage_checkpoint import with_list_lengths, write_manifest
 
 from retrv_r1_retriever.errors import InputError, OptionsError
 from retrv_r1_retriever.model.checkpoint import Manifest, load_checkpoint, read_manifest
@@ -243,7 +243,7 @@ def test_exported_checkpoint_keeps_memory_valid_and_has_learnt(material, done):
 )
 def test_the_shortest_list_is_that_of_the_start_unless_the_recipe_says_one(material, before, stated, after):
     data = replace(load(SftRecipe, material / "recipe.yaml").data, top_k=8, min_k=stated)
-    assert list_lengths(Manifest("x", trained_top_k=20, trained_min_k=before), data)["trained_min_k"] == after
+    assert with_list_lengths(Manifest("x", trained_top_k=20, trained_min_k=before), data).trained_min_k == after
 
 
 def test_run_leaves_logs_and_the_resolved_recipe(material, done):

@@ -264,5 +264,5 @@ def _document(document: Document) -> str:
 
 
 def _content(content: Content) -> str:
-    parts = (content.text, f"[{content.image}]" if content.image else None)
+    parts = (content.text, f"[{content.image!s}]" if content.image else None)
     return " ".join(part for part in parts if part)

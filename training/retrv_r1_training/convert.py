@@ -260,7 +260,7 @@ def _output(target: Target, paths: Sequence[Path]) -> Iterator[tuple[list[IO[str
         path.parent.mkdir(parents=True, exist_ok=True)
     report = Report()
     parts = [path.with_name(f".{path.name}.part") for path in paths]
-    files = [part.open("w", encoding="utf-8") for part in parts]
+    files: list[IO[str]] = [part.open("w", encoding="utf-8") for part in parts]
     with skipped_path.open("w", encoding="utf-8") as listed:
         skip = _Skips(listed)
         try:

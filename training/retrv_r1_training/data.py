@@ -135,9 +135,10 @@ def _open(path: Path) -> Image.Image:
 
 def _with_image(query: LabelledQuery, root: Path) -> LabelledQuery:
     content = query.query.content
-    return (
-        query if content.image is None else _replace_content(query, Content(content.text, _open(root / content.image)))
-    )  # type: ignore[operator]
+    if content.image is None:
+        return query
+    assert isinstance(content.image, str)  # a path, as `read_queries` leaves it
+    return _replace_content(query, Content(content.text, _open(root / content.image)))
 
 
 def _replace_content(query: LabelledQuery, content: Content) -> LabelledQuery:

@@ -81,7 +81,8 @@ class Draws(Generic[T]):
         """
         total = int(self._ends[-1])
         asked = min(self._count, total)
-        order, found, unreadable = self._shuffled(0, total), [], Unreadable(max_share, asked)
+        order, unreadable = self._shuffled(0, total), Unreadable(max_share, asked)
+        found: list[int] = []
         for number in range(total):
             if len(found) + unreadable.count == asked:
                 break

@@ -72,7 +72,8 @@ async def write_run(
     data: Dataset, search: FirstStage, images: ImageSource, out: Path, top_k: int, batch: int = 16, seed: int = 0
 ) -> Skipped:
     """Queries whose picture cannot be read, or that the first stage refuses, are skipped. `out` appears at the end."""
-    count, examples = 0, []
+    count = 0
+    examples: list[str] = []
     part = out.with_name(f".{out.name}.part")
     try:
         with part.open("w", encoding="utf-8") as file:

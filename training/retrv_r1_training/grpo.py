@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from torch import nn
 from trl import GRPOConfig
 
 from retrv_r1_retriever.images import ImageSource
@@ -148,11 +147,10 @@ def _arguments(config: GrpoConfig, seed: int, run: Path) -> GRPOConfig:
     )  # fmt: skip
 
 
-def train_slot_rows_only(model: nn.Module, processor: Processor) -> None:
+def train_slot_rows_only(model: RetrvR1ForConditionalGeneration, processor: Processor) -> None:
     """Candidate memory is made from all other rows of the table: their gradient is dropped before any optimiser sees it."""
-    for table in {
-        id(t.weight): t.weight for t in (model.get_input_embeddings(), model.get_output_embeddings())
-    }.values():  # type: ignore[operator]
+    tables = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+    for table in {id(t): t for t in tables}.values():
         kept = torch.zeros(len(table), 1, device=table.device, dtype=table.dtype)
         kept[[processor.token_id(t) for t in ADDED_TOKENS]] = 1
         table.register_hook(lambda gradient, kept=kept: gradient * kept)

@@ -70,7 +70,7 @@ def train(
                     explain(f"{name}: loss at step {step}", expected="a finite number", got=loss.item(), fix=fix)
                 )
             optimiser.zero_grad(set_to_none=True)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it without types
             if after_backward:
                 after_backward()
             nn.utils.clip_grad_norm_(trained, 1.0)

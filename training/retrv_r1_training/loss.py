@@ -90,5 +90,5 @@ def accuracy(model: RetrvR1ForConditionalGeneration, hidden: Tensor, ids: Tensor
     picked = picked[:, 1:]
     if not picked.any():
         return float("nan")
-    logits = model.lm_head(hidden[:, :-1][picked])
+    logits: Tensor = model.lm_head(hidden[:, :-1][picked])
     return (logits.argmax(-1) == ids[:, 1:][picked]).float().mean().item()

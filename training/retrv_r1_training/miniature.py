@@ -280,7 +280,7 @@ class Miniature:
 
     def _fresh(self) -> RetrvR1ForConditionalGeneration:
         tokenizer = self.processor.tokenizer
-        return build_model(tokenizer, self.recipe.backbone, self.recipe.icm, self.recipe.seed)  # type: ignore[arg-type]
+        return build_model(tokenizer, self.recipe.backbone, self.recipe.icm, self.recipe.seed)
 
     def _load(self, stage: str) -> RetrvR1ForConditionalGeneration:
         model = self._fresh()

@@ -85,7 +85,7 @@ class Pictures:
 def _reader(source: str) -> ReadPicture:
     if "://" in source:
         filesystem, path = fsspec().core.url_to_fs(source)
-        return lambda name: filesystem.cat_file(f"{path.rstrip('/')}/{name}" if path else name)  # type: ignore[no-any-return]
+        return lambda name: filesystem.cat_file(f"{path.rstrip('/')}/{name}" if path else name)
     if source.endswith(".tar"):
         return _TarFile(Path(source))
     root = Path(source).resolve()
@@ -108,7 +108,7 @@ class _TarFile:
                     if member.isfile():
                         row = (str(PurePosixPath(member.name)), member.offset_data, member.size)
                         table.execute("INSERT OR REPLACE INTO members VALUES (?, ?, ?)", row)
-                    archive.members = []  # tarfile would keep them all
+                    archive.members = []  # type: ignore[attr-defined]  # tarfile would keep them all; no public name
             self._table = sqlite3.connect(index, check_same_thread=False)
             self._file = path.open("rb")
         except (OSError, tarfile.TarError) as error:

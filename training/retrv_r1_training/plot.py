@@ -189,7 +189,8 @@ def _name_stages(axis: Axes, stages: Sequence[Stage]) -> None:
         return
     assert axis.figure is not None
     whole = stages[-1].end or 1
-    raised, before = False, -whole
+    raised = False
+    before: float = -whole
     for stage in stages:
         for other in axis.figure.axes:
             if stage.start:

@@ -86,7 +86,7 @@ def margins(model: RetrvR1ForConditionalGeneration, processor: Processor, chunks
     """(n,) logit of the candidate's label above that of none, behind `<answer>`."""
     hidden, _ = hidden_states(model, processor, chunks)
     last = torch.tensor([len(chunk) - 1 for chunk in chunks])
-    logits = model.lm_head(hidden[torch.arange(len(chunks)), last]).float()
+    logits: Tensor = model.lm_head(hidden[torch.arange(len(chunks)), last]).float()
     return logits[:, processor.slot_ids[0]] - logits[:, processor.slot_ids[-1]]
 
 

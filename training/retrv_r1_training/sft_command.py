@@ -18,10 +18,9 @@ from retrv_r1_training.stage_recipe import AlignRecipe, BaseRecipe, EmbedderReci
 _RECIPES: dict[str, type[AnyRecipe]] = {
     "base": BaseRecipe, "embedder": EmbedderRecipe, "align": AlignRecipe, "sft": SftRecipe, "grpo": GrpoRecipe, "distill": DistillRecipe,
 }  # fmt: skip
-Commands = argparse._SubParsersAction  # what `add_subparsers` returns; argparse has no public name for it
 
 
-def add_parser(commands: Commands) -> None:
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     sft = commands.add_parser(
         "sft", help="teach the thought and the direct answer (TRL; start it with `accelerate launch`)"
     )

@@ -90,7 +90,8 @@ def _csv_row(where: str, header: Sequence[str], cells: Sequence[str]) -> SourceR
 
 def _jsonl(file: IO[bytes], name: str, columns: Sequence[str]) -> Iterator[SourceRow]:
     """A row may lack a column; a column that no row has is an error at the end."""
-    unseen, first = set(columns), []
+    unseen = set(columns)
+    first: list[str] = []
     for number, line in enumerate(file, 1):
         if line.strip():
             where = f"{name}:{number}"

@@ -30,18 +30,15 @@ def save_stage(
     data: its lists, None = as before; teachers: who wrote its thoughts, with licences, added to those before
     Raises `CheckpointError` if a frozen weight moved.
     """
-    before = trained.manifest
-    lists = list_lengths(before, data) if data else {}
-    manifest = replace(
-        before, **lists, think_margin=None, none_margin=None, teachers={**before.teachers, **(teachers or {})}
-    )
+    before = with_list_lengths(trained.manifest, data) if data else trained.manifest
+    manifest = replace(before, think_margin=None, none_margin=None, teachers={**before.teachers, **(teachers or {})})
     return save_whole(start, out, replace(trained, manifest=manifest))
 
 
-def list_lengths(before: Manifest, data: DataConfig) -> dict[str, int]:
-    """For the manifest, after a stage on `data`: short lists of a stage before are not forgotten because these are long."""
+def with_list_lengths(before: Manifest, data: DataConfig) -> Manifest:
+    """The manifest after a stage on `data`: short lists of a stage before are not forgotten because these are long."""
     shortest = min(before.trained_min_k, data.top_k) if data.min_k is None else data.min_k
-    return {"trained_top_k": data.top_k, "trained_min_k": shortest}
+    return replace(before, trained_top_k=data.top_k, trained_min_k=shortest)
 
 
 def save_whole(start: Path, out: Path, trained: Checkpoint) -> Manifest:

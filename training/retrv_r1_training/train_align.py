@@ -73,7 +73,7 @@ def prepare(model: SftModel, processor: Processor, by_word: int, draws: Draws[Co
     model.model.init_icm(norm)
     _train_module(model)
     model.reading = nn.Linear(model.config.text_config.hidden_size, 1 + by_word).to(model.device)
-    return model  # type: ignore[return-value]
+    return model
 
 
 def _train_module(model: RetrvR1ForConditionalGeneration) -> None:

@@ -147,7 +147,7 @@ def over_all(rows: Tensor) -> Tensor:
     if not _spread():
         return rows
     if rows.requires_grad:
-        return torch.cat(all_gather(rows))
+        return torch.cat(all_gather(rows))  # type: ignore[no-untyped-call]  # torch leaves it without types
     parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, rows.contiguous())
     return torch.cat(parts)
