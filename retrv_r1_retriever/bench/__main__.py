@@ -25,7 +25,9 @@ import torch
 import transformers
 
 from retrv_r1_retriever._sync import run
+from retrv_r1_retriever.bench.arguments import add_arguments
 from retrv_r1_retriever.bench.floors import Counts, measure_ceiling
+from retrv_r1_retriever.bench.machine import processor
 from retrv_r1_retriever.bench.modes import (
     Mode,
     Task,
@@ -58,24 +60,16 @@ _FOLDERS = ("--out", "--dir")
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=("miniature", *SHAPES), nargs="+", default=["miniature", "ratio"])
-    parser.add_argument("--top-k", type=int, nargs="+", default=[50])
-    parser.add_argument("--rounds", type=int, default=7, help="timed passes through all modes (default: 7)")
-    parser.add_argument("--steps", type=int, default=100, help="decoded tokens of a thought (default: 100; 0 = none)")
-    parser.add_argument("--concurrency", type=int, nargs="*", default=[1, 8])
-    parser.add_argument(
-        "--margin", type=float, help="nats below which `auto` thinks (default: the checkpoint's, else by --think-share)"
-    )
-    parser.add_argument("--think-share", type=float, default=0.2, help="of the queries that `auto` thinks about (0.2)")
-    parser.add_argument("--modes", nargs="+", help="only these, U and F among them (default: all)")
-    parser.add_argument(
-        "--stages", action=argparse.BooleanOptionalAction, default=True, help="also time the stages of a query"
-    )
-    parser.add_argument("--out", type=Path, help="folder for bench.json and bench.png")
-    args = parser.parse_args(argv)
+    add_arguments(parser)
+    measure(parser.parse_args(argv), command("python -m retrv_r1_retriever.bench", argv))
+    return 0
+
+
+def measure(args: argparse.Namespace, typed: str) -> dict[str, Any]:
+    """Measure, print the tables, write the files. typed: the command, for the report"""
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
-    told = {"command": command("retrv_r1_retriever.bench", argv), "machine": machine(), "rounds": args.rounds}
+    told = {"command": typed, "machine": machine(), "rounds": args.rounds}
     report: dict[str, Any] = told | {"shapes": []}
     for name in args.shape:
         report["shapes"].append(bench_shape(name, args))
@@ -85,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "bench.json").write_text(json.dumps(report, indent=1) + "\n")
         draw(report, args.out / "bench.png")
-    return 0
+    return report
 
 
 def bench_shape(name: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -134,7 +128,7 @@ async def time_modes(checkpoint: Checkpoint, engine: LocalEngine, task: Task, ar
         share = 100 * shown / (reads["U"].prompt - reads["F"].prompt + shown)
         row["candidates' part of U's, %"] = share if mode in ("C", "F") else "-"
         row |= {"ms": 1e3 * seconds[mode], "x faster than U": seconds["U"] / seconds[mode]}
-        row["KV MB"] = counts.kv_bytes(count.prompt if mode != "X" else count.prompt // len(task.plain)) / 1e6
+        row["KV MB"] = counts.kv_bytes(count.prompt) / 1e6
         row[f"ms with {args.steps} tokens of thought"] = 1e3 * thoughts[mode] if mode in thoughts else "-"
         prompt = {"U'": full, "F": compressed}.get(mode)
         for n in args.concurrency:
@@ -210,17 +204,17 @@ def fetch_seconds(top_k: int, rows: int, width: int, rounds: int) -> float:
     return best
 
 
-def command(module: str, argv: Sequence[str] | None) -> str:
+def command(program: str, argv: Sequence[str] | None) -> str:
     """As it was typed, without the folders of this machine."""
     words = list(sys.argv[1:] if argv is None else argv)
     kept = [w for i, w in enumerate(words) if w not in _FOLDERS and (i == 0 or words[i - 1] not in _FOLDERS)]
-    return shlex.join(["python", "-m", module, *kept])
+    return shlex.join([*program.split(), *kept])
 
 
 def machine() -> dict[str, str]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return {
-        "processor": gpu or platform.processor() or platform.machine(), "python": platform.python_version(),
+        "processor": gpu or processor(), "python": platform.python_version(),
         "torch": torch.__version__, "transformers": transformers.__version__, "threads": str(torch.get_num_threads()),
     }  # fmt: skip
 

@@ -2,7 +2,9 @@
 
 U    every candidate in full, its picture through the tower at query time
 U'   every candidate in full, tower tokens cached: what is left of the difference is the language model's alone
-X    a pointwise cross-encoder of the same backbone: K prompts of one candidate in full
+X    a pointwise cross-encoder of the same backbone: K prompts of one candidate in full, run together; the query's picture goes through
+     the tower once
+X'   the same with tower tokens cached
 C    two tokens per candidate, compressed at query time: tower and projection run for all K
 F    two tokens per candidate, memory made at index time
 F+5  F, then its best five opened in full behind it, and a second read
@@ -55,7 +57,10 @@ class Task:
     @classmethod
     def of(cls, engine: LocalEngine, query: Query, candidates: Sequence[Candidate]) -> Task:
         return cls(
-            query, tuple(candidates), _with_memory(engine, candidates), tuple(_encoded(engine, c) for c in candidates)
+            query,
+            tuple(candidates),
+            _with_memory(engine, candidates),
+            tuple(_after_tower(engine, c) for c in candidates),
         )
 
 
@@ -66,6 +71,7 @@ def modes(engine: LocalEngine, task: Task) -> dict[str, Mode]:
         "U": lambda: direct_read(engine, build_full_prompt(query, task.plain)),
         "U'": lambda: direct_read(engine, build_full_prompt(query, task.cached)),
         "X": lambda: _pointwise(engine, query, task.plain),
+        "X'": lambda: _pointwise(engine, query, task.cached),
         "C": lambda: direct_read(engine, build_prompt(query, _with_memory(engine, task.plain))),
         "F": lambda: direct_read(engine, build_prompt(query, task.stored)),
         f"F+{OPENED}": lambda: _opened(engine, build_prompt(query, task.stored)),
@@ -175,6 +181,7 @@ async def _timed(call: Mode, device: torch.device) -> float:
 
 
 async def _pointwise(engine: LocalEngine, query: Query, candidates: Sequence[Candidate]) -> int:
+    query = replace(query, content=_encoded(engine, query.content))
     prompts = [build_full_prompt(query, [candidate]) for candidate in candidates]
     return sum(await asyncio.gather(*(direct_read(engine, prompt) for prompt in prompts)))
 
@@ -200,9 +207,13 @@ def _with_memory(engine: LocalEngine, candidates: Sequence[Candidate]) -> tuple[
     )
 
 
-def _encoded(engine: LocalEngine, candidate: Candidate) -> Candidate:
-    content = candidate.document.content
+def _after_tower(engine: LocalEngine, candidate: Candidate) -> Candidate:
+    return replace(
+        candidate, document=replace(candidate.document, content=_encoded(engine, candidate.document.content))
+    )
+
+
+def _encoded(engine: LocalEngine, content: Content) -> Content:
     if not isinstance(content.image, Image):
-        return candidate
-    picture = engine.encode_picture(content.image)
-    return replace(candidate, document=replace(candidate.document, content=Content(content.text, picture)))  # type: ignore[arg-type]
+        return content
+    return Content(content.text, engine.encode_picture(content.image))  # type: ignore[arg-type]

@@ -24,9 +24,10 @@ other shapes have random weights and say nothing about quality. On a GPU: not me
 """
 MODES = """\
 U: every candidate in full, its picture through the tower at query time; U': the same with tower tokens cached; X: K prompts of one
-candidate (a pointwise cross-encoder of the same backbone); C: two tokens each, compressed at query time; F: two tokens each,
-memory made at index time; F+5: F, then its best five opened in full. The same weights in all of them, one query at a time,
-interleaved, the shortest of the rounds. Not shown: quality (U, U' and X were not trained), batches, other processors."""
+candidate, run together (a pointwise cross-encoder of the same backbone; the query's picture through the tower once); X': the same with
+tower tokens cached; C: two tokens each, compressed at query time; F: two tokens each, memory made at index time; F+5: F, then its best
+five opened in full. The same weights in all of them, one query at a time, interleaved, the shortest of the rounds. Not shown: quality
+(U and X were not trained), batches, other processors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +95,9 @@ def _goals(rows: Sequence[Row]) -> list[str]:
             ratio = ms["U"] / ms[mode]
             verdict = "met" if ratio >= goal else f"missed by {goal - ratio:.1f}"
             lines.append(f"U/{mode} without thought: {ratio:.1f}, goal {goal} ({verdict}).\n")
+    if {"U'", "F"} <= set(ms):
+        ratio = ms["U'"] / ms["F"]
+        lines.append(f"With the same caches, U'/F: {ratio:.1f}.\n")
     return lines
 
 
@@ -114,7 +118,8 @@ def _first_stage(report: dict[str, Any]) -> list[str]:
 
 
 def _plain(row: dict[str, Any]) -> Row:
-    words = {"setting": row["setting"], "filter": row["filter"] or "none", "recall@50": f"{row['recall@50']:.4f}"}
+    words = {"setting": row["setting"], "filter": row["filter"] or "none"}
+    words |= {"search": row["search"], "recall@50": f"{row['recall@50']:.4f}"}
     return words | {k: v for k, v in row.items() if k not in (*words, "indexed")}
 
 
@@ -125,8 +130,9 @@ def _quality(report: dict[str, Any]) -> list[str]:
 _SEARCHED = (
     "Synthetic clustered vectors of 256 dimensions (the module says how they are made, and why uniform ones would be a bad model), one "
     "search thread, `filter` leaves that share of the points. RAM: pages of the searching process beyond those before it opened the "
-    "index. `EdgeStore` searches by `scan` until `optimize()` and behind every filter, else by `HNSW`; a payload index is what "
-    "`index_fields` makes. It does not quantize. Not shown: memory of the candidates, real embeddings, cold disks."
+    "index. `EdgeStore` searches by `scan` until `optimize()`, then by `HNSW`, and behind a filter always exactly, for the graph alone "
+    "can miss nearly everything that a filter leaves; a payload index is what `index_fields` makes. It does not quantize. Not shown: "
+    "memory of the candidates, real embeddings, cold disks."
 )
 _BENCH, _FIRST = "python -m retrv_r1_retriever.bench", "python -m retrv_r1_retriever.bench.first_stage"
 SECTIONS = (
@@ -140,8 +146,8 @@ SECTIONS = (
     ),
     Section(
         "Time outside the model", "outside.json", f"{_BENCH}.outside --out docs/bench/outside.json",
-        "Whole `retrieve` calls of the miniature, less its forward passes and the embedding of the query. Not shown: pictures that have "
-        "to be fetched, a Qdrant server.", _outside,
+        "Whole `retrieve` calls of the miniature, less its forward passes and the embedding of the query; medians. A thought is sampled "
+        "token by token, and that is outside the passes, too. Not shown: pictures that have to be fetched, a Qdrant server.", _outside,
     ),
     *(
         Section(

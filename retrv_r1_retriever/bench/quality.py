@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.out:
         from retrv_r1_retriever.bench.plot import draw_quality  # matplotlib: only where a picture is asked for
 
-        told = command("retrv_r1_retriever.bench.quality", argv)
+        told = command("python -m retrv_r1_retriever.bench.quality", argv)
         report = {"command": told, "machine": machine(), "split": args.split, "K": K, "rows": rows}
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "quality.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -19,7 +19,19 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 from retrv_r1_retriever import __version__
-from retrv_r1_retriever.cli import compare, demo, doctor, evaluate, evaluate_mbeir, index, memory, search, serve, view
+from retrv_r1_retriever.cli import (
+    bench,
+    compare,
+    demo,
+    doctor,
+    evaluate,
+    evaluate_mbeir,
+    index,
+    memory,
+    search,
+    serve,
+    view,
+)
 from retrv_r1_retriever.cli.findings import INDEX_FIRST
 from retrv_r1_retriever.cli.terminal import printable
 from retrv_r1_retriever.config import FILE_NAME
@@ -38,6 +50,7 @@ COMMANDS: dict[str, tuple[str, AddArguments]] = {
     "view": ("show stored traces as one page", view.add),
     "demo": ("the whole way on generated product cards", demo.add),
     "serve": ("answer over HTTP: rerank, search, metrics", serve.add),
+    "bench": ("time two tokens per candidate against every candidate in full, on this machine", bench.add),
     "doctor": ("check installation, checkpoint and store, and say what to change", doctor.add),
 }
 #: Commands of two words: the second stands where the first alone would take a file.

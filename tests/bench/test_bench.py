@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from retrv_r1_retriever import cli
 from retrv_r1_retriever._sync import run
 from retrv_r1_retriever.bench import __main__ as bench
+from retrv_r1_retriever.bench.arguments import NAMES
 from retrv_r1_retriever.bench.floors import Ceiling, Counts, Work
 from retrv_r1_retriever.bench.modes import OPENED, Task, auto, counted, margin_below, modes, thought
 from retrv_r1_retriever.bench.shapes import SHAPES, Shape, random_checkpoint, random_task
@@ -53,10 +56,10 @@ def test_every_mode_reads_exactly_what_it_must(checkpoint, k):
     cue = len(checkpoint.processor.tokenise("\nCheck:"))
     assert got["U"].prompt == got["U'"].prompt == frame + k * (1 + full)
     assert got["C"].prompt == got["F"].prompt
-    assert got["X"].prompt == k * (frame + 1 + full)
+    assert got["X"].prompt == got["X'"].prompt == k * (frame + 1 + full)
     assert got[f"F+{OPENED}"].prompt == got["F"].prompt + OPENED * (full + cue)
     pictures = {mode: count.patches / PATCHES for mode, count in got.items()}
-    assert pictures == {"U": k + 1, "U'": 1, "X": 2 * k, "C": k + 1, "F": 1, f"F+{OPENED}": 1 + OPENED}
+    assert pictures == {"U": k + 1, "U'": 1, "X": k + 1, "X'": 1, "C": k + 1, "F": 1, f"F+{OPENED}": 1 + OPENED}
     stored = sum(c.memory.rows.nbytes for c in task.stored)
     assert stored == k * SMALL.icm.memory_rows * SMALL.icm.width * 2
     read = engine.forward_tokens
@@ -119,11 +122,23 @@ def test_the_command_prints_tables_and_writes_json_and_a_picture(tmp_path, capsy
     assert "| x faster than U |" in printed
     assert "tower, K pictures" in printed
     report = json.loads((tmp_path / "bench.json").read_text())
-    assert [row["mode"] for row in report["shapes"][0]["modes"]] == ["U", "U'", "X", "C", "F", f"F+{OPENED}"]
+    assert [row["mode"] for row in report["shapes"][0]["modes"]] == ["U", "U'", "X", "X'", "C", "F", f"F+{OPENED}"]
     [row] = report["shapes"][0]["auto"]
     assert (row["queries"], row["chosen"], row["thought about, %"]) == ("10", "leaves 20% below it", 20.0)
     assert all(stage["seconds"] > 0 for stage in report["shapes"][0]["stages"])
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_line_has_it_too_and_prints_json(monkeypatch, capsys):
+    assert set(NAMES) == {"miniature", *SHAPES}
+    monkeypatch.setattr(sys, "argv", ["retrv-r1", "bench", "--json", "--shape", "ratio"])
+    argv = ["--shape", "ratio", "--top-k", "6", "--rounds", "1", "--steps", "0", "--concurrency", "--no-stages"]
+    assert cli.main(["bench", *argv, "--json"]) == 0
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)
+    assert report["command"] == "retrv-r1 bench --json --shape ratio"
+    assert report["shapes"][0]["modes"][0]["mode"] == "U"
+    assert "| x faster than U |" in printed.err
 
 
 @pytest.mark.parametrize("k", [50, 127])

@@ -56,8 +56,10 @@ def test_every_setting_and_filter_gets_a_row(tmp_path, monkeypatch):
     out = tmp_path / "out.json"
     assert first_stage.main(["--points", "2000", "--queries", "10", "--dir", str(tmp_path), "--out", str(out)]) == 0
     rows = json.loads(out.read_text())["rows"]
-    assert [(row["setting"], row["filter"]) for row in rows] == [(s, f) for s in ("scan", "int8") for f in FILTERS]
-    assert all(row["recall@50"] == 1.0 for row in rows if row["setting"] == "scan")
+    both = [(f, s) for f in FILTERS for s in (("graph", "exact") if f else ("graph",))]
+    expected = [("scan", f, "exact") for f in FILTERS] + [("int8", *way) for way in both]
+    assert [(row["setting"], row["filter"], row["search"]) for row in rows] == expected
+    assert all(row["recall@50"] == 1.0 for row in rows if row["search"] == "exact")
     assert all(row["recall@50"] > 0.9 and row["p95 ms"] >= row["p50 ms"] > 0 for row in rows)
     assert all(row["disk MB"] > 2000 * DIM * 4 / 1e6 for row in rows)
     assert list(tmp_path.glob("first-stage-*")) == []  # nothing is left behind
@@ -76,6 +78,6 @@ def test_at_size(tmp_path, points):
     """A million: more than ten minutes, 6 GB of memory, 2 GB of disk."""
     out = tmp_path / "out.json"
     assert first_stage.main(["--points", str(points), "--dir", str(tmp_path), "--out", str(out)]) == 0
-    rows = {(row["setting"], row["filter"]): row for row in json.loads(out.read_text())["rows"]}
-    assert rows["scan", ""]["recall@50"] == 1.0
-    assert rows["HNSW", ""]["recall@50"] > 0.95
+    rows = {(row["setting"], row["filter"], row["search"]): row for row in json.loads(out.read_text())["rows"]}
+    assert {row["recall@50"] for (*_, search), row in rows.items() if search == "exact"} == {1.0}
+    assert rows["HNSW", "", "graph"]["recall@50"] > 0.95

@@ -16,7 +16,10 @@ def test_the_page_is_made_of_the_files_beside_it():
 
 def test_what_has_no_file_is_not_measured_and_a_missed_goal_is_said(tmp_path):
     assert page.page(tmp_path, tmp_path).count("Not measured.") == len(page.SECTIONS)
-    rows = [{"task": "image + text", "mode": mode, "ms": ms} for mode, ms in (("U", 100.0), ("C", 50.0), ("F", 5.0))]
+    rows = [
+        {"task": "image + text", "mode": mode, "ms": ms}
+        for mode, ms in (("U", 100.0), ("U'", 45.0), ("C", 50.0), ("F", 5.0))
+    ]
     shape = {"ceiling": {"flops": 3e10, "bytes": 2e9}, "modes": rows, "stages": []}
     (tmp_path / "ratio").mkdir()
     (tmp_path / "ratio/bench.json").write_text(json.dumps({"command": "python -m x", "rounds": 7, "shapes": [shape]}))
@@ -24,3 +27,4 @@ def test_what_has_no_file_is_not_measured_and_a_missed_goal_is_said(tmp_path):
     assert "`python -m x`" in text
     assert "U/C without thought: 2.0, goal 2.5 (missed by 0.5)." in text
     assert "U/F without thought: 20.0, goal 8.0 (met)." in text
+    assert "With the same caches, U'/F: 9.0." in text

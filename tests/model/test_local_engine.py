@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import gc
 import subprocess
 import sys
 import threading
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +18,7 @@ from PIL import Image
 
 from retrv_r1_retriever.engines.base import Compressor, Engine
 from retrv_r1_retriever.engines.local import LocalEngine
-from retrv_r1_retriever.engines.local.kv import KvPool
+from retrv_r1_retriever.engines.local.kv import KvPool, StepCache
 from retrv_r1_retriever.errors import EngineError, InputError
 from retrv_r1_retriever.model.embedding import encode_pictures
 from retrv_r1_retriever.model.processing import collate
@@ -309,6 +311,24 @@ def test_one_engine_serves_many_event_loops(engine):
         thread.join(30)
     assert len(results) == 3
     assert results[1] == pytest.approx(results[0], abs=1e-4)
+
+
+def test_only_rows_without_a_past_are_read_without_a_mask():
+    """What a mask would say is then what causal attention does by itself; behind a past it is not."""
+    config = SimpleNamespace(num_key_value_heads=1, hidden_size=4, num_attention_heads=1, num_hidden_layers=2)
+    pool = KvPool(config, torch.device("cpu"), torch.float32, rows=2, capacity=8)
+    assert StepCache(pool, [0, 1], [0, 0], [3, 2]).mask(3) is None
+    mask = StepCache(pool, [0, 1], [0, 2], [3, 1]).mask(3)
+    assert mask[0, 0].tolist() == torch.ones(3, 3).tril().bool().tolist()
+    assert mask[1, 0, 0].tolist() == [True, True, True]
+
+
+def test_attention_that_needs_a_mask_is_refused(checkpoint):
+    model = copy.copy(checkpoint.model)
+    model.config = copy.deepcopy(model.config)
+    model.config._attn_implementation = "eager"
+    with pytest.raises(EngineError, match="attention: expected sdpa, got eager"):
+        LocalEngine(replace(checkpoint, model=model))
 
 
 def test_a_pool_that_ran_out_of_memory_can_be_used_again(monkeypatch):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from retrv_r1_retriever.engines.base import SlotRead
 from retrv_r1_retriever.engines.local.kv import KvPool, StepCache
-from retrv_r1_retriever.errors import EngineError
+from retrv_r1_retriever.errors import EngineError, explain
 from retrv_r1_retriever.model.checkpoint import Checkpoint
 from retrv_r1_retriever.model.embedding import encode_pictures
 from retrv_r1_retriever.model.modeling import CACHE
@@ -83,6 +83,9 @@ class Batcher:
 
     def __init__(self, checkpoint: Checkpoint, max_batch_tokens: int, autocast: torch.dtype | None = None) -> None:
         self._model, self._processor = checkpoint.model, checkpoint.processor
+        if (kind := self._model.config._attn_implementation) == "eager":  # which takes no mask for no limits at all
+            fix = "Load the model without attn_implementation."
+            raise EngineError(explain("attention", expected="sdpa", got=kind, fix=fix))
         self._max_batch_tokens, self._autocast = max_batch_tokens, autocast
         self._pool = KvPool(self._model.config.text_config, self._model.device, autocast or self._model.dtype)
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()  # None: there are no more

@@ -63,8 +63,13 @@ class StepCache:
         pool.reserve(self._total)
         self._together = self._rows == list(range(self._rows[0], self._rows[0] + len(self._rows)))
 
-    def mask(self, queries: int) -> Tensor:
-        """(B, 1, queries, total) bool: a token sees its row's past and itself."""
+    def mask(self, queries: int) -> Tensor | None:
+        """(B, 1, queries, total) bool: a token sees its row's past and itself.
+
+        None where no row has a past: plain causal attention, which needs no mask and takes about half the time on long prompts.
+        """
+        if not any(self._lengths):
+            return None
         device = self._pool.layers[0].device
         position = torch.tensor(self._lengths, device=device)[:, None] + torch.arange(queries, device=device)
         return (torch.arange(self._total, device=device) <= position[..., None])[:, None]
