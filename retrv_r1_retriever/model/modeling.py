@@ -6,9 +6,11 @@ B rows, L tokens, N candidates over all rows, m memory rows, w memory width, H L
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel, Qwen2_5_VLTextModel
 
@@ -17,6 +19,9 @@ from retrv_r1_retriever.model.icm import Icm, pad
 
 #: transformers' name for the KV cache among a forward's arguments: 5.24 renamed it, and warns of the old one.
 CACHE = "cache" if "cache" in inspect.signature(Qwen2_5_VLTextModel.forward).parameters else "past_key_values"
+
+#: Patches that go through the tower together on a CPU: what many pictures need at once does not fit its cache (docs/experiments.md).
+CPU_PATCHES = 1024
 
 
 @dataclass(slots=True)
@@ -38,6 +43,16 @@ class CompressedInputs:
     query_mask: Tensor
 
 
+def _groups(sizes: Sequence[int], most: int) -> list[list[int]]:
+    """Neighbours whose sum is at most `most`; a larger one stands alone."""
+    groups: list[list[int]] = []
+    for size in sizes:
+        if not groups or sum(groups[-1]) + size > most:
+            groups.append([])
+        groups[-1].append(size)
+    return groups
+
+
 class RetrvR1Model(Qwen2_5_VLModel):
     config_class = RetrvR1Config
     config: RetrvR1Config
@@ -56,7 +71,13 @@ class RetrvR1Model(Qwen2_5_VLModel):
 
     def encode_images(self, pixel_values: Tensor, image_grid_thw: Tensor) -> tuple[Tensor, ...]:
         """The tower's tokens, one (n, H) tensor per image."""
-        return tuple(self.get_image_features(pixel_values, image_grid_thw).pooler_output)
+        patches = image_grid_thw.prod(-1).tolist()
+        groups = _groups(patches, CPU_PATCHES if pixel_values.device.type == "cpu" else sum(patches))
+        pixels = torch.split(pixel_values, [sum(group) for group in groups])
+        grids = torch.split(image_grid_thw, [len(group) for group in groups])
+        return tuple(
+            t for part in zip(pixels, grids, strict=True) for t in self.get_image_features(*part).pooler_output
+        )
 
     def embed(
         self,

@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from retrv_r1_retriever.engines.local import LocalEngine
 from retrv_r1_retriever.errors import CheckpointError, ImageError, InputError
+from retrv_r1_retriever.model import modeling
 from retrv_r1_retriever.model.processing import Chunk, Processor, collate
 from retrv_r1_retriever.prompt import ADDED_TOKENS, CONTENT_PAD, SLOTS
 from retrv_r1_retriever.trace import Forced, Full, Sampled
@@ -84,6 +86,26 @@ def test_padding_does_not_change_a_row(checkpoint, prompt):
             )  # fmt: skip
             outs.append(out.last_hidden_state[0, : len(short)])
     torch.testing.assert_close(outs[0], outs[1], atol=1e-4, rtol=1e-4)
+
+
+def test_pictures_pass_the_tower_in_groups_and_come_out_the_same(checkpoint, monkeypatch):
+    model, sizes = checkpoint.model.model, ((32, 32), (64, 32), (96, 96), (32, 64), (32, 32))
+    pixels, grids = checkpoint.processor.pixels(
+        [Image.new("RGB", size, (9 * n, 80, 7)) for n, size in enumerate(sizes)]
+    )
+    passes = []
+    hook = model.visual.register_forward_pre_hook(lambda module, args: passes.append(len(args[0])))
+    found = []
+    for most in (10**6, int(grids[:2].prod(-1).sum())):
+        monkeypatch.setattr(modeling, "CPU_PATCHES", most)
+        with torch.inference_mode():
+            found.append(model.encode_images(pixels, grids))
+    hook.remove()
+    whole, *parts = passes
+    assert len(parts) == 3, "two pictures; one that is too large; two"
+    assert sum(parts) == whole == len(pixels)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_every_added_token_is_one_token(checkpoint):
