@@ -1,7 +1,7 @@
 """The ablation: one recipe, one change a row, every row trained and measured by the same code.
 
-A row shares with `full` of its seed, or with the row it names, whatever its change cannot have touched: those stages are copied, not
-trained again. A finished row leaves a JSON file; rows and stages that are there are not run again.
+A row shares with `full` of its seed whatever its change cannot have touched: those stages are copied, not trained again. A finished row
+leaves a JSON file; rows and stages that are there are not run again.
 """
 
 from __future__ import annotations
@@ -28,16 +28,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """set: `key=value` over the base; paper: the same row's R@5 on CIRR and OVEN, as far as known; note: for readers.
-
-    start: the row whose stages it shares, "" = the first
-    """
+    """set: `key=value` over the base; paper: the same row's R@5 on CIRR and OVEN, as far as known; note: for readers."""
 
     name: str
     set: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0,)
     paper: tuple[float | None, ...] = ()
-    start: str = ""
     note: str = ""
 
     @property
@@ -58,12 +54,6 @@ class Ablation:
             got = self.rows[0].set if self.rows else "no rows"
             fix = "Put the row that changes nothing first."
             raise OptionsError(explain("rows", expected="a first row without `set`", got=got, fix=fix))
-        names: list[str] = []
-        for row in self.rows:
-            if row.start and row.start not in names:
-                fix = "Name an earlier row."
-                raise OptionsError(explain(f"rows: {row.name}: start", expected=names, got=row.start, fix=fix))
-            names.append(row.name)
 
     def only(self, names: Sequence[str]) -> tuple[Row, ...]:
         """The rows of these names (or slugs), in the recipe's order; all if none is named."""
@@ -74,10 +64,6 @@ class Ablation:
             )
         chosen = {known[name].name for name in names} or {row.name for row in self.rows}
         return tuple(row for row in self.rows if row.name in chosen)
-
-    def start(self, row: Row) -> Row:
-        """The row whose stages `row` shares."""
-        return next((other for other in self.rows if other.name == row.start), self.rows[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,9 +139,8 @@ class Study:
         """With the stages it shares."""
         if (row.name, seed) not in self.runs:
             made = Miniature(self.recipe_of(row, seed), self.work / f"{row.slug}-s{seed}")
-            start = self.ablation.start(row)
-            if start != row:
-                borrow(self._run(start, seed), made)
+            if row != self.ablation.rows[0]:
+                borrow(self._run(self.ablation.rows[0], seed), made)
             self.runs[row.name, seed] = made
         return self.runs[row.name, seed]
 

@@ -80,13 +80,9 @@ def sample(
     processor: Processor, lists: Lists, number: int, config: Contrast, rng: random.Random, spread: bool = True
 ) -> tuple[Chunk, int]:
     """A prompt up to `<answer>`, and the slot to say among all 128."""
-    alone = lists.full and config.top_k == 1  # half of them wrong, or what `pointwise` learned is lost here
-    wanted = replace(config, top_k=2) if alone else config
-    chosen = contrast(lists.pool, number, lists.ranked[number].tolist(), wanted, rng)
+    chosen = contrast(lists.pool, number, lists.ranked[number].tolist(), config, rng)
     positive = chosen[0]
-    if alone:
-        chosen = [rng.choice(chosen)]
-    elif len(chosen) > 1 and rng.random() < NONE_SHARE:
+    if len(chosen) > 1 and rng.random() < NONE_SHARE:
         chosen = chosen[1:]
     rng.shuffle(chosen)
     labels = spread_labels(len(chosen), rng) if spread else list(range(len(chosen)))

@@ -1,6 +1,6 @@
 """All stages of the miniature in order, each resumable: a finished stage leaves its weights and is not run again.
 
-captions -> episodes -> embedder -> align -> [pointwise] -> direct -> eliminate -> sft -> [polish] -> [grpo] -> export
+captions -> episodes -> embedder -> align -> [pointwise] -> direct -> eliminate -> sft -> [polish] -> [in_full] -> [grpo] -> export
 ([...]: if the recipe has it)
 """
 
@@ -48,11 +48,12 @@ READS: dict[str, tuple[str, ...]] = {
     "episodes": ("comparisons",),
     "embedder": ("embedder_dim", "embedder_recall"),
     "align": ("icm", "pairs_per_query"),
-    "pointwise": ("freeze_memory",),
+    "pointwise": ("freeze_memory", "rehearsal"),
     "direct": ("candidates", "freeze_memory", "rehearsal"),
     "eliminate": ("direct_weight",),
     "sft": ("max_inspections",),
     "polish": (),
+    "in_full": (),
     "grpo": (),
 }
 STAGES = tuple(READS)
@@ -152,9 +153,11 @@ class Miniature:
         return model
 
     def pointwise(self) -> RetrvR1ForConditionalGeneration:
-        model, schedule = self._start("align"), self.recipe.stages.pointwise
-        assert schedule is not None
-        pointwise.train_pointwise(model, self.processor, self.lists, schedule, self.recipe.seed + 5, self.log_file)
+        model, recipe = self._start("align"), self.recipe
+        assert recipe.stages.pointwise is not None
+        pointwise.train_pointwise(
+            model, self.processor, self.lists, recipe.stages.pointwise, recipe.rehearsal, recipe.seed + 5, self.log_file
+        )
         return model
 
     def direct(self) -> RetrvR1ForConditionalGeneration:
@@ -178,12 +181,19 @@ class Miniature:
         What `sft` gets wrong shows only where the model writes on its own: a label skipped, an inspection asked for in the middle of
         the elimination, an answer that is not the candidate that matched (docs/experiments.md).
         """
-        style = TeacherStyle(extra=0.15, exhaustive=0.0, max_inspections=self.recipe.max_inspections)
-        return self._sft("sft", "polish", style, TokenWeights(list_label=1.0), seed=8)
+        return self._sft("sft", "polish", self._polished, TokenWeights(list_label=1.0), seed=8)
+
+    def in_full(self) -> RetrvR1ForConditionalGeneration:
+        """A peer for the benchmarks: the same thoughts over candidates in full, from weights that know how to think."""
+        self.lists = [replace(part, full=True) for part in self.lists]
+        return self._sft("polish", "in_full", self._polished, TokenWeights(list_label=1.0), seed=9)
 
     def grpo(self) -> RetrvR1ForConditionalGeneration:
         config, top_k = self.recipe.stages.grpo, self.recipe.top_k
         assert config is not None
+        if self.recipe.stages.in_full and config.steps:
+            fix = "Set stages.grpo.steps to 0, or leave stages.in_full out."
+            raise OptionsError(explain("stages.in_full", expected="no grpo behind it", got=config.steps, fix=fix))
         model = self._start(self.supervised)
         if not config.steps:
             return model
@@ -201,7 +211,10 @@ class Miniature:
         file = self.run / f"quality-{stage}.json"
         if file.exists():
             return {name: Quality(**row) for name, row in json.loads(file.read_text(encoding="utf-8")).items()}
-        model, full = self._load(stage), self.recipe.candidates != "compressed"
+        model, full = (
+            self._load(stage),
+            self.recipe.candidates != "compressed" or self.recipe.stages.in_full is not None,
+        )
         lists = make_lists(model, self.processor, self.pools[-1], self.ranked[-1], full)
         if self.recipe.candidates == "single":
             found = pointwise.quality(model, self.processor, lists, self.recipe.top_k)
@@ -215,7 +228,7 @@ class Miniature:
     @property
     def supervised(self) -> str:
         """The last stage before reinforcement."""
-        return "polish" if self.recipe.stages.polish else "sft"
+        return next(name for name in ("in_full", "polish", "sft") if getattr(self.recipe.stages, name))
 
     @property
     def last(self) -> str:
@@ -266,6 +279,10 @@ class Miniature:
         """To train on from `align` on."""
         model, full = self._start("align"), self.recipe.candidates != "compressed"
         return [make_lists(model, self.processor, p, r, full) for p, r in zip(self.pools, self.ranked, strict=True)]
+
+    @property
+    def _polished(self) -> TeacherStyle:
+        return TeacherStyle(extra=0.15, exhaustive=0.0, max_inspections=self.recipe.max_inspections)
 
     def _sft(
         self, start: str, name: str, style: TeacherStyle | None, tokens: TokenWeights = TokenWeights(), seed: int = 6

@@ -1,7 +1,4 @@
-"""A peer: the same backbone as a pointwise cross-encoder, one candidate in full at a time, its label or none. K prompts for a list of K.
-
-A list of candidates in full is learned from here, too: without it, nothing was (docs/experiments.md).
-"""
+"""A peer: the same backbone as a pointwise cross-encoder, one candidate in full at a time, its label or none. K prompts for a list of K."""
 
 from __future__ import annotations
 
@@ -19,6 +16,7 @@ from retrv_r1_retriever.model.modeling import RetrvR1ForConditionalGeneration
 from retrv_r1_retriever.model.processing import Chunk, Processor
 from retrv_r1_retriever.prompt import ANSWER_START
 from retrv_r1_retriever.trace import Text
+from retrv_r1_training.base import comparison_loss
 from retrv_r1_training.lists import Lists, prompt_of
 from retrv_r1_training.loop import Schedule, train
 from retrv_r1_training.loss import hidden_states
@@ -29,11 +27,15 @@ PAIRS = 8  #: per prompt of the listwise stages' batch: about as many tokens
 
 
 def train_pointwise(
-    model: RetrvR1ForConditionalGeneration, processor: Processor, lists: Sequence[Lists], schedule: Schedule, seed: int,
-    log_file: Path,
+    model: RetrvR1ForConditionalGeneration, processor: Processor, lists: Sequence[Lists], schedule: Schedule, rehearsal: int,
+    seed: int, log_file: Path,
 ) -> None:  # fmt: skip
-    """Half of the candidates are right, the others from the first stage's list. The last of `lists` is for validation."""
+    """Half of the candidates are right, the others from the first stage's list. The last of `lists` is for validation.
+
+    rehearsal: as in `sft.train_sft`
+    """
     rng = random.Random(seed)
+    captions = [item.caption for part in lists for item in part.pool.items]
     freeze_for_sft(model)
 
     def batch(parts: Sequence[Lists], count: int, rng: random.Random) -> tuple[Tensor, Tensor]:
@@ -45,7 +47,9 @@ def train_pointwise(
 
     def loss_fn(step: int) -> tuple[Tensor, dict[str, float]]:
         margin, right = batch(lists[:-1], PAIRS * schedule.batch_size, rng)
-        return F.binary_cross_entropy_with_logits(margin, right.float()), {"accuracy": _accuracy(margin, right)}
+        drill, more = comparison_loss(model, processor, captions, rehearsal, rng)
+        loss = F.binary_cross_entropy_with_logits(margin, right.float())
+        return loss + drill, {"accuracy": _accuracy(margin, right)} | more
 
     @torch.no_grad()
     def evaluate() -> dict[str, float]:

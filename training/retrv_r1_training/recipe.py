@@ -27,6 +27,7 @@ class Stages:
     eliminate: Schedule
     sft: Schedule
     polish: Schedule | None = None
+    in_full: Schedule | None = None
     grpo: GrpoConfig | None = None
 
 
@@ -39,7 +40,7 @@ class Recipe:
 
     What a model can be without, for the ablation: max_inspections 0 = thoughts that open nothing; candidates "full" = no compressed
     tokens, every candidate in full, "single" = one of them at a time, as `pointwise` trains it; freeze_memory false = in_proj learns
-    after `align`, too, and stored memory would not stay valid.
+    after `align`, too, and stored memory would not stay valid. A stage `in_full` is `polish` once more on candidates in full.
     A stage of 0 steps is left out: the next one begins where the one before it ended.
     """
 
