@@ -28,3 +28,10 @@ def test_what_has_no_file_is_not_measured_and_a_missed_goal_is_said(tmp_path):
     assert "U/C without thought: 2.0, goal 2.5 (missed by 0.5)." in text
     assert "U/F without thought: 20.0, goal 8.0 (met)." in text
     assert "With the same caches, U'/F: 9.0." in text
+    calls = [
+        {"task": "t2i", "mode": mode, "outside the model ms": ms} for mode, ms in (("a", 4.0), ("b", 4.9), ("b", 7.5))
+    ]
+    (tmp_path / "outside.json").write_text(json.dumps({"command": "python -m y", "calls": calls, "fetch": calls}))
+    text = page.page(tmp_path, tmp_path)
+    assert "a: at most 4.0 ms outside the model, goal 5.0 (met)." in text
+    assert "b: at most 7.5 ms outside the model, goal 5.0 (missed by 2.5)." in text
