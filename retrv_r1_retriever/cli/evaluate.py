@@ -32,7 +32,8 @@ from retrv_r1_retriever.retriever import RetrvR1Retriever
 from retrv_r1_retriever.store import FirstStage, VectorFirstStage
 
 MISSING_SHOWN = 10
-METRICS = ("recall@1", "recall@5", "recall@10", "mrr", "ndcg@10")  # the last one is tested for significance
+METRICS = ("recall@1", "recall@5", "recall@10", "mrr@10", "ndcg@10")  # the last one is tested for significance
+DEPTH = 10  # the deepest cut among them
 LATENCY_NOTE = "p50 and p95 are seconds per query, first stage included"
 
 
@@ -89,7 +90,7 @@ def main(args: argparse.Namespace) -> int:
         queries = [one.query for one in asked]
         measured = run(
             measure(
-                stage, retriever.reranker, retriever.images, queries, modes, filter=only,
+                stage, retriever.reranker, retriever.images, queries, modes, depth=DEPTH, filter=only,
                 qrels=qrels, concurrency=args.concurrency, shown=args.shown, progress=Progress(),
             )
         )  # fmt: skip
@@ -239,34 +240,26 @@ def _print(measured: Measured, outcome: Outcome, args: argparse.Namespace) -> No
 def _sentences(measured: Measured, outcome: Outcome) -> Iterator[str]:
     """Of each mode: what it changed, how many queries were reranked, and what all its traces note."""
     for name, words in outcome.words.items():
-        statuses = ", ".join(f"{count} {status}" for status, count in outcome.efforts[name].statuses.items())
-        yield f"{name}: {words} {statuses}."
+        took, total = outcome.efforts[name], len(measured.records[name])
+        yield f"{name}: {words} {', '.join(f'{count} {status}' for status, count in took.statuses.items())}."
+        if took.counted < total:
+            yield f"{name}: opened and tokens are over {took.counted} of {total} queries: of the others nobody knows them."
         yield from (f"note: {note}" for note in measured.notes[name])
 
 
 def _tables(measured: Measured, outcome: Outcome) -> list[ReportTable]:
     """Quality beside effort; with right answers also who lost the others."""
-    priced = any(one.cost is not None for one in outcome.efforts.values())
     header = ("", *(map(_short, METRICS) if outcome.summaries else ()), "opened", "p50", "p95", "tokens in", "out")
     rows = []
-    if outcome.summaries:  # the list of the largest K begins with those of the others
-        longest = max(outcome.summaries.values(), key=lambda summary: summary.ceiling)
-        rows.append(
-            (
-                "first stage",
-                *_numbers(longest.first_stage.values()),
-                "",
-                *_seconds(percentiles(measured.seconds)),
-                "",
-                "",
-            )
-        )
+    if outcome.summaries:  # one list was fetched for all modes
+        found = next(iter(outcome.summaries.values())).first_stage
+        rows.append(("first stage", *_numbers(found.values()), "", *_numbers(percentiles(measured.seconds)), "", ""))
     for name, one in outcome.efforts.items():
         quality = outcome.summaries[name].reranked.values() if outcome.summaries else ()
-        tokens = (f"{one.tokens_in:,.0f}", f"{one.tokens_out:,.0f}")
-        rows.append((name, *_numbers(quality), f"{one.opened:.2f}", *_seconds((one.p50, one.p95)), *tokens))
-    if priced:
-        costs = ["", *(f"{one.cost:,.2f}" for one in outcome.efforts.values())][-len(rows) :]
+        tokens = _numbers((one.tokens_in, one.tokens_out), "{:,.0f}")
+        rows.append((name, *_numbers(quality), *_numbers([one.opened], "{:.2f}"), *_numbers((one.p50, one.p95)), *tokens))
+    if any(one.cost is not None for one in outcome.efforts.values()):
+        costs = ["", *_numbers((one.cost for one in outcome.efforts.values()), "{:,.2f}")][-len(rows) :]
         header, rows = (*header, "per 1,000"), [(*row, cost) for row, cost in zip(rows, costs, strict=True)]
     queries = f"{len(measured.seconds)} queries" + ("" if outcome.summaries else " without right answers")
     tables = [ReportTable(queries, header, tuple(rows))]
@@ -280,12 +273,9 @@ def _tables(measured: Measured, outcome: Outcome) -> list[ReportTable]:
     return tables
 
 
-def _numbers(values: Iterable[float]) -> tuple[str, ...]:
-    return tuple(f"{value:.3f}" for value in values)
-
-
-def _seconds(values: Iterable[float | None]) -> tuple[str, ...]:
-    return tuple("–" if value is None else f"{value:.3f}" for value in values)
+def _numbers(values: Iterable[float | None], form: str = "{:.3f}") -> tuple[str, ...]:
+    """With a dash for what was not measured."""
+    return tuple("–" if value is None else form.format(value) for value in values)
 
 
 def _short(metric: str) -> str:

@@ -6,12 +6,13 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from retrv_r1_retriever.evaluation.metrics import Qrels
 from retrv_r1_retriever.evaluation.records import LostBy, Record, lost_by, positives, record_of
 from retrv_r1_retriever.images import ImageSource, load_content
 from retrv_r1_retriever.options import RerankOptions
-from retrv_r1_retriever.reranker import as_candidates
+from retrv_r1_retriever.reranker import as_candidates, bounded
 from retrv_r1_retriever.retriever import Reranker
 from retrv_r1_retriever.store import Filter, FirstStage
 from retrv_r1_retriever.types import Candidate, Query, RankedResults
@@ -74,43 +75,57 @@ async def measure(
     queries: Sequence[Query],
     modes: Sequence[RerankOptions],
     *,
+    depth: int,
     filter: Filter | None = None,
     qrels: Qrels | None = None,
     concurrency: int = 1,
     shown: int = 20,
     progress: ProgressFn | None = None,
 ) -> Measured:
-    """Candidates are fetched once per query, as many as the mode with the largest `top_k` takes. qrels: None = no labels"""
+    """Candidates are fetched once per query, as many as the mode with the largest `top_k` takes. qrels: None = no labels
+
+    depth: fetched at least; those beyond a mode's K stay behind it, so that no other mode's K decides what a metric sees of it
+    """
     measured = Measured(shown)
-    top_k = max(options.top_k for options in modes)
+    depth = max(depth, *(options.top_k for options in modes))
     for start in range(0, len(queries), concurrency):
         asked = queries[start : start + concurrency]
-        found = await asyncio.gather(*(_find(stage, images, query, top_k, filter) for query in asked))
-        measured.seconds += [seconds for *_, seconds in found]
+        found = await asyncio.gather(*(_find(stage, images, query, depth, filter) for query in asked))
+        measured.seconds += [one.seconds for one in found]
         for options in modes:
-            ranked = await reranker.arerank_batch(
-                [query for query, *_ in found],
-                [candidates[: options.top_k] for _, candidates, _ in found],
-                options=options,
-                concurrency=concurrency,
-            )
-            for query, results, (_, candidates, seconds) in zip(asked, ranked, found, strict=True):
+            ranked = await bounded(partial(_rerank, reranker, options), found, concurrency)
+            for query, one, (results, seconds) in zip(asked, found, ranked, strict=True):
                 grades = None if qrels is None else qrels[query.id or ""]
-                rest = [candidate.document.id for candidate in candidates[options.top_k :]]
-                measured.add(label(options), replace(results, query=query), record_of(results, seconds, rest), grades)
+                rest = [candidate.document.id for candidate in one.candidates[options.top_k :]]
+                record = record_of(results, one.seconds + seconds, rest)
+                measured.add(label(options), replace(results, query=query), record, grades)
         if progress:
             progress("evaluating", start + len(asked), len(queries))
     return measured
 
 
-async def _find(
-    stage: FirstStage, images: ImageSource, query: Query, top_k: int, filter: Filter | None
-) -> tuple[Query, tuple[Candidate, ...], float]:
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """query: with its picture decoded; seconds: of decoding and searching"""
+
+    query: Query
+    candidates: tuple[Candidate, ...]
+    seconds: float
+
+
+async def _find(stage: FirstStage, images: ImageSource, query: Query, depth: int, filter: Filter | None) -> _Found:
     started = time.monotonic()
     content, _ = await load_content(images, query.content)
     decoded = replace(query, content=content)
-    candidates = as_candidates(tuple(await stage(decoded, top_k=top_k, filter=filter))[:top_k])
-    return decoded, candidates, time.monotonic() - started
+    candidates = as_candidates(tuple(await stage(decoded, top_k=depth, filter=filter))[:depth])
+    return _Found(decoded, candidates, time.monotonic() - started)
+
+
+async def _rerank(reranker: Reranker, options: RerankOptions, found: _Found) -> tuple[RankedResults, float]:
+    """Timed here: a fallback has no trace, and took its time all the same."""
+    started = time.monotonic()
+    results = await reranker.arerank(found.query, found.candidates[: options.top_k], options=options)
+    return results, time.monotonic() - started
 
 
 def _kind(record: Record, right: set[str], step: LostBy | None) -> str:

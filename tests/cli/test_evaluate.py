@@ -80,7 +80,7 @@ def test_an_existing_run_is_reranked(indexed: Path, run: Run) -> None:
     Path("qrels.tsv").write_text("query-id\tcorpus-id\tscore\na\tcard1\t2\na\tnote\t0\n")
     ran = run("eval", "queries.jsonl", "--from-run", "run.json", "--qrels", "qrels.tsv", "--json").json
     mode = ran["modes"][MODE]
-    assert (ran["queries"], mode["first_stage"]["mrr"], mode["ceiling"]) == (1, 0.5, 1.0)
+    assert (ran["queries"], mode["first_stage"]["mrr@10"], mode["ceiling"]) == (1, 0.5, 1.0)
     assert ran["configuration"]["first_stage"] == "run run.json"
     assert ran["unjudged_queries"] == 2
     out = run("eval", "queries.jsonl", "--from-run", "run.json", "--qrels", "qrels.tsv").out
