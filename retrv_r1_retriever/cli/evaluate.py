@@ -22,7 +22,7 @@ from retrv_r1_retriever.cli.search import (
 from retrv_r1_retriever.cli.terminal import Progress, at_least_one, print_json, print_table, print_wrapped, printable
 from retrv_r1_retriever.errors import InputError, OptionsError, explain
 from retrv_r1_retriever.evaluation.first_stage import RunFirstStage
-from retrv_r1_retriever.evaluation.measure import Measured, label, measure, tag
+from retrv_r1_retriever.evaluation.measure import Measured, check_independent, label, measure, tag
 from retrv_r1_retriever.evaluation.metrics import Qrels
 from retrv_r1_retriever.evaluation.records import Effort, LostBy, Price, Record, Summary, effort, percentiles, summarise
 from retrv_r1_retriever.evaluation.runs import read_scored_run, write_run
@@ -76,6 +76,7 @@ def add_modes(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     config = load_config(args)
     modes = modes_of(args, config.rerank)
+    check_independent(modes)
     price = Price(*args.price) if args.price else None
     only = filter_of(args.filter)
     if only and args.from_run:

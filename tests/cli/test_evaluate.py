@@ -127,6 +127,16 @@ def test_bad_input_is_named(indexed: Path, run: Run, name: str, text: str, argum
     assert (ran.code, message in ran.err) == (2, True), ran.err
 
 
+def test_a_share_of_a_batch_is_no_property_of_a_query(indexed: Path, run: Run) -> None:
+    config = Path("retrv.toml")
+    config.write_text(config.read_text() + "max_think_share = 0.5\n")
+    refused = run("eval", "queries.jsonl")
+    assert refused.code == 2
+    assert "max_think_share: expected 1 in an evaluation, where each query is judged by itself, got 0.5" in refused.err
+    for without_effect in ("never/hybrid", "always/hybrid", "auto/logits"):
+        assert run("eval", "queries.jsonl", "--limit", 1, "--mode", without_effect).code == 0
+
+
 def test_compare_two_runs(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("qrels.txt").write_text("".join(f"q{i} 0 d{i} 1\n" for i in range(40)) + "none 0 d 0\n")
