@@ -20,12 +20,12 @@ from retrv_r1_retriever.cli.search import (
     options_of,
 )
 from retrv_r1_retriever.cli.terminal import Progress, at_least_one, print_json, print_table, print_wrapped, printable
-from retrv_r1_retriever.errors import InputError, OptionsError, explain
+from retrv_r1_retriever.errors import InputError, OptionsError, RetrvR1Error, explain
 from retrv_r1_retriever.evaluation.first_stage import RunFirstStage
 from retrv_r1_retriever.evaluation.measure import Measured, check_independent, label, measure, tag
 from retrv_r1_retriever.evaluation.metrics import Qrels
 from retrv_r1_retriever.evaluation.records import Effort, LostBy, Price, Record, Summary, effort, percentiles, summarise
-from retrv_r1_retriever.evaluation.runs import read_scored_run, write_run
+from retrv_r1_retriever.evaluation.runs import is_field, read_scored_run, write_run
 from retrv_r1_retriever.options import Ranking, RerankOptions, Think
 from retrv_r1_retriever.report import ReportTable
 from retrv_r1_retriever.retriever import RetrvR1Retriever
@@ -84,6 +84,8 @@ def main(args: argparse.Namespace) -> int:
         raise OptionsError(explain("--filter", expected="a search", got="--from-run, which searches nothing", fix=fix))
     check_output(args.report, args.run_file)
     asked, unjudged = read_queries(args.file, config, qrels=args.qrels, limit=args.limit)
+    if args.run_file:
+        _check_ids(asked)
     qrels = {one.query.id or "": one.grades for one in asked} if asked[0].grades else None
     with opened_retriever(config) as retriever:
         stage = _stage(args, retriever, asked)
@@ -97,14 +99,18 @@ def main(args: argparse.Namespace) -> int:
         )  # fmt: skip
     outcome = Outcome.of(measured, qrels, price)
     settings = _settings(args, modes, retriever, config.store.kind)
-    written = _write_runs(args.run_file, modes, measured)
-    if args.report:
-        _write_report(args.report, measured, outcome, settings, retriever)
-        written.append(args.report)
+    written: list[Path] = []
+    failed: Exception | None = None  # what took hours must not be lost to a file that cannot be written
+    try:
+        for path in _write(args, modes, measured, outcome, settings, retriever):
+            written.append(path)
+    except (RetrvR1Error, OSError) as error:
+        failed = error
     if args.json:
         left_out = {"missing_positives": missing, "unjudged_queries": unjudged, "queries_not_in_run": unlisted}
-        print_json(_json(measured, outcome, settings) | left_out)
-        return 0
+        broken = {"error": {"type": type(failed).__name__, "message": str(failed)}} if failed else {}
+        print_json(_json(measured, outcome, settings) | left_out | broken)
+        return 2 if failed else 0
     _print(measured, outcome, args)
     if missing:
         print_wrapped(_missing_words(missing))
@@ -116,6 +122,8 @@ def main(args: argparse.Namespace) -> int:
         )
     for path in written:
         print(f"wrote {path}")
+    if failed:
+        raise failed
     return 0
 
 
@@ -196,15 +204,31 @@ def _settings(
     }
 
 
-def _write_runs(path: Path | None, modes: Sequence[RerankOptions], measured: Measured) -> list[Path]:
-    """One file per mode; with several, the mode is part of the name."""
-    written = []
-    for options in modes if path else ():
-        assert path is not None
+def _check_ids(asked: Sequence[Asked]) -> None:
+    """Before the work: a run could not be written with them."""
+    for id in (one.query.id or "" for one in asked):
+        if not is_field(id):
+            fix = "Columns of a TREC file are split there. Rename it; a row without an id is named after file and line."
+            raise InputError(explain("--run", expected="ids of queries without spaces", got=repr(id), fix=fix))
+
+
+def _write(
+    args: argparse.Namespace,
+    modes: Sequence[RerankOptions],
+    measured: Measured,
+    outcome: Outcome,
+    settings: Mapping[str, Any],
+    retriever: RetrvR1Retriever,
+) -> Iterator[Path]:
+    """The page, and one run per mode; with several, the mode is part of the name."""
+    if args.report:
+        _write_report(args.report, measured, outcome, settings, retriever)
+        yield args.report
+    for options in modes if args.run_file else ():
+        path: Path = args.run_file
         own = path if len(modes) == 1 else path.with_name(f"{path.stem}.{tag(options)}{path.suffix}")
         write_run(own, {r.query: r.reranked for r in measured.records[label(options)]}, tag(options))
-        written.append(own)
-    return written
+        yield own
 
 
 # -- what is shown -----------------------------------------------------------------------------------------------------

@@ -127,6 +127,23 @@ def test_bad_input_is_named(indexed: Path, run: Run, name: str, text: str, argum
     assert (ran.code, message in ran.err) == (2, True), ran.err
 
 
+def test_a_run_that_cannot_be_written_costs_nothing(indexed: Path, run: Run) -> None:
+    Path("my queries.jsonl").write_text('{"text": "two red circle"}\n')
+    refused = run("eval", "my queries.jsonl", "--run", "run.txt")
+    assert (refused.code, refused.out, Path("run.txt").exists()) == (2, "", False)
+    assert "--run: expected ids of queries without spaces, got 'my queries.jsonl:1'" in refused.err
+    assert "evaluating" not in refused.err, "before the work"
+    (indexed / "items" / "card2.png").rename(indexed / "items" / "card 2.png")
+    run("index", "items")
+    for form in ((), ("--json",)):
+        ran = run("eval", "queries.jsonl", "--limit", 1, "--run", "run.txt", "--report", "page.html", *form)
+        assert (ran.code, Path("run.txt").exists()) == (2, False)
+        assert "expected ids without spaces, got 'card 2'" in (ran.json["error"]["message"] if form else ran.err)
+        assert MODE in (ran.json["modes"] if form else ran.out)
+        assert Path("page.html").is_file()
+        Path("page.html").unlink()
+
+
 def test_a_share_of_a_batch_is_no_property_of_a_query(indexed: Path, run: Run) -> None:
     config = Path("retrv.toml")
     config.write_text(config.read_text() + "max_think_share = 0.5\n")
