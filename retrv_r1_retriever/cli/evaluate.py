@@ -31,7 +31,7 @@ from retrv_r1_retriever.report import ReportTable
 from retrv_r1_retriever.retriever import RetrvR1Retriever
 from retrv_r1_retriever.store import FirstStage, VectorFirstStage
 
-MISSING_SHOWN = 10
+NAMED = 10  # of what is missing
 METRICS = ("recall@1", "recall@5", "recall@10", "mrr@10", "ndcg@10")  # the last one is tested for significance
 DEPTH = 10  # the deepest cut among them
 LATENCY_NOTE = "p50 and p95 are seconds per query, first stage included"
@@ -89,7 +89,6 @@ def main(args: argparse.Namespace) -> int:
     qrels = {one.query.id or "": one.grades for one in asked} if asked[0].grades else None
     with opened_retriever(config) as retriever:
         stage = _stage(args, retriever, asked)
-        missing, unlisted = _missing(retriever, asked), _unlisted(stage, asked)
         queries = [one.query for one in asked]
         measured = run(
             measure(
@@ -97,6 +96,7 @@ def main(args: argparse.Namespace) -> int:
                 qrels=qrels, concurrency=args.concurrency, shown=args.shown, progress=Progress(),
             )
         )  # fmt: skip
+        gaps = Gaps(_missing(retriever, asked), unjudged, _unlisted(stage, asked), measured.unreadable)
     outcome = Outcome.of(measured, qrels, price)
     settings = _settings(args, modes, retriever, config.store.kind)
     written: list[Path] = []
@@ -107,19 +107,12 @@ def main(args: argparse.Namespace) -> int:
     except (RetrvR1Error, OSError) as error:
         failed = error
     if args.json:
-        left_out = {"missing_positives": missing, "unjudged_queries": unjudged, "queries_not_in_run": unlisted}
         broken = {"error": {"type": type(failed).__name__, "message": str(failed)}} if failed else {}
-        print_json(_json(measured, outcome, settings) | left_out | broken)
+        print_json(_json(measured, outcome, settings) | asdict(gaps) | broken)
         return 2 if failed else 0
     _print(measured, outcome, args)
-    if missing:
-        print_wrapped(_missing_words(missing))
-    if unjudged:
-        print_wrapped(f"queries without a right answer in {args.qrels}, left out: {unjudged}")
-    if unlisted:
-        print_wrapped(
-            f"queries that {args.from_run} does not have: {unlisted} of {len(asked)}; they count as not found"
-        )
+    for line in gaps.sentences(args, len(asked)):
+        print_wrapped(printable(line))
     for path in written:
         print(f"wrote {path}")
     if failed:
@@ -181,12 +174,6 @@ def _unlisted(stage: FirstStage, asked: Sequence[Asked]) -> int:
     return sum(one.query.id not in stage.run for one in asked) if isinstance(stage, RunFirstStage) else 0
 
 
-def _missing_words(missing: Sequence[str]) -> str:
-    more = f" and {len(missing) - MISSING_SHOWN} more" if len(missing) > MISSING_SHOWN else ""
-    names = printable(", ".join(missing[:MISSING_SHOWN]))
-    return f"right answers that are not in the store, so that no search can find them: {len(missing)} ({names}{more})"
-
-
 def _settings(
     args: argparse.Namespace, modes: Sequence[RerankOptions], retriever: RetrvR1Retriever, store: str
 ) -> dict[str, Any]:
@@ -235,6 +222,33 @@ def _write(
 
 
 @dataclass(frozen=True, slots=True)
+class Gaps:
+    """What the figures leave out, or count as not found. unreadable_queries: id -> why"""
+
+    missing_positives: Sequence[str]
+    unjudged_queries: int
+    queries_not_in_run: int
+    unreadable_queries: Mapping[str, str]
+
+    def sentences(self, args: argparse.Namespace, total: int) -> Iterator[str]:
+        """Nothing where nothing is amiss."""
+        if missing := self.missing_positives:
+            yield f"right answers that are not in the store, so that no search can find them: {_counted(missing, ', ')}"
+        if self.unjudged_queries:
+            yield f"queries without a right answer in {args.qrels}, left out: {self.unjudged_queries}"
+        if self.queries_not_in_run:
+            lacking = f"{self.queries_not_in_run} of {total}"
+            yield f"queries that {args.from_run} does not have: {lacking}; they count as not found"
+        if unreadable := [f"{id}: {why}" for id, why in self.unreadable_queries.items()]:
+            yield f"queries whose picture cannot be read, left out: {_counted(unreadable, ' ')}"
+
+
+def _counted(items: Sequence[str], between: str) -> str:
+    more = f" and {len(items) - NAMED} more" if len(items) > NAMED else ""
+    return f"{len(items)} ({between.join(items[:NAMED])}{more})"
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """By mode; no summaries without right answers."""
 
@@ -244,7 +258,8 @@ class Outcome:
 
     @classmethod
     def of(cls, measured: Measured, qrels: Qrels | None, price: Price | None) -> Outcome:
-        summaries = {name: summarise(records, qrels, METRICS) for name, records in measured.records.items() if qrels}
+        judged = {id: grades for id, grades in (qrels or {}).items() if id not in measured.unreadable}
+        summaries = {name: summarise(records, judged, METRICS) for name, records in measured.records.items() if qrels}
         words = {
             name: verdict(summaries[name]) if qrels else _disagreement(records)
             for name, records in measured.records.items()

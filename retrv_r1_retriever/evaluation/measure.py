@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from retrv_r1_retriever.errors import OptionsError, explain
+from retrv_r1_retriever.errors import ImageError, InputError, OptionsError, explain
 from retrv_r1_retriever.evaluation.metrics import Qrels
 from retrv_r1_retriever.evaluation.records import LostBy, Record, lost_by, positives, record_of
 from retrv_r1_retriever.images import ImageSource, load_content
@@ -60,6 +60,7 @@ class Shown:
 class Measured:
     """records: mode -> one per query; seconds: of the first stage, per query; notes: what all traces of a mode note
 
+    unreadable: queries left out, with what is wrong with their picture
     shown: queries whose first place the reranking changed, and those it left wrong, at most `limit` per mode and kind
     """
 
@@ -67,6 +68,7 @@ class Measured:
     records: dict[str, list[Record]] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
     notes: dict[str, list[str]] = field(default_factory=dict)
+    unreadable: dict[str, str] = field(default_factory=dict)
     shown: dict[tuple[str, str], list[Shown]] = field(default_factory=dict)
 
     def add(self, mode: str, results: RankedResults, record: Record, grades: Mapping[str, int] | None) -> None:
@@ -103,41 +105,53 @@ async def measure(
     depth = max(depth, *(options.top_k for options in modes))
     for start in range(0, len(queries), concurrency):
         asked = queries[start : start + concurrency]
-        found = await asyncio.gather(*(_find(stage, images, query, depth, filter) for query in asked))
+        tried = await asyncio.gather(*(_find(stage, images, query, depth, filter) for query in asked))
+        found = [one for one in tried if isinstance(one, _Found)]
+        measured.unreadable |= {q.id or "": str(e) for q, e in zip(asked, tried, strict=True) if isinstance(e, ImageError)}
         measured.seconds += [one.seconds for one in found]
         for options in modes:
             ranked = await bounded(partial(_rerank, reranker, options), found, concurrency)
-            for query, one, (results, seconds) in zip(asked, found, ranked, strict=True):
-                grades = None if qrels is None else qrels[query.id or ""]
+            for one, (results, seconds) in zip(found, ranked, strict=True):
+                grades = None if qrels is None else qrels[one.query.id or ""]
                 rest = [candidate.document.id for candidate in one.candidates[options.top_k :]]
                 record = record_of(results, one.seconds + seconds, rest)
-                measured.add(label(options), replace(results, query=query), record, grades)
+                measured.add(label(options), replace(results, query=one.query), record, grades)
         if progress:
             progress("evaluating", start + len(asked), len(queries))
+    if not measured.records:
+        id, why = next(iter(measured.unreadable.items()))
+        got = f"none of {len(queries)} (first: {id!r}: {why})"
+        raise InputError(explain("queries", expected="some whose picture can be read", got=got, fix="Fix their pictures."))
     return measured
 
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """query: with its picture decoded; seconds: of decoding and searching"""
+    """decoded: the query with its picture decoded; seconds: of decoding and searching"""
 
     query: Query
+    decoded: Query
     candidates: tuple[Candidate, ...]
     seconds: float
 
 
-async def _find(stage: FirstStage, images: ImageSource, query: Query, depth: int, filter: Filter | None) -> _Found:
+async def _find(
+    stage: FirstStage, images: ImageSource, query: Query, depth: int, filter: Filter | None
+) -> _Found | ImageError:
     started = time.monotonic()
-    content, _ = await load_content(images, query.content)
+    try:
+        content, _ = await load_content(images, query.content)
+    except ImageError as error:
+        return error  # one picture must not cost what the others took
     decoded = replace(query, content=content)
     candidates = as_candidates(tuple(await stage(decoded, top_k=depth, filter=filter))[:depth])
-    return _Found(decoded, candidates, time.monotonic() - started)
+    return _Found(query, decoded, candidates, time.monotonic() - started)
 
 
 async def _rerank(reranker: Reranker, options: RerankOptions, found: _Found) -> tuple[RankedResults, float]:
     """Timed here: a fallback has no trace, and took its time all the same."""
     started = time.monotonic()
-    results = await reranker.arerank(found.query, found.candidates[: options.top_k], options=options)
+    results = await reranker.arerank(found.decoded, found.candidates[: options.top_k], options=options)
     return results, time.monotonic() - started
 
 

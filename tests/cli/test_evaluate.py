@@ -127,6 +127,22 @@ def test_bad_input_is_named(indexed: Path, run: Run, name: str, text: str, argum
     assert (ran.code, message in ran.err) == (2, True), ran.err
 
 
+def test_a_query_whose_picture_cannot_be_read_is_left_out(indexed: Path, run: Run) -> None:
+    Path("torn.png").write_bytes((indexed / "items" / "card0.png").read_bytes()[:60])
+    torn = {"id": "torn", "image": "torn.png", "positives": ["card0"]}
+    Path("queries.jsonl").write_text("\n".join(map(json.dumps, [QUERIES[0], torn, QUERIES[1]])))
+    for modes in (["--mode", "never/logits"], ["--mode", "never/logits", "--concurrency", 4]):
+        ran = run("eval", "queries.jsonl", *modes, "--report", "page.html", "--json").json
+        assert (ran["queries"], ran["modes"]["K=20 never/logits"]["queries"]) == (2, 2)
+        assert list(ran["unreadable_queries"]) == ["torn"]
+    flat = " ".join(run("eval", "queries.jsonl").out.split())
+    assert "queries whose picture cannot be read, left out: 1 (torn: image (60 bytes): expected a readable" in flat
+    Path("queries.jsonl").write_text(json.dumps(torn))
+    refused = run("eval", "queries.jsonl")
+    assert refused.code == 2
+    assert "queries: expected some whose picture can be read, got none of 1 (first: 'torn': image (60 bytes)" in refused.err
+
+
 def test_a_run_that_cannot_be_written_costs_nothing(indexed: Path, run: Run) -> None:
     Path("my queries.jsonl").write_text('{"text": "two red circle"}\n')
     refused = run("eval", "my queries.jsonl", "--run", "run.txt")
