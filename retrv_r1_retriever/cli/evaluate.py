@@ -364,7 +364,7 @@ def _write_report(
         f"Below: {len(entries)} queries that reranking changed or left wrong, at most {measured.limit} of a kind."
     )
     tables = [replace(first, note="\n".join(_sentences(measured, outcome))), *rest, configuration_table(settings)]
-    write_report(path, entries, title="Evaluation", intro=intro, tables=tables, images=retriever.images)
+    write_report(path, entries, title="Evaluation", intro=intro, tables=tables, images=retriever.images, tiles=False)
 
 
 def configuration_table(settings: Mapping[str, Any]) -> ReportTable:

@@ -50,6 +50,7 @@ def test_modes_over_the_same_candidates(indexed: Path, run: Run) -> None:
     assert "fusion: none" in page
     assert "3 reranked.\nnote: this list is 4 long and the model was trained on lists of 20" in page
     assert page.count("<img") >= 1
+    assert "class='tiles'" not in page, "means over a selection, each query once per mode"
 
 
 def test_what_a_person_reads(indexed: Path, run: Run) -> None:
