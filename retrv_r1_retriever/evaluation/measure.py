@@ -61,7 +61,7 @@ class Measured:
     """records: mode -> one per query; seconds: of the first stage, per query; notes: what all traces of a mode note
 
     unreadable: queries left out, with what is wrong with their picture
-    shown: queries whose first place the reranking changed, and those it left wrong, at most `limit` per mode and kind
+    shown: queries whose first place the reranking changed, and those left wrong, at most `limit` per mode and kind
     """
 
     limit: int
@@ -107,7 +107,9 @@ async def measure(
         asked = queries[start : start + concurrency]
         tried = await asyncio.gather(*(_find(stage, images, query, depth, filter) for query in asked))
         found = [one for one in tried if isinstance(one, _Found)]
-        measured.unreadable |= {q.id or "": str(e) for q, e in zip(asked, tried, strict=True) if isinstance(e, ImageError)}
+        measured.unreadable |= {
+            q.id or "": str(e) for q, e in zip(asked, tried, strict=True) if isinstance(e, ImageError)
+        }
         measured.seconds += [one.seconds for one in found]
         for options in modes:
             ranked = await bounded(partial(_rerank, reranker, options), found, concurrency)
@@ -121,7 +123,9 @@ async def measure(
     if not measured.records:
         id, why = next(iter(measured.unreadable.items()))
         got = f"none of {len(queries)} (first: {id!r}: {why})"
-        raise InputError(explain("queries", expected="some whose picture can be read", got=got, fix="Fix their pictures."))
+        raise InputError(
+            explain("queries", expected="some whose picture can be read", got=got, fix="Fix their pictures.")
+        )
     return measured
 
 
@@ -157,14 +161,12 @@ async def _rerank(reranker: Reranker, options: RerankOptions, found: _Found) -> 
 
 def _kind(record: Record, right: set[str], step: LostBy | None) -> str:
     """Empty for a query that nobody needs to look at."""
-    if not record.before:
-        return ""
-    before, after = record.before[0], record.after[0]
+    before, after = record.before[:1], record.after[:1]
     if not right:
         return "first places differ" if before != after else ""
-    if (before in right) != (after in right):
-        return "rescued by reranking" if after in right else f"lost by reranking: {step}"
-    return f"lost: {step}" if step and step is not LostBy.FIRST_STAGE else ""
+    if right.isdisjoint(before) != right.isdisjoint(after):
+        return f"lost by reranking: {step}" if step else "rescued by reranking"
+    return f"lost: {step}" if step else ""
 
 
 def _cut(results: RankedResults, right: set[str]) -> RankedResults:

@@ -128,6 +128,50 @@ def test_bad_input_is_named(indexed: Path, run: Run, name: str, text: str, argum
     assert (ran.code, message in ran.err) == (2, True), ran.err
 
 
+def test_every_file_says_what_its_numbers_depend_on(indexed: Path, run: Run) -> None:
+    """Of two evaluations that differ in one setting, no file can be taken for the other's."""
+    Path("qrels.txt").write_text("a 0 card1 1\na 0 elsewhere 1\n90:1 0 card0 1\n")
+    Path("bm25.txt").write_text("a Q0 note 1 0.5 t\n")
+    Path("float.toml").write_text(Path("retrv.toml").read_text().replace("[model]", "[model]\ndtype = 'float64'"))
+    bare = ["eval", "queries.jsonl", "--run", "run.txt", "--report", "page.html", "--mode", "never/logits", "--json"]
+    varied = [
+        ["--filter", "modality=image"], ["--from-run", "bm25.txt"], ["--qrels", "qrels.txt"], ["--limit", 1],
+        ["--concurrency", 2], ["--top-k", 3], ["--max-inspections", 0], ["--config", "float.toml"],
+    ]  # fmt: skip
+    tags = set()
+    for more in ([], *varied):
+        found = run(*bare, *more).json
+        (tag,) = {line.split()[-1] for line in Path("run.txt").read_text().splitlines()}
+        assert tag.startswith("retrv-r1.K")
+        assert tag.endswith(f".never.logits.{found['configuration']['id']}")
+        assert f">{found['configuration']['id']}<" in Path("page.html").read_text()
+        tags.add(tag)
+    assert len(tags) == 1 + len(varied)
+
+    given = ["--qrels", "qrels.txt", "--from-run", "bm25.txt"]
+    found = run(*bare, *given).json
+    configuration = found["configuration"]
+    assert (configuration["qrels"], configuration["limit"]) == ("qrels.txt", None)
+    assert configuration["pool"] == "4 documents in retrv-index"
+    page, out = Path("page.html").read_text(), " ".join(run(*bare[:-1], *given).out.split())
+    for words in (
+        "right answers that are not in the store, so that no search can find them: 1 (elsewhere)",
+        "queries without a right answer in qrels.txt, left out: 1",
+        "queries that bm25.txt does not have: 1 of 2; they count as not found",
+    ):
+        assert words in page
+        assert words in out
+    assert f"configuration: id {configuration['id']}, queries queries.jsonl, qrels qrels.txt, limit none, first stage run" in out
+
+
+def test_queries_lost_by_the_first_stage_are_shown(indexed: Path, run: Run) -> None:
+    Path("bm25.txt").write_text("a Q0 note 1 0.5 t\n")
+    run("eval", "queries.jsonl", "--from-run", "bm25.txt", "--report", "page.html")
+    page = Path("page.html").read_text()
+    assert page.count(f"{MODE}: lost: first stage") == 2 * 3, "in the contents and above it"
+    assert "Nothing to rank" in page, "the run does not have it"
+
+
 def test_a_query_whose_picture_cannot_be_read_is_left_out(indexed: Path, run: Run) -> None:
     Path("torn.png").write_bytes((indexed / "items" / "card0.png").read_bytes()[:60])
     torn = {"id": "torn", "image": "torn.png", "positives": ["card0"]}
@@ -141,7 +185,10 @@ def test_a_query_whose_picture_cannot_be_read_is_left_out(indexed: Path, run: Ru
     Path("queries.jsonl").write_text(json.dumps(torn))
     refused = run("eval", "queries.jsonl")
     assert refused.code == 2
-    assert "queries: expected some whose picture can be read, got none of 1 (first: 'torn': image (60 bytes)" in refused.err
+    assert (
+        "queries: expected some whose picture can be read, got none of 1 (first: 'torn': image (60 bytes)"
+        in refused.err
+    )
 
 
 def test_a_run_that_cannot_be_written_costs_nothing(indexed: Path, run: Run) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from retrv_r1_retriever.cli.evaluate import DEPTH, METRICS
+from retrv_r1_retriever.cli.outcome import DEPTH, METRICS
 from retrv_r1_retriever.engines.base import SlotRead
 from retrv_r1_retriever.engines.scripted import ScriptedEngine, ScriptedHandle
 from retrv_r1_retriever.evaluation.measure import Measured, label, measure
