@@ -76,6 +76,12 @@ def test_without_labels_disagreements_are_shown(indexed: Path, run: Run) -> None
     assert "2 queries without right answers" in run("eval", "bare.csv").out
 
 
+def test_right_answers_in_a_cell_may_have_spaces_between_them(indexed: Path, run: Run) -> None:
+    Path("cells.csv").write_text("id,text,positives,image,images\nx,two red, card1 | card0,,7\ny,which,card2|,,8\n")
+    found = run("eval", "cells.csv", "--json").json
+    assert (found["missing_positives"], found["modes"][MODE]["ceiling"]) == ([], 1)
+
+
 def test_an_existing_run_is_reranked(indexed: Path, run: Run) -> None:
     Path("run.json").write_text(json.dumps({"a": {"note": 0.5, "card1": 0.25}, "other": {"z": 1}}))
     Path("qrels.tsv").write_text("query-id\tcorpus-id\tscore\na\tcard1\t2\na\tnote\t0\n")
@@ -116,6 +122,10 @@ def test_queries_that_a_run_lacks_are_counted(indexed: Path, run: Run) -> None:
         ("queries.jsonl", '{"text": "x"}', ["--shown", "0"], "expected a whole number of at least 1, got '0'"),
         ("queries.jsonl", '{"id": 1, "text": "x"}\n{"id": 1, "text": "y"}', [], "expected distinct ids, got '1' a second time"),
         ("queries.csv", "id,text\n1,a,b\n", [], "queries.csv:2: expected 2 cells, got another number"),
+        ("queries.csv", "id,text,Positives\n1,a,b\n", [], "queries.csv:2: field: expected 'positives', got 'Positives'"),
+        ("queries.csv", "id, text\n1,a\n", [], "queries.csv:2: field: expected 'text', got ' text'"),
+        ("queries.jsonl", '{"text": "x", "positive": ["card0"]}', [], "queries.jsonl:1: field: expected 'positives', got"),
+        ("queries.jsonl", '{"query_txt": "x", "Pos_cand_list": ["a"]}', [], "expected 'pos_cand_list', got 'Pos_cand_list'"),
         ("run.txt", "a Q0 note 1 0.5 t\n", ["--from-run", "run.txt", "--filter", "a=1"], "--filter: expected a search, got"),
         ("queries.jsonl", '{"text": "x"}', ["--filter", "a"], "--filter: expected field=value, got 'a'"),
         ("queries.jsonl", '{"text": "x"}', ["--mode", "maybe"], "--mode: expected THINK/RANKING of"),
@@ -161,7 +171,10 @@ def test_every_file_says_what_its_numbers_depend_on(indexed: Path, run: Run) -> 
     ):
         assert words in page
         assert words in out
-    assert f"configuration: id {configuration['id']}, queries queries.jsonl, qrels qrels.txt, limit none, first stage run" in out
+    assert (
+        f"configuration: id {configuration['id']}, queries queries.jsonl, qrels qrels.txt, limit none, first stage run"
+        in out
+    )
 
 
 def test_queries_lost_by_the_first_stage_are_shown(indexed: Path, run: Run) -> None:
