@@ -75,7 +75,8 @@ class Outcome:
             took, total = self.efforts[name], len(self.measured.records[name])
             yield f"{name}: {words} {', '.join(f'{count} {status}' for status, count in took.statuses.items())}."
             if took.counted < total:
-                yield f"{name}: opened and tokens are over {took.counted} of {total} queries: of the others nobody knows them."
+                counted = f"{took.counted} of {total} queries"
+                yield f"{name}: opened and tokens are over {counted}: a fallback or a thought cut off leaves no count."
             yield from (f"note: {note}" for note in self.measured.notes[name])
 
     def tables(self) -> list[ReportTable]:
