@@ -67,6 +67,18 @@ def test_what_a_person_reads(indexed: Path, run: Run) -> None:
     assert "right answers that are not in the store, so that no search can find them: 1 (elsewhere)" in flat
 
 
+def test_fallbacks_are_timed_and_have_no_tokens(indexed: Path, run: Run) -> None:
+    late = ["eval", "queries.jsonl", "--timeout", "0.000001", "--price", 1, 1]
+    mode = run(*late, "--json").json["modes"][MODE]
+    assert (mode["statuses"], mode["counted"], mode["tokens_in"], mode["cost"]) == ({"fallback": 3}, 0, None, None)
+    assert mode["p50"] > 0
+    flat = " ".join(run(*late).out.split())
+    assert (
+        f"{MODE}: opened and tokens are over 0 of 3 queries: a fallback or a thought cut off leaves no count." in flat
+    )
+    assert "leaves no count" not in run("eval", "queries.jsonl").out
+
+
 def test_without_labels_disagreements_are_shown(indexed: Path, run: Run) -> None:
     Path("bare.csv").write_text('id,text,image\nx,"two, red",\ny,,card0.png\n')
     ran = run("eval", "bare.csv", "--report", "page.html", "--json").json
