@@ -26,7 +26,8 @@ from retrv_r1_retriever.config import Config
 from retrv_r1_retriever.errors import InputError, OptionsError, RetrvR1Error, explain
 from retrv_r1_retriever.evaluation.first_stage import RunFirstStage
 from retrv_r1_retriever.evaluation.journal import digest_of
-from retrv_r1_retriever.evaluation.measure import Measured, check_independent, label, measure, tag
+from retrv_r1_retriever.evaluation.measure import Measured, label, measure, tag
+from retrv_r1_retriever.evaluation.modes import check_modes
 from retrv_r1_retriever.evaluation.records import Price
 from retrv_r1_retriever.evaluation.runs import is_field, read_scored_run, write_run
 from retrv_r1_retriever.options import Ranking, RerankOptions, Think
@@ -73,7 +74,7 @@ def add_modes(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     config = load_config(args)
     modes = modes_of(args, config.rerank)
-    check_independent(modes)
+    check_modes(modes)
     price = Price(*args.price) if args.price else None
     only = filter_of(args.filter)
     if only and args.from_run:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from retrv_r1_retriever.errors import ImageError, InputError, OptionsError, explain
+from retrv_r1_retriever.errors import ImageError, InputError, explain
 from retrv_r1_retriever.evaluation.metrics import Qrels
 from retrv_r1_retriever.evaluation.records import LostBy, Record, lost_by, positives, record_of
 from retrv_r1_retriever.images import ImageSource, load_content
@@ -32,18 +32,6 @@ def label(options: RerankOptions) -> str:
 def tag(options: RerankOptions) -> str:
     """The same without spaces, for run files."""
     return f"retrv-r1.K{options.top_k}.{options.think}.{options.ranking}"
-
-
-def check_independent(modes: Iterable[RerankOptions]) -> None:
-    """Raises `OptionsError` where which queries think would depend on which of them are asked together."""
-    for options in modes:
-        if options.think == "auto" and options.ranking != "logits" and options.max_think_share < 1:
-            expected = "1 in an evaluation, where each query is judged by itself"
-            fix = (
-                "It bounds the load of a batch, so results would change with --concurrency. Set it to 1 in [rerank] for this "
-                "run, and compare --mode never/hybrid with always/hybrid for the two ends."
-            )
-            raise OptionsError(explain("max_think_share", expected=expected, got=options.max_think_share, fix=fix))
 
 
 @dataclass(frozen=True, slots=True)

@@ -238,7 +238,7 @@ def test_a_share_of_a_batch_is_no_property_of_a_query(indexed: Path, run: Run) -
     config.write_text(config.read_text() + "max_think_share = 0.5\n")
     refused = run("eval", "queries.jsonl")
     assert refused.code == 2
-    assert "max_think_share: expected 1 in an evaluation, where each query is judged by itself, got 0.5" in refused.err
+    assert "max_think_share: expected 1 in an evaluation, got 0.5 with think='auto'" in refused.err
     for without_effect in ("never/hybrid", "always/hybrid", "auto/logits"):
         assert run("eval", "queries.jsonl", "--limit", 1, "--mode", without_effect).code == 0
 
