@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 from retrv_r1_retriever._sync import run
+from retrv_r1_retriever.cli.outcome import DEPTH, Gaps, Outcome, outcome_json, print_outcome, write_page
 from retrv_r1_retriever.cli.queries import Asked, read_queries
 from retrv_r1_retriever.cli.search import (
     add_filter,
@@ -19,21 +21,18 @@ from retrv_r1_retriever.cli.search import (
     opened_retriever,
     options_of,
 )
-from retrv_r1_retriever.cli.terminal import Progress, at_least_one, print_json, print_table, print_wrapped, printable
-from retrv_r1_retriever.errors import InputError, OptionsError, explain
+from retrv_r1_retriever.cli.terminal import Progress, at_least_one, print_json
+from retrv_r1_retriever.config import Config
+from retrv_r1_retriever.errors import InputError, OptionsError, RetrvR1Error, explain
 from retrv_r1_retriever.evaluation.first_stage import RunFirstStage
+from retrv_r1_retriever.evaluation.journal import digest_of
 from retrv_r1_retriever.evaluation.measure import Measured, label, measure, tag
-from retrv_r1_retriever.evaluation.metrics import Qrels
-from retrv_r1_retriever.evaluation.records import Effort, LostBy, Price, Record, Summary, effort, percentiles, summarise
-from retrv_r1_retriever.evaluation.runs import read_scored_run, write_run
+from retrv_r1_retriever.evaluation.modes import check_modes
+from retrv_r1_retriever.evaluation.records import Price
+from retrv_r1_retriever.evaluation.runs import is_field, read_scored_run, write_run
 from retrv_r1_retriever.options import Ranking, RerankOptions, Think
-from retrv_r1_retriever.report import ReportTable
 from retrv_r1_retriever.retriever import RetrvR1Retriever
 from retrv_r1_retriever.store import FirstStage, VectorFirstStage
-
-MISSING_SHOWN = 10
-METRICS = ("recall@1", "recall@5", "recall@10", "mrr", "ndcg@10")  # the last one is tested for significance
-LATENCY_NOTE = "p50 and p95 are seconds per query, first stage included"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -75,6 +74,7 @@ def add_modes(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     config = load_config(args)
     modes = modes_of(args, config.rerank)
+    check_modes(modes)
     price = Price(*args.price) if args.price else None
     only = filter_of(args.filter)
     if only and args.from_run:
@@ -82,38 +82,39 @@ def main(args: argparse.Namespace) -> int:
         raise OptionsError(explain("--filter", expected="a search", got="--from-run, which searches nothing", fix=fix))
     check_output(args.report, args.run_file)
     asked, unjudged = read_queries(args.file, config, qrels=args.qrels, limit=args.limit)
+    if args.run_file:
+        _check_ids(asked)
     qrels = {one.query.id or "": one.grades for one in asked} if asked[0].grades else None
     with opened_retriever(config) as retriever:
         stage = _stage(args, retriever, asked)
-        missing, unlisted = _missing(retriever, asked), _unlisted(stage, asked)
         queries = [one.query for one in asked]
         measured = run(
             measure(
-                stage, retriever.reranker, retriever.images, queries, modes, filter=only,
+                stage, retriever.reranker, retriever.images, queries, modes, depth=DEPTH, filter=only,
                 qrels=qrels, concurrency=args.concurrency, shown=args.shown, progress=Progress(),
             )
         )  # fmt: skip
+        settings = _settings(args, modes, retriever, config)
+        gaps = Gaps(_missing(retriever, asked), unjudged, _unlisted(stage, asked), measured.unreadable)
     outcome = Outcome.of(measured, qrels, price)
-    settings = _settings(args, modes, retriever, config.store.kind)
-    written = _write_runs(args.run_file, modes, measured)
-    if args.report:
-        _write_report(args.report, measured, outcome, settings, retriever)
-        written.append(args.report)
+    notes = [*outcome.sentences(), *gaps.sentences(args, len(asked))]
+    page = partial(write_page, outcome, notes, settings, retriever.images)
+    written: list[Path] = []
+    failed: Exception | None = None  # what took hours must not be lost to a file that cannot be written
+    try:
+        for path in _write(args, modes, measured, settings, page):
+            written.append(path)
+    except (RetrvR1Error, OSError) as error:
+        failed = error
     if args.json:
-        left_out = {"missing_positives": missing, "unjudged_queries": unjudged, "queries_not_in_run": unlisted}
-        print_json(_json(measured, outcome, settings) | left_out)
-        return 0
-    _print(measured, outcome, args)
-    if missing:
-        print_wrapped(_missing_words(missing))
-    if unjudged:
-        print_wrapped(f"queries without a right answer in {args.qrels}, left out: {unjudged}")
-    if unlisted:
-        print_wrapped(
-            f"queries that {args.from_run} does not have: {unlisted} of {len(asked)}; they count as not found"
-        )
+        broken = {"error": {"type": type(failed).__name__, "message": str(failed)}} if failed else {}
+        print_json(outcome_json(outcome, settings) | asdict(gaps) | broken)
+        return 2 if failed else 0
+    print_outcome(outcome, notes, settings)
     for path in written:
         print(f"wrote {path}")
+    if failed:
+        raise failed
     return 0
 
 
@@ -171,185 +172,55 @@ def _unlisted(stage: FirstStage, asked: Sequence[Asked]) -> int:
     return sum(one.query.id not in stage.run for one in asked) if isinstance(stage, RunFirstStage) else 0
 
 
-def _missing_words(missing: Sequence[str]) -> str:
-    more = f" and {len(missing) - MISSING_SHOWN} more" if len(missing) > MISSING_SHOWN else ""
-    names = printable(", ".join(missing[:MISSING_SHOWN]))
-    return f"right answers that are not in the store, so that no search can find them: {len(missing)} ({names}{more})"
-
-
 def _settings(
-    args: argparse.Namespace, modes: Sequence[RerankOptions], retriever: RetrvR1Retriever, store: str
+    args: argparse.Namespace, modes: Sequence[RerankOptions], retriever: RetrvR1Retriever, config: Config
 ) -> dict[str, Any]:
-    """What the numbers depend on."""
+    """What the numbers depend on; `id` stands in every run file's tag."""
     versions = getattr(getattr(retriever.reranker, "engine", None), "versions", {})
-    stage = f"run {args.from_run}" if args.from_run else f"vectors ({store})"
-    return {
+    own = retriever.first_stage
+    assert isinstance(own, VectorFirstStage)  # what a config makes
+    store = config.store
+    where = store.path if store.kind == "edge" else f"{store.collection} at {store.url}"
+    values = {
         "queries": str(args.file),
-        "first_stage": stage,
+        "qrels": args.qrels and str(args.qrels),
+        "limit": args.limit,
+        "first_stage": f"run {args.from_run}" if args.from_run else f"vectors ({store.kind})",
+        "embedder": None if args.from_run else getattr(own.embedder, "digest", None),
+        "pool": f"{run(own.store.count()):,} documents in {where}",
         "filter": args.filter,
         "fusion": "none",
         "concurrency": args.concurrency,
+        "model": asdict(config.model),
         "modes": {label(options): asdict(options) for options in modes},
         "versions": dict(versions),
     }
+    return {"id": digest_of(values), **values}
 
 
-def _write_runs(path: Path | None, modes: Sequence[RerankOptions], measured: Measured) -> list[Path]:
-    """One file per mode; with several, the mode is part of the name."""
-    written = []
-    for options in modes if path else ():
-        assert path is not None
+def _check_ids(asked: Sequence[Asked]) -> None:
+    """Before the work: a run could not be written with them."""
+    for id in (one.query.id or "" for one in asked):
+        if not is_field(id):
+            fix = "Columns of a TREC file are split there. Rename it; a row without an id is named after file and line."
+            raise InputError(explain("--run", expected="ids of queries without spaces", got=repr(id), fix=fix))
+
+
+def _write(
+    args: argparse.Namespace,
+    modes: Sequence[RerankOptions],
+    measured: Measured,
+    settings: Mapping[str, Any],
+    write_page: Callable[[Path], object],
+) -> Iterator[Path]:
+    """The page, and one run per mode; with several, the mode is part of the name."""
+    if args.report:
+        write_page(args.report)
+        yield args.report
+    for options in modes if args.run_file else ():
+        path: Path = args.run_file
         own = path if len(modes) == 1 else path.with_name(f"{path.stem}.{tag(options)}{path.suffix}")
-        write_run(own, {r.query: r.reranked for r in measured.records[label(options)]}, tag(options))
-        written.append(own)
-    return written
-
-
-# -- what is shown -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """By mode; no summaries without right answers."""
-
-    summaries: Mapping[str, Summary]
-    efforts: Mapping[str, Effort]
-    words: Mapping[str, str]
-
-    @classmethod
-    def of(cls, measured: Measured, qrels: Qrels | None, price: Price | None) -> Outcome:
-        summaries = {name: summarise(records, qrels, METRICS) for name, records in measured.records.items() if qrels}
-        words = {
-            name: verdict(summaries[name]) if qrels else _disagreement(records)
-            for name, records in measured.records.items()
-        }
-        return cls(summaries, {name: effort(records, price) for name, records in measured.records.items()}, words)
-
-
-def _print(measured: Measured, outcome: Outcome, args: argparse.Namespace) -> None:
-    for table in _tables(measured, outcome):
-        print(f"{table.caption}\n")
-        print_table(table.header, table.rows, indent="  ")
-        print()
-    print_wrapped(f"{LATENCY_NOTE}, {args.concurrency} at a time.")
-    for line in _sentences(measured, outcome):
-        print_wrapped(line)
-
-
-def _sentences(measured: Measured, outcome: Outcome) -> Iterator[str]:
-    """Of each mode: what it changed, how many queries were reranked, and what all its traces note."""
-    for name, words in outcome.words.items():
-        statuses = ", ".join(f"{count} {status}" for status, count in outcome.efforts[name].statuses.items())
-        yield f"{name}: {words} {statuses}."
-        yield from (f"note: {note}" for note in measured.notes[name])
-
-
-def _tables(measured: Measured, outcome: Outcome) -> list[ReportTable]:
-    """Quality beside effort; with right answers also who lost the others."""
-    priced = any(one.cost is not None for one in outcome.efforts.values())
-    header = ("", *(map(_short, METRICS) if outcome.summaries else ()), "opened", "p50", "p95", "tokens in", "out")
-    rows = []
-    if outcome.summaries:  # the list of the largest K begins with those of the others
-        longest = max(outcome.summaries.values(), key=lambda summary: summary.ceiling)
-        rows.append(
-            (
-                "first stage",
-                *_numbers(longest.first_stage.values()),
-                "",
-                *_seconds(percentiles(measured.seconds)),
-                "",
-                "",
-            )
+        write_run(
+            own, {r.query: r.reranked for r in measured.records[label(options)]}, f"{tag(options)}.{settings['id']}"
         )
-    for name, one in outcome.efforts.items():
-        quality = outcome.summaries[name].reranked.values() if outcome.summaries else ()
-        tokens = (f"{one.tokens_in:,.0f}", f"{one.tokens_out:,.0f}")
-        rows.append((name, *_numbers(quality), f"{one.opened:.2f}", *_seconds((one.p50, one.p95)), *tokens))
-    if priced:
-        costs = ["", *(f"{one.cost:,.2f}" for one in outcome.efforts.values())][-len(rows) :]
-        header, rows = (*header, "per 1,000"), [(*row, cost) for row, cost in zip(rows, costs, strict=True)]
-    queries = f"{len(measured.seconds)} queries" + ("" if outcome.summaries else " without right answers")
-    tables = [ReportTable(queries, header, tuple(rows))]
-    if outcome.summaries:
-        lost = [
-            (name, f"{s.ceiling:.3f}", f"{s.reranked['recall@1']:.3f}", *map(str, s.lost.values()))
-            for name, s in outcome.summaries.items()
-        ]
-        lost_header = ("", "R@K found", "R@1 final", *(step.value for step in LostBy))
-        tables.append(ReportTable("Who lost the queries whose first place is wrong", lost_header, tuple(lost)))
-    return tables
-
-
-def _numbers(values: Iterable[float]) -> tuple[str, ...]:
-    return tuple(f"{value:.3f}" for value in values)
-
-
-def _seconds(values: Iterable[float | None]) -> tuple[str, ...]:
-    return tuple("–" if value is None else f"{value:.3f}" for value in values)
-
-
-def _short(metric: str) -> str:
-    return metric.replace("recall", "R").replace("ndcg", "nDCG").replace("mrr", "MRR")
-
-
-def verdict(summary: Summary) -> str:
-    """What reranking did to the first places, and whether the gain is more than chance, in a few sentences."""
-    before, after = summary.first_stage["recall@1"], summary.reranked["recall@1"]
-    moved = f"first place: {summary.rescued} rescued by reranking, {summary.spoiled} lost."
-    gain, metric = summary.gain.difference, list(summary.reranked)[-1]
-    moved += f" {_short(metric)} {gain.mean:+.3f} (95 % interval {gain.low:+.3f} to {gain.high:+.3f}, p = {summary.gain.p:.4f})."
-    if after >= before:
-        return moved
-    return f"{moved} Reranking LOWERED R@1, from {before:.3f} to {after:.3f}: here the first stage alone is better."
-
-
-def _disagreement(records: Sequence[Record]) -> str:
-    moved = sum(r.before[:1] != r.after[:1] for r in records)
-    return f"another first place than the first stage for {moved} of {len(records)} queries."
-
-
-def _json(measured: Measured, outcome: Outcome, settings: Mapping[str, Any]) -> dict[str, Any]:
-    modes = {
-        name: {
-            **(asdict(outcome.summaries[name]) if outcome.summaries else {}),
-            **asdict(one),
-            "first_place_changed": sum(r.before[:1] != r.after[:1] for r in measured.records[name]),
-            "notes": measured.notes[name],
-        }
-        for name, one in outcome.efforts.items()
-    }
-    return {"queries": len(measured.seconds), "configuration": settings, "modes": modes}
-
-
-def _write_report(
-    path: Path, measured: Measured, outcome: Outcome, settings: Mapping[str, Any], retriever: RetrvR1Retriever
-) -> None:
-    from retrv_r1_retriever.report import ReportEntry, write_report
-
-    shown = sorted((one for kept in measured.shown.values() for one in kept), key=lambda one: (one.mode, one.kind))
-    entries = [ReportEntry(s.results, kind=f"{s.mode}: {s.kind}", positives=s.positives) for s in shown]
-    first, *rest = _tables(measured, outcome)
-    intro = (
-        f"First stage: {settings['first_stage']}; fusion: none; {LATENCY_NOTE}, {settings['concurrency']} at a time. "
-        f"Below: {len(entries)} queries that reranking changed or left wrong, at most {measured.limit} of a kind."
-    )
-    tables = [replace(first, note="\n".join(_sentences(measured, outcome))), *rest, configuration_table(settings)]
-    write_report(path, entries, title="Evaluation", intro=intro, tables=tables, images=retriever.images)
-
-
-def configuration_table(settings: Mapping[str, Any]) -> ReportTable:
-    """What the numbers on a page depend on, a line each."""
-    rows = [(name.replace("_", " "), value) for name, value in settings.items() if not isinstance(value, Mapping)]
-    nested = [(f"{name.replace('_', ' ')}: {key}", v) for name, value in settings.items() if isinstance(value, Mapping)
-              for key, v in value.items()]  # fmt: skip
-    return ReportTable("Configuration", ("", ""), tuple((name, _plain(value)) for name, value in (*rows, *nested)))
-
-
-def _plain(value: object) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name}={_plain(inner)}" for name, inner in value.items())
-    return (
-        {True: "yes", False: "no", None: "none"}.get(value, str(value))
-        if isinstance(value, bool | None)
-        else str(value)
-    )
+        yield own

@@ -93,15 +93,16 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         if None in values or None in values.values():
             expected = f"{len(reader.fieldnames or ())} cells"
             raise InputError(explain(where, expected=expected, got="another number", fix="Quote cells with commas."))
-        row: dict[str, Any] = {name: cell for name, cell in values.items() if cell}
+        row: dict[str, Any] = {name: cell or None for name, cell in values.items()}
         if row.get("positives"):
-            row["positives"] = row["positives"].split(SEPARATOR)
+            row["positives"] = [id for part in row["positives"].split(SEPARATOR) if (id := part.strip())]
         yield where, row
 
 
 def _asked(row: Any, where: str, folder: Path, config: Config) -> Asked:
     if not isinstance(row, dict):
         raise InputError(explain("row", expected="a JSON object", got=type(row).__name__, fix="Write {...}."))
+    _check_names(row)
     values = {ours: next((row[n] for n in names if row.get(n) is not None), None) for ours, names in _NAMES.items()}
     positives = values["positives"]
     if positives is not None and not isinstance(positives, list):
@@ -110,6 +111,20 @@ def _asked(row: Any, where: str, folder: Path, config: Config) -> Asked:
     id = where if values["id"] is None else str(values["id"])
     query = Query.of(values["text"], image, values["instruction"], id)
     return Asked(query, dict.fromkeys(map(str, positives or ()), 1))
+
+
+def _check_names(row: Mapping[str, Any]) -> None:
+    """A field that differs from a known one by case, spaces or a plural s, and would be passed over as metadata."""
+    for names in _NAMES.values():
+        alike = {_bare(name): name for name in names}
+        meant = [name for name in row if name not in names and _bare(name) in alike]
+        if meant and not any(name in row for name in names):
+            expected, fix = repr(alike[_bare(meant[0])]), "Rename it: otherwise it would not be read."
+            raise InputError(explain("field", expected=expected, got=repr(meant[0]), fix=fix))
+
+
+def _bare(name: str) -> str:
+    return name.strip().lower().rstrip("s")
 
 
 def _picture(image: str, folder: Path, config: Config) -> ImageInput:

@@ -6,12 +6,14 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
+from retrv_r1_retriever.errors import ImageError, InputError, explain
 from retrv_r1_retriever.evaluation.metrics import Qrels
 from retrv_r1_retriever.evaluation.records import LostBy, Record, lost_by, positives, record_of
 from retrv_r1_retriever.images import ImageSource, load_content
 from retrv_r1_retriever.options import RerankOptions
-from retrv_r1_retriever.reranker import as_candidates
+from retrv_r1_retriever.reranker import as_candidates, bounded
 from retrv_r1_retriever.retriever import Reranker
 from retrv_r1_retriever.store import Filter, FirstStage
 from retrv_r1_retriever.types import Candidate, Query, RankedResults
@@ -46,13 +48,15 @@ class Shown:
 class Measured:
     """records: mode -> one per query; seconds: of the first stage, per query; notes: what all traces of a mode note
 
-    shown: queries whose first place the reranking changed, and those it left wrong, at most `limit` per mode and kind
+    unreadable: queries left out, with what is wrong with their picture
+    shown: queries whose first place the reranking changed, and those left wrong, at most `limit` per mode and kind
     """
 
     limit: int
     records: dict[str, list[Record]] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
     notes: dict[str, list[str]] = field(default_factory=dict)
+    unreadable: dict[str, str] = field(default_factory=dict)
     shown: dict[tuple[str, str], list[Shown]] = field(default_factory=dict)
 
     def add(self, mode: str, results: RankedResults, record: Record, grades: Mapping[str, int] | None) -> None:
@@ -74,55 +78,83 @@ async def measure(
     queries: Sequence[Query],
     modes: Sequence[RerankOptions],
     *,
+    depth: int,
     filter: Filter | None = None,
     qrels: Qrels | None = None,
     concurrency: int = 1,
     shown: int = 20,
     progress: ProgressFn | None = None,
 ) -> Measured:
-    """Candidates are fetched once per query, as many as the mode with the largest `top_k` takes. qrels: None = no labels"""
+    """Candidates are fetched once per query, as many as the mode with the largest `top_k` takes. qrels: None = no labels
+
+    depth: fetched at least; those beyond a mode's K stay behind it, so that no other mode's K decides what a metric sees of it
+    """
     measured = Measured(shown)
-    top_k = max(options.top_k for options in modes)
+    depth = max(depth, *(options.top_k for options in modes))
     for start in range(0, len(queries), concurrency):
         asked = queries[start : start + concurrency]
-        found = await asyncio.gather(*(_find(stage, images, query, top_k, filter) for query in asked))
-        measured.seconds += [seconds for *_, seconds in found]
+        tried = await asyncio.gather(*(_find(stage, images, query, depth, filter) for query in asked))
+        found = [one for one in tried if isinstance(one, _Found)]
+        measured.unreadable |= {
+            q.id or "": str(e) for q, e in zip(asked, tried, strict=True) if isinstance(e, ImageError)
+        }
+        measured.seconds += [one.seconds for one in found]
         for options in modes:
-            ranked = await reranker.arerank_batch(
-                [query for query, *_ in found],
-                [candidates[: options.top_k] for _, candidates, _ in found],
-                options=options,
-                concurrency=concurrency,
-            )
-            for query, results, (_, candidates, seconds) in zip(asked, ranked, found, strict=True):
-                grades = None if qrels is None else qrels[query.id or ""]
-                rest = [candidate.document.id for candidate in candidates[options.top_k :]]
-                measured.add(label(options), replace(results, query=query), record_of(results, seconds, rest), grades)
+            ranked = await bounded(partial(_rerank, reranker, options), found, concurrency)
+            for one, (results, seconds) in zip(found, ranked, strict=True):
+                grades = None if qrels is None else qrels[one.query.id or ""]
+                rest = [candidate.document.id for candidate in one.candidates[options.top_k :]]
+                record = record_of(results, one.seconds + seconds, rest)
+                measured.add(label(options), replace(results, query=one.query), record, grades)
         if progress:
             progress("evaluating", start + len(asked), len(queries))
+    if not measured.records:
+        id, why = next(iter(measured.unreadable.items()))
+        got = f"none of {len(queries)} (first: {id!r}: {why})"
+        raise InputError(
+            explain("queries", expected="some whose picture can be read", got=got, fix="Fix their pictures.")
+        )
     return measured
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """decoded: the query with its picture decoded; seconds: of decoding and searching"""
+
+    query: Query
+    decoded: Query
+    candidates: tuple[Candidate, ...]
+    seconds: float
+
+
 async def _find(
-    stage: FirstStage, images: ImageSource, query: Query, top_k: int, filter: Filter | None
-) -> tuple[Query, tuple[Candidate, ...], float]:
+    stage: FirstStage, images: ImageSource, query: Query, depth: int, filter: Filter | None
+) -> _Found | ImageError:
     started = time.monotonic()
-    content, _ = await load_content(images, query.content)
+    try:
+        content, _ = await load_content(images, query.content)
+    except ImageError as error:
+        return error  # one picture must not cost what the others took
     decoded = replace(query, content=content)
-    candidates = as_candidates(tuple(await stage(decoded, top_k=top_k, filter=filter))[:top_k])
-    return decoded, candidates, time.monotonic() - started
+    candidates = as_candidates(tuple(await stage(decoded, top_k=depth, filter=filter))[:depth])
+    return _Found(query, decoded, candidates, time.monotonic() - started)
+
+
+async def _rerank(reranker: Reranker, options: RerankOptions, found: _Found) -> tuple[RankedResults, float]:
+    """Timed here: a fallback has no trace, and took its time all the same."""
+    started = time.monotonic()
+    results = await reranker.arerank(found.decoded, found.candidates[: options.top_k], options=options)
+    return results, time.monotonic() - started
 
 
 def _kind(record: Record, right: set[str], step: LostBy | None) -> str:
     """Empty for a query that nobody needs to look at."""
-    if not record.before:
-        return ""
-    before, after = record.before[0], record.after[0]
+    before, after = record.before[:1], record.after[:1]
     if not right:
         return "first places differ" if before != after else ""
-    if (before in right) != (after in right):
-        return "rescued by reranking" if after in right else f"lost by reranking: {step}"
-    return f"lost: {step}" if step and step is not LostBy.FIRST_STAGE else ""
+    if right.isdisjoint(before) != right.isdisjoint(after):
+        return f"lost by reranking: {step}" if step else "rescued by reranking"
+    return f"lost: {step}" if step else ""
 
 
 def _cut(results: RankedResults, right: set[str]) -> RankedResults:

@@ -14,7 +14,8 @@ import numpy as np
 from retrv_r1_retriever.errors import InputError, explain
 from retrv_r1_retriever.evaluation.metrics import Qrels, values
 from retrv_r1_retriever.evaluation.significance import PairedTest, paired_test
-from retrv_r1_retriever.types import RankedResults, Status
+from retrv_r1_retriever.trace import Usage
+from retrv_r1_retriever.types import RankedResults, Status, StopReason
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +24,9 @@ class Record:
 
     before, after: the K candidates as retrieved and as reranked; rest: what was retrieved beyond them, and stays behind them
     opened: in full, in order; unranked: not judged
-    thought: False where the direct read alone decided; selected: the answer, None if none was chosen
-    seconds: the whole call, None if nobody measured it; tokens_in, tokens_out: read and written by the model
+    thought: False where the direct read alone decided; cut: a thought was begun and did not come to its end
+    selected: the answer, None if none was chosen
+    seconds: the whole call, None if nobody measured it; tokens_in, tokens_out: read and written by the model, None = not known
     """
 
     query: str
@@ -32,12 +34,13 @@ class Record:
     after: tuple[str, ...]
     status: Status
     thought: bool = False
+    cut: bool = False
     selected: str | None = None
     opened: tuple[str, ...] = ()
     unranked: tuple[str, ...] = ()
     seconds: float | None = None
-    tokens_in: int = 0
-    tokens_out: int = 0
+    tokens_in: int | None = None
+    tokens_out: int | None = None
     rest: tuple[str, ...] = ()
 
     @property
@@ -58,25 +61,27 @@ class Record:
         return cls(**{**row, **lists, "status": Status(row["status"])})
 
 
-def record_of(ranked: RankedResults, seconds: float = 0.0, rest: Sequence[str] = ()) -> Record:
-    """`ranked`: a whole list (`top_n=None`), its query with an id; seconds: what came before the reranking."""
+def record_of(ranked: RankedResults, seconds: float | None = None, rest: Sequence[str] = ()) -> Record:
+    """`ranked`: a whole list (`top_n=None`), its query with an id; seconds: of all that it took, by default the trace's."""
     if ranked.query.id is None:
         raise InputError(explain("query", expected="an id", got="None", fix="Pass Query.of(..., id=...)."))
     results, trace = ranked.results, ranked.trace
     selected = ranked.selected
-    usage = trace.usage if trace else None
+    usage = trace.usage if trace else None if results else Usage()  # without candidates no model was asked
+    cut = trace is not None and bool(trace.turn) and trace.stop_reason in (None, StopReason.ENGINE_ERROR)
     return Record(
         query=ranked.query.id,
         before=tuple(r.document.id for r in sorted(results, key=lambda r: r.candidate.rank)),
         after=tuple(r.document.id for r in results),
         status=ranked.status,
         thought=trace is not None and trace.stop_reason is not None,
+        cut=cut,
         selected=selected.document.id if selected else None,
         opened=tuple(trace.candidates[i] for i in trace.inspected) if trace else (),
         unranked=ranked.unranked,
-        seconds=trace.timings["total"] + seconds if trace and "total" in trace.timings else None,
-        tokens_in=usage.prompt_tokens + usage.inspected_tokens if usage else 0,
-        tokens_out=usage.sampled_tokens if usage else 0,
+        seconds=trace.timings.get("total") if trace and seconds is None else seconds,
+        tokens_in=usage.prompt_tokens + usage.inspected_tokens if usage else None,
+        tokens_out=usage.sampled_tokens if usage and not cut else None,  # what was written last is lost with the cut
         rest=tuple(rest),
     )
 
@@ -85,7 +90,7 @@ class LostBy(StrEnum):
     """The step after which no right answer could be among the first any more."""
 
     FIRST_STAGE = "first stage"  #: no right answer among the candidates
-    UNJUDGED = "not judged"  #: the model did not decide (fallback), or not about the right answer
+    UNJUDGED = "not judged"  #: the model did not decide (fallback, a cut thought), or not about the right answer
     DIRECT_READ = "direct read"  #: decided by the direct read, without a thought
     THOUGHT = "thought"  #: eliminated or passed over, and nothing opened could put it right
     INSPECTION = "inspection"  #: opened and rejected, or a wrong one opened and chosen
@@ -98,7 +103,7 @@ def lost_by(record: Record, positives: Collection[str], k: int = 1) -> LostBy | 
     right = {id for id in record.before if id in positives}
     if not right:
         return LostBy.FIRST_STAGE
-    if record.status is Status.FALLBACK or right <= {*record.unranked}:
+    if record.status is Status.FALLBACK or record.cut or right <= {*record.unranked}:
         return LostBy.UNJUDGED
     if not record.thought:
         return LostBy.DIRECT_READ
@@ -126,18 +131,20 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """What it took, labels or not.
+    """What it took, labels or not. None = not measured.
 
-    opened, tokens_in, tokens_out: per query; p50, p95: seconds per query (None = not measured)
+    p50, p95: seconds per query, of all queries
+    counted: queries that opened, tokens_in, tokens_out are means of: nobody knows what a fallback or a cut thought took
     cost: per 1,000 queries in the currency of the prices, None without prices
     """
 
     statuses: Mapping[str, int]
-    opened: float
     p50: float | None
     p95: float | None
-    tokens_in: float
-    tokens_out: float
+    counted: int
+    opened: float | None
+    tokens_in: float | None
+    tokens_out: float | None
     cost: float | None = None
 
 
@@ -181,11 +188,15 @@ def summarise(records: Sequence[Record], qrels: Qrels, metrics: Sequence[str]) -
 
 
 def effort(records: Sequence[Record], price: Price | None = None) -> Effort:
-    read, written = _mean(r.tokens_in for r in records), _mean(r.tokens_out for r in records)
     p50, p95 = percentiles([r.seconds for r in records if r.seconds is not None])
-    cost = price.per_thousand(read, written) if price else None
     statuses = dict(sorted(Counter(r.status.value for r in records).items()))
-    return Effort(statuses, _mean(len(r.opened) for r in records), p50, p95, read, written, cost)
+    known = [(r.tokens_in, r.tokens_out, len(r.opened)) for r in records
+             if r.tokens_in is not None and r.tokens_out is not None]  # fmt: skip
+    if not known:
+        return Effort(statuses, p50, p95, 0, None, None, None)
+    read, written, opened = map(_mean, zip(*known, strict=True))
+    cost = price.per_thousand(read, written) if price else None
+    return Effort(statuses, p50, p95, len(known), opened, read, written, cost)
 
 
 def losses(records: Sequence[Record], qrels: Qrels, k: int = 1) -> dict[str, int]:

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import TextIO
 
@@ -21,9 +22,8 @@ from retrv_r1_retriever.types import RankedResults
 
 def write_run(path: Path, run: Mapping[str, Sequence[str]], tag: str) -> None:
     """Best first becomes rank 1; the score is -rank, so that tools which sort by score keep the order."""
-    with path.open("w", encoding="utf-8") as file:
-        for query, documents in run.items():
-            file.writelines(run_lines(query, ((d, -rank) for rank, d in enumerate(documents, 1)), tag))
+    lines = (run_lines(q, ((d, -rank) for rank, d in enumerate(documents, 1)), tag) for q, documents in run.items())
+    path.write_text("".join(chain.from_iterable(lines)), encoding="utf-8")  # all or nothing: an id may not be writable
 
 
 def run_lines(query: str, scored: Iterable[tuple[str, float]], tag: str) -> Iterator[str]:
@@ -135,8 +135,13 @@ def _number(text: object, where: str) -> float:
     return number
 
 
+def is_field(text: str) -> bool:
+    """Whether a TREC file can hold it: columns are split at spaces."""
+    return text.split() == [text]
+
+
 def _field(text: str) -> str:
-    if not text or len(text.split()) != 1 or text != text.strip():
+    if not is_field(text):
         raise InputError(
             explain(
                 "TREC file", expected="ids without spaces", got=repr(text), fix="Rename it: columns are split there."

@@ -34,8 +34,12 @@ def render_report(
     intro: str | None = None,
     tables: Sequence[ReportTable] = (),
     images: ImageSource | None = None,
+    tiles: bool = True,
 ) -> str:
-    """The page as text. `images` resolves pictures; the default shows bytes, data URIs and Pillow images, and opens no file."""
+    """The page as text. `images` resolves pictures; the default shows bytes, data URIs and Pillow images, and opens no file.
+
+    tiles: means over the queries on the page; not for one that shows a selection, or a query more than once
+    """
     many = len(entries) >= MANY
     pictures = Pictures(loader(images or LocalImages()), shared=many)
     code = script() if many else None
@@ -44,7 +48,7 @@ def render_report(
     body = join(
         [
             _header(title, intro),
-            _tiles(len(entries), traces) if traces else EMPTY,
+            _tiles(len(entries), traces) if traces and tiles else EMPTY,
             join(_table(table) for table in tables),
             render_many(entries, pictures) if many else _few(entries, pictures),
             _footer(traces),
@@ -66,9 +70,10 @@ def write_report(
     intro: str | None = None,
     tables: Sequence[ReportTable] = (),
     images: ImageSource | None = None,
+    tiles: bool = True,
 ) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    page = render_report(entries, title=title, intro=intro, tables=tables, images=images)
+    page = render_report(entries, title=title, intro=intro, tables=tables, images=images, tiles=tiles)
     path.write_text(page, encoding="utf-8", errors="replace")  # half a surrogate pair must not cost the page
     return path
 

@@ -50,6 +50,7 @@ def test_modes_over_the_same_candidates(indexed: Path, run: Run) -> None:
     assert "fusion: none" in page
     assert "3 reranked.\nnote: this list is 4 long and the model was trained on lists of 20" in page
     assert page.count("<img") >= 1
+    assert "class='tiles'" not in page, "means over a selection, each query once per mode"
 
 
 def test_what_a_person_reads(indexed: Path, run: Run) -> None:
@@ -66,6 +67,18 @@ def test_what_a_person_reads(indexed: Path, run: Run) -> None:
     assert "right answers that are not in the store, so that no search can find them: 1 (elsewhere)" in flat
 
 
+def test_fallbacks_are_timed_and_have_no_tokens(indexed: Path, run: Run) -> None:
+    late = ["eval", "queries.jsonl", "--timeout", "0.000001", "--price", 1, 1]
+    mode = run(*late, "--json").json["modes"][MODE]
+    assert (mode["statuses"], mode["counted"], mode["tokens_in"], mode["cost"]) == ({"fallback": 3}, 0, None, None)
+    assert mode["p50"] > 0
+    flat = " ".join(run(*late).out.split())
+    assert (
+        f"{MODE}: opened and tokens are over 0 of 3 queries: a fallback or a thought cut off leaves no count." in flat
+    )
+    assert "leaves no count" not in run("eval", "queries.jsonl").out
+
+
 def test_without_labels_disagreements_are_shown(indexed: Path, run: Run) -> None:
     Path("bare.csv").write_text('id,text,image\nx,"two, red",\ny,,card0.png\n')
     ran = run("eval", "bare.csv", "--report", "page.html", "--json").json
@@ -75,12 +88,18 @@ def test_without_labels_disagreements_are_shown(indexed: Path, run: Run) -> None
     assert "2 queries without right answers" in run("eval", "bare.csv").out
 
 
+def test_right_answers_in_a_cell_may_have_spaces_between_them(indexed: Path, run: Run) -> None:
+    Path("cells.csv").write_text("id,text,positives,image,images\nx,two red, card1 | card0,,7\ny,which,card2|,,8\n")
+    found = run("eval", "cells.csv", "--json").json
+    assert (found["missing_positives"], found["modes"][MODE]["ceiling"]) == ([], 1)
+
+
 def test_an_existing_run_is_reranked(indexed: Path, run: Run) -> None:
     Path("run.json").write_text(json.dumps({"a": {"note": 0.5, "card1": 0.25}, "other": {"z": 1}}))
     Path("qrels.tsv").write_text("query-id\tcorpus-id\tscore\na\tcard1\t2\na\tnote\t0\n")
     ran = run("eval", "queries.jsonl", "--from-run", "run.json", "--qrels", "qrels.tsv", "--json").json
     mode = ran["modes"][MODE]
-    assert (ran["queries"], mode["first_stage"]["mrr"], mode["ceiling"]) == (1, 0.5, 1.0)
+    assert (ran["queries"], mode["first_stage"]["mrr@10"], mode["ceiling"]) == (1, 0.5, 1.0)
     assert ran["configuration"]["first_stage"] == "run run.json"
     assert ran["unjudged_queries"] == 2
     out = run("eval", "queries.jsonl", "--from-run", "run.json", "--qrels", "qrels.tsv").out
@@ -115,6 +134,10 @@ def test_queries_that_a_run_lacks_are_counted(indexed: Path, run: Run) -> None:
         ("queries.jsonl", '{"text": "x"}', ["--shown", "0"], "expected a whole number of at least 1, got '0'"),
         ("queries.jsonl", '{"id": 1, "text": "x"}\n{"id": 1, "text": "y"}', [], "expected distinct ids, got '1' a second time"),
         ("queries.csv", "id,text\n1,a,b\n", [], "queries.csv:2: expected 2 cells, got another number"),
+        ("queries.csv", "id,text,Positives\n1,a,b\n", [], "queries.csv:2: field: expected 'positives', got 'Positives'"),
+        ("queries.csv", "id, text\n1,a\n", [], "queries.csv:2: field: expected 'text', got ' text'"),
+        ("queries.jsonl", '{"text": "x", "positive": ["card0"]}', [], "queries.jsonl:1: field: expected 'positives', got"),
+        ("queries.jsonl", '{"query_txt": "x", "Pos_cand_list": ["a"]}', [], "expected 'pos_cand_list', got 'Pos_cand_list'"),
         ("run.txt", "a Q0 note 1 0.5 t\n", ["--from-run", "run.txt", "--filter", "a=1"], "--filter: expected a search, got"),
         ("queries.jsonl", '{"text": "x"}', ["--filter", "a"], "--filter: expected field=value, got 'a'"),
         ("queries.jsonl", '{"text": "x"}', ["--mode", "maybe"], "--mode: expected THINK/RANKING of"),
@@ -125,6 +148,99 @@ def test_bad_input_is_named(indexed: Path, run: Run, name: str, text: str, argum
     Path(name).write_text(text)
     ran = run("eval", name if name.startswith("queries") else "queries.jsonl", *arguments)
     assert (ran.code, message in ran.err) == (2, True), ran.err
+
+
+def test_every_file_says_what_its_numbers_depend_on(indexed: Path, run: Run) -> None:
+    """Of two evaluations that differ in one setting, no file can be taken for the other's."""
+    Path("qrels.txt").write_text("a 0 card1 1\na 0 elsewhere 1\n90:1 0 card0 1\n")
+    Path("bm25.txt").write_text("a Q0 note 1 0.5 t\n")
+    Path("float.toml").write_text(Path("retrv.toml").read_text().replace("[model]", "[model]\ndtype = 'float64'"))
+    bare = ["eval", "queries.jsonl", "--run", "run.txt", "--report", "page.html", "--mode", "never/logits", "--json"]
+    varied = [
+        ["--filter", "modality=image"], ["--from-run", "bm25.txt"], ["--qrels", "qrels.txt"], ["--limit", 1],
+        ["--concurrency", 2], ["--top-k", 3], ["--max-inspections", 0], ["--config", "float.toml"],
+    ]  # fmt: skip
+    tags = set()
+    for more in ([], *varied):
+        found = run(*bare, *more).json
+        (tag,) = {line.split()[-1] for line in Path("run.txt").read_text().splitlines()}
+        assert tag.startswith("retrv-r1.K")
+        assert tag.endswith(f".never.logits.{found['configuration']['id']}")
+        assert f">{found['configuration']['id']}<" in Path("page.html").read_text()
+        tags.add(tag)
+    assert len(tags) == 1 + len(varied)
+
+    given = ["--qrels", "qrels.txt", "--from-run", "bm25.txt"]
+    found = run(*bare, *given).json
+    configuration = found["configuration"]
+    assert (configuration["qrels"], configuration["limit"]) == ("qrels.txt", None)
+    assert configuration["pool"] == "4 documents in retrv-index"
+    page, out = Path("page.html").read_text(), " ".join(run(*bare[:-1], *given).out.split())
+    for words in (
+        "right answers that are not in the store, so that no search can find them: 1 (elsewhere)",
+        "queries without a right answer in qrels.txt, left out: 1",
+        "queries that bm25.txt does not have: 1 of 2; they count as not found",
+    ):
+        assert words in page
+        assert words in out
+    assert (
+        f"configuration: id {configuration['id']}, queries queries.jsonl, qrels qrels.txt, limit none, first stage run"
+        in out
+    )
+
+
+def test_queries_lost_by_the_first_stage_are_shown(indexed: Path, run: Run) -> None:
+    Path("bm25.txt").write_text("a Q0 note 1 0.5 t\n")
+    run("eval", "queries.jsonl", "--from-run", "bm25.txt", "--report", "page.html")
+    page = Path("page.html").read_text()
+    assert page.count(f"{MODE}: lost: first stage") == 2 * 3, "in the contents and above it"
+    assert "Nothing to rank" in page, "the run does not have it"
+
+
+def test_a_query_whose_picture_cannot_be_read_is_left_out(indexed: Path, run: Run) -> None:
+    Path("torn.png").write_bytes((indexed / "items" / "card0.png").read_bytes()[:60])
+    torn = {"id": "torn", "image": "torn.png", "positives": ["card0"]}
+    Path("queries.jsonl").write_text("\n".join(map(json.dumps, [QUERIES[0], torn, QUERIES[1]])))
+    for modes in (["--mode", "never/logits"], ["--mode", "never/logits", "--concurrency", 4]):
+        ran = run("eval", "queries.jsonl", *modes, "--report", "page.html", "--json").json
+        assert (ran["queries"], ran["modes"]["K=20 never/logits"]["queries"]) == (2, 2)
+        assert list(ran["unreadable_queries"]) == ["torn"]
+    flat = " ".join(run("eval", "queries.jsonl").out.split())
+    assert "queries whose picture cannot be read, left out: 1 (torn: image (60 bytes): expected a readable" in flat
+    Path("queries.jsonl").write_text(json.dumps(torn))
+    refused = run("eval", "queries.jsonl")
+    assert refused.code == 2
+    assert (
+        "queries: expected some whose picture can be read, got none of 1 (first: 'torn': image (60 bytes)"
+        in refused.err
+    )
+
+
+def test_a_run_that_cannot_be_written_costs_nothing(indexed: Path, run: Run) -> None:
+    Path("my queries.jsonl").write_text('{"text": "two red circle"}\n')
+    refused = run("eval", "my queries.jsonl", "--run", "run.txt")
+    assert (refused.code, refused.out, Path("run.txt").exists()) == (2, "", False)
+    assert "--run: expected ids of queries without spaces, got 'my queries.jsonl:1'" in refused.err
+    assert "evaluating" not in refused.err, "before the work"
+    (indexed / "items" / "card2.png").rename(indexed / "items" / "card 2.png")
+    run("index", "items")
+    for form in ((), ("--json",)):
+        ran = run("eval", "queries.jsonl", "--limit", 1, "--run", "run.txt", "--report", "page.html", *form)
+        assert (ran.code, Path("run.txt").exists()) == (2, False)
+        assert "expected ids without spaces, got 'card 2'" in (ran.json["error"]["message"] if form else ran.err)
+        assert MODE in (ran.json["modes"] if form else ran.out)
+        assert Path("page.html").is_file()
+        Path("page.html").unlink()
+
+
+def test_a_share_of_a_batch_is_no_property_of_a_query(indexed: Path, run: Run) -> None:
+    config = Path("retrv.toml")
+    config.write_text(config.read_text() + "max_think_share = 0.5\n")
+    refused = run("eval", "queries.jsonl")
+    assert refused.code == 2
+    assert "max_think_share: expected 1 in an evaluation, got 0.5 with think='auto'" in refused.err
+    for without_effect in ("never/hybrid", "always/hybrid", "auto/logits"):
+        assert run("eval", "queries.jsonl", "--limit", 1, "--mode", without_effect).code == 0
 
 
 def test_compare_two_runs(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import io
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image
 
 from retrv_r1_retriever.cli.demo import HEADER
 from retrv_r1_retriever.report import ReportTable, write_report
+from retrv_r1_retriever.report.browse import MANY
 from tests.browser import SIZES, opened
 from tests.report.samples import fallback, many, rescued, text_list
 
@@ -100,6 +102,17 @@ async def test_a_link_to_a_query_opens_it(large: Path) -> None:
     async with opened(f"{large.as_uri()}#q150", "phone") as page:
         assert await page.tab.is_visible("#q150 .outcome")
         assert page.problems == []
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("count", [2, MANY])
+async def test_the_longest_words_of_an_evaluation_fit(tmp_path: Path, size: str, count: int) -> None:
+    lost = replace(rescued(), kind="K=127 always/promote: lost by reranking: direct read")
+    path = write_report(tmp_path / "kinds.html", [lost] * count)
+    async with opened(path.as_uri(), size) as page:
+        await shoot(page.tab, tmp_path, f"kinds-{count}-{size}")
+        cut = "[...document.querySelectorAll('.kind')].filter((words) => words.scrollWidth > words.clientWidth).length"
+        assert await page.tab.evaluate(cut) == 0
 
 
 @pytest.mark.parametrize("size", SIZES)
