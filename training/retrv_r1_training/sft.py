@@ -33,6 +33,8 @@ from retrv_r1_training.memory_training import learns_memory
 from retrv_r1_training.ranknet import ranknet, teacher_ranks
 from retrv_r1_training.teacher import TeacherStyle, wanted, write_thought
 
+MAX_LISTS = 8  #: times the batch size, while lists are short
+
 
 @dataclass(frozen=True, slots=True)
 class Example:
@@ -213,9 +215,12 @@ def direct_read_loss(
 def train_sft(
     model: RetrvR1ForConditionalGeneration, processor: Processor, lists: Sequence[Lists], held_out: Lists,
     config: ListConfig, style: TeacherStyle | None, schedule: Schedule, rehearsal: int, direct_weight: float, seed: int,
-    log_file: Path, name: str, tokens: TokenWeights = TokenWeights(),
+    log_file: Path, name: str, tokens: TokenWeights = TokenWeights(), growth: Sequence[tuple[float, int]] = (),
 ) -> None:  # fmt: skip
-    """rehearsal: text-only comparison sequences beside every batch, or the comparison is forgotten."""
+    """rehearsal: text-only comparison sequences beside every batch, or the comparison is forgotten.
+
+    growth: (share of the steps done, largest list until then), in order; K after the last. Steps of shorter lists take more of them
+    """
     rng = random.Random(seed)
     captions = [item.caption for part in lists for item in part.pool.items]
     weights = SftLoss(tokens, direct=direct_weight, relation=0.0 if held_out.full else 1.0)
@@ -223,10 +228,11 @@ def train_sft(
 
     def loss_fn(step: int) -> tuple[Tensor, dict[str, float]]:
         examples = []
-        for _ in range(schedule.batch_size):
+        largest = next((size for share, size in growth if step < share * schedule.steps), config.top_k)
+        for _ in range(schedule.batch_size * min(MAX_LISTS, config.top_k // largest)):
             part = rng.choice(lists)
             number = rng.randrange(len(part.pool.queries))
-            examples.append(make_example(processor, part, number, config, style, rng))
+            examples.append(make_example(processor, part, number, replace(config, top_k=largest), style, rng))
         loss, metrics, _ = losses(model, processor, examples, weights)
         drill, more = comparison_loss(model, processor, captions, rehearsal, rng)
         return loss + drill, metrics | {"length": float(len(examples[0].turn) + len(examples[0].prompt))} | more
