@@ -68,11 +68,12 @@ def main(args: argparse.Namespace) -> int:
         name, files = next(iter(absent.items()))
         fix = "Point --root at the folder that holds query/, qrels/ and cand_pool/."
         raise InputError(explain(str(args.root), expected="M-BEIR's files", got=f"no {files[0]} for {name}", fix=fix))
-    check_output(args.report, args.out / "results.json")
+    check_output(args.report)
     parts = _parts(config, args)
+    configuration = describe(setup, parts)
+    check_output(results_folder(setup, configuration) / "results.json")
     runs = run(run_benchmark(setup, parts, Progress()))
     scores = BenchmarkScore(tuple(score(one) for one in runs), absent)
-    configuration = describe(setup, parts)
     written = write_results(setup, runs, scores, configuration)
     if args.report:
         _write_report(args.report, setup, runs, scores, configuration, args.shown)
@@ -121,6 +122,11 @@ def describe(setup: Setup, parts: Parts) -> dict[str, Any]:
     return {"id": digest_of(values), **values}
 
 
+def results_folder(setup: Setup, configuration: Mapping[str, Any]) -> Path:
+    """A folder for each configuration: two runs into one `out` share its index, and neither overwrites the other's results."""
+    return setup.out / f"{setup.pool}.{configuration['id']}"
+
+
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
@@ -128,7 +134,8 @@ def write_results(
     setup: Setup, runs: Sequence[TaskRun], scores: BenchmarkScore, configuration: Mapping[str, Any]
 ) -> list[Path]:
     """The table, everything as JSON, a TREC run per task and system, and all problems."""
-    folder = setup.out / "runs"
+    out = results_folder(setup, configuration)
+    folder = out / "runs"
     folder.mkdir(parents=True, exist_ok=True)
     head = f"mbeir.{setup.pool}.{configuration['id']}"
     for one in runs:
@@ -138,7 +145,7 @@ def write_results(
             lists = ((r.query, [(id, -place) for place, id in enumerate(r.reranked, 1)]) for r in one.records(mode))
             name = tag(options)
             _write_run(folder / f"{one.task.name}.{setup.pool}.{name}.txt", lists, f"{head}.{name}")
-    table, everything, problems = (setup.out / name for name in ("results.tsv", "results.json", "problems.txt"))
+    table, everything, problems = (out / name for name in ("results.tsv", "results.json", "problems.txt"))
     rows = [("system", *(task.title for task in TASKS), "average"), *_papers_rows(scores)]
     comment = json.dumps(configuration, ensure_ascii=False)
     table.write_text(f"# {comment}\n" + "".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")

@@ -45,9 +45,14 @@ def evaluate(setup: Setup, system: Parts | None = None) -> BenchmarkScore:
     return scores
 
 
-def files(out: Path) -> dict[str, bytes]:
-    results = [out / "results.json", out / "results.tsv", *sorted((out / "runs").iterdir())]
-    return {path.name: path.read_bytes() for path in results}
+def results(out: Path, pool: str = "local") -> Path:
+    """The folder of the only configuration."""
+    [folder] = out.glob(f"{pool}.*")
+    return folder
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.rglob("*.*")}
 
 
 def test_tasks_are_in_the_papers_order() -> None:
@@ -63,37 +68,51 @@ def test_tasks_are_in_the_papers_order() -> None:
 
 def test_the_average_is_what_the_run_files_say(whole: Path) -> None:
     """Worked out from the TREC files and qrels alone."""
-    results = json.loads((whole / "out/results.json").read_text())
+    out = results(whole / "out")
+    found = json.loads((out / "results.json").read_text())
     for system, file in ((FIRST_STAGE, "first-stage"), (MODE, "retrv-r1.K20.never.logits")):
         headline = []
         for task in TASKS:
-            ranked = read_run(whole / f"out/runs/{task.name}.local.{file}.txt")
+            ranked = read_run(out / f"runs/{task.name}.local.{file}.txt")
             qrels = read_qrels(whole / "root" / task.qrels)
             hits = [any(did in grades for did in ranked[qid][: task.headline]) for qid, grades in qrels.items()]
             headline.append(sum(hits) / len(hits))
-        assert results["average"][system] == pytest.approx(sum(headline) / 16)
-    cirr = results["tasks"]["cirr_task7"]["systems"]
+        assert found["average"][system] == pytest.approx(sum(headline) / 16)
+    cirr = found["tasks"]["cirr_task7"]["systems"]
     assert cirr[MODE]["recall"]["1"] > cirr[FIRST_STAGE]["recall"]["1"], "or nothing was reranked"
-    assert 0.2 < results["average"][FIRST_STAGE] < results["average"][MODE] < 1, "or the data decide nothing"
+    assert 0.2 < found["average"][FIRST_STAGE] < found["average"][MODE] < 1, "or the data decide nothing"
     lost = sum(cirr[MODE]["lost"].values())
     assert lost == round(4 * (1 - cirr[MODE]["recall"]["5"]))
-    configuration = results["configuration"]
+    configuration = found["configuration"]
     assert (configuration["pool"], configuration["fusion"], configuration["modes"][MODE]["top_k"]) == (
         "local",
         "none",
         20,
     )
-    table = (whole / "out/results.tsv").read_text().splitlines()
+    table = (out / "results.tsv").read_text().splitlines()
     assert json.loads(table[0][2:]) == configuration
     assert table[1].split("\t") == ["system", *(task.title for task in TASKS), "average"]
-    line = (whole / "out/runs/cirr_task7.local.first-stage.txt").read_text().splitlines()[0]
+    line = (out / "runs/cirr_task7.local.first-stage.txt").read_text().splitlines()[0]
     assert line.split()[-1] == f"mbeir.local.{configuration['id']}.first-stage"
 
 
 def test_a_second_run_asks_neither_embedder_nor_engine(whole: Path) -> None:
-    before = files(whole / "out")
+    before = files(results(whole / "out"))
     evaluate(setup(whole), replace(parts(whole / "root"), embedder=None, images=None))  # type: ignore[arg-type]
-    assert files(whole / "out") == before
+    assert files(results(whole / "out")) == before
+
+
+def test_results_of_other_settings_stand_beside_the_first(whole: Path, tmp_path: Path) -> None:
+    mine = replace(setup(whole), out=tmp_path, tasks=(CIRR,))
+    evaluate(mine)
+    first = results(tmp_path)
+    before = files(first)
+    for other in (replace(mine, seed=1), replace(mine, modes=(OPTIONS.with_options(top_k=3),))):
+        evaluate(other)
+    evaluate(replace(mine, pool="global"))
+    assert len([*tmp_path.glob("local.*")]) == 3
+    assert files(first) == before
+    assert len([*(tmp_path / "index").iterdir()]) == 2, "of the local pool and of the union"
 
 
 class Killed(BaseException):
@@ -125,7 +144,7 @@ def test_killed_and_resumed_to_identical_files(whole: Path, tmp_path: Path, wher
     for path in lists:
         path.write_bytes(path.read_bytes() + b'{"query": "0:')
     evaluate(mine)
-    assert files(tmp_path / "out") == files(whole / "out")
+    assert files(results(tmp_path / "out")) == files(results(whole / "out"))
 
 
 def test_one_problem_in_one_task_refuses_the_average() -> None:
@@ -141,7 +160,7 @@ def test_the_union_pool(whole: Path) -> None:
     scores = evaluate(mine)
     assert scores.average == {FIRST_STAGE: None, "K=2 never/logits": None, MODE: None}
     first, small, large = (scores.tasks[1].systems[name] for name in scores.systems)
-    assert len(read_run(mine.out / "runs/cirr_task7.global.first-stage.txt")["8:70"]) == DEPTH
+    assert len(read_run(results(mine.out, "global") / "runs/cirr_task7.global.first-stage.txt")["8:70"]) == DEPTH
     assert large.recall[10] <= first.recall[20], "no reranking of K finds what is not among the K"
     assert small.recall[5] == first.recall[5], "what was retrieved beyond the K stays behind them"
 
@@ -228,7 +247,7 @@ def test_fallbacks_are_not_kept(whole: Path, tmp_path: Path) -> None:
 
 def test_positives_of_other_data_sets(whole: Path, tmp_path: Path) -> None:
     """The first stage's best candidate is made a positive under another data set's id."""
-    run_file = whole / "out/runs/cirr_task7.local.first-stage.txt"
+    run_file = results(whole / "out") / "runs/cirr_task7.local.first-stage.txt"
     best = {qid: ranked[0] for qid, ranked in read_run(run_file).items()}
     wrong = [qid for qid, did in best.items() if did not in read_qrels(whole / "root" / CIRR.qrels)[qid]]
     assert wrong
