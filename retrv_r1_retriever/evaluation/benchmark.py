@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from retrv_r1_retriever.embedders import Embedder, embed
@@ -159,23 +160,26 @@ async def run_benchmark(setup: Setup, parts: Parts, progress: ProgressFn) -> lis
     runs = {task.name: _open(task, setup, parts) for task in present}
     meter = _Meter(progress, list(runs.values()))
     for pool, members in groupby(sorted(present, key=lambda t: t.pool(setup.pool)), key=lambda t: t.pool(setup.pool)):
-        tasks = [runs[task.name] for task in members]
         async with _indexed(setup, parts, pool, progress) as (store, failed):
-            for one in tasks:
-                one.skipped.extend(failed)
+            for task in members:
+                one = runs[task.name]
+                if failed:
+                    one = runs[task.name] = meter.instead(one, _open(task, setup, parts, failed))
                 await _search(one, setup, parts, store, meter)
                 for options in setup.modes if parts.engine else ():
                     await _rerank(one, setup, parts, store, options, meter)
     return [runs[task.name] for task in present]
 
 
-def _open(task: Task, setup: Setup, parts: Parts) -> TaskRun:
+def _open(task: Task, setup: Setup, parts: Parts, failed: Mapping[str, str] = MappingProxyType({})) -> TaskRun:
+    """failed: candidates that the index lacks; lists over it are never taken for those of the whole pool"""
     data = setup.data(task)
     if not len(data):
         raise InputError(explain(task.queries, expected="at least one query", got="none", fix="Restore the file."))
     made_of = [task.queries, task.pool(setup.pool), INSTRUCTIONS.as_posix()]  # judgements decide scores, not lists
     files = {name: fingerprint(setup.root / name) for name in made_of if (setup.root / name).is_file()}
-    searched = {"files": files, "embedder": parts.embedder_digest, "depth": DEPTH, "seed": setup.seed}
+    searched = {"files": files, "embedder": parts.embedder_digest, "depth": DEPTH, "seed": setup.seed,
+                "left_out": digest_of(sorted(failed)) if failed else None}  # fmt: skip
     lists, name = setup.out / "lists", f"{task.name}.{setup.pool}"
     rerankings = {}
     if parts.engine is not None:
@@ -183,7 +187,8 @@ def _open(task: Task, setup: Setup, parts: Parts) -> TaskRun:
             settings = {"first_stage": searched, "options": asdict(options), "versions": dict(parts.engine.versions)}
             file = f"{name}.{label(options).replace(' ', '.').replace('/', '.').replace('=', '')}"
             rerankings[label(options)] = Journal(lists, file, settings)
-    return TaskRun(task, data, Journal(lists, f"{name}.first-stage", searched), rerankings)
+    skipped = [f"candidate {id}: {reason}" for id, reason in failed.items()]
+    return TaskRun(task, data, Journal(lists, f"{name}.first-stage", searched), rerankings, skipped)
 
 
 class _Meter:
@@ -192,15 +197,22 @@ class _Meter:
     def __init__(self, progress: ProgressFn, runs: Sequence[TaskRun]) -> None:
         self._progress = progress
         self._done = {"first stage": 0, "reranking": 0}
-        left = [(len(run.data) - len(run.first_stage), run) for run in runs]
-        self._total = {
-            "first stage": sum(count for count, _ in left),
-            "reranking": sum(len(run.data) - len(journal) for run in runs for journal in run.rerankings.values()),
-        }
+        self._total = {what: sum(_left(run)[what] for run in runs) for what in self._done}
+
+    def instead(self, old: TaskRun, new: TaskRun) -> TaskRun:
+        """The new one, which is counted in place of the old one."""
+        self._total = {what: total + _left(new)[what] - _left(old)[what] for what, total in self._total.items()}
+        return new
 
     def __call__(self, what: str, count: int) -> None:
         self._done[what] += count
         self._progress(what, self._done[what], self._total[what])
+
+
+def _left(run: TaskRun) -> dict[str, int]:
+    """Queries that are still to be done."""
+    rerankings = sum(len(run.data) - len(journal) for journal in run.rerankings.values())
+    return {"first stage": len(run.data) - len(run.first_stage), "reranking": rerankings}
 
 
 # -- index -------------------------------------------------------------------------------------------------------------
@@ -209,8 +221,8 @@ class _Meter:
 @asynccontextmanager
 async def _indexed(
     setup: Setup, parts: Parts, pool: str, progress: ProgressFn
-) -> AsyncIterator[tuple[EdgeStore, list[str]]]:
-    """The pool's store, complete but for what could not be read: that is tried again each time, and listed."""
+) -> AsyncIterator[tuple[EdgeStore, dict[str, str]]]:
+    """The pool's store, complete but for what could not be read: that is tried again each time, and listed with reasons."""
     from retrv_r1_retriever.edge import EdgeStore
 
     path = setup.root / pool
@@ -218,7 +230,7 @@ async def _indexed(
     folder = setup.out / "index" / f"{Path(pool).stem}.{digest}"
     store = EdgeStore(folder, spec=parts.spec)
     try:
-        failed: list[str] = []
+        failed: dict[str, str] = {}
         if not (folder / "complete").exists():
             total = len(setup.data(next(t for t in setup.tasks if t.pool(setup.pool) == pool)).pool)
 
@@ -227,7 +239,7 @@ async def _indexed(
 
             indexer = Indexer(store, parts.embedder, parts.compressor, parts.images, batch_size=256, progress=show)
             report = await indexer.aindex(read_mbeir(path))
-            failed = [f"candidate {failure.id}: {failure.reason}" for failure in report.failed]
+            failed = {failure.id: failure.reason for failure in report.failed}
             if not failed:
                 (folder / "complete").write_text(f"{report.indexed + report.skipped}\n")
         yield store, failed

@@ -13,7 +13,7 @@ import pytest
 from retrv_r1_retriever._sync import run
 from retrv_r1_retriever.cli.evaluate_mbeir import describe, write_results
 from retrv_r1_retriever.errors import InputError
-from retrv_r1_retriever.evaluation.benchmark import DEPTH, TASKS, Parts, Setup, run_benchmark
+from retrv_r1_retriever.evaluation.benchmark import DEPTH, TASKS, Parts, Setup, Task, run_benchmark
 from retrv_r1_retriever.evaluation.runs import read_qrels, read_run
 from retrv_r1_retriever.evaluation.scores import FIRST_STAGE, BenchmarkScore, SystemScore, TaskScore, score
 from retrv_r1_retriever.options import FAST
@@ -231,6 +231,34 @@ def test_missing_pictures_and_tasks_refuse_the_average(whole: Path, tmp_path: Pa
     assert all(lost in line for line in task.problems)
     (mine.root / lost).write_bytes((whole / "root" / lost).read_bytes())
     assert evaluate(mine).tasks[0].problems == (), "what was missing is done when it is there"
+    assert runs_of(CIRR, mine.out) == runs_of(CIRR, whole / "out")
+
+
+def test_lists_over_an_incomplete_index_are_not_those_of_the_pool(whole: Path, tmp_path: Path) -> None:
+    """Queries in words: all can be read while the pictures of their right answers cannot."""
+    news = TASKS[0]
+    shutil.copytree(whole / "root", tmp_path / "root")
+    mine = replace(setup(tmp_path), tasks=(news,))
+    right = {did for grades in read_qrels(mine.root / news.qrels).values() for did in grades}
+    pool = map(json.loads, (mine.root / news.pool("local")).read_text().splitlines())
+    pictures = [mine.root / row["img_path"] for row in pool if row["did"] in right]
+    for path in pictures:
+        path.rename(path.with_suffix(".away"))
+    told: list[tuple[str, int, int]] = []
+    [first] = map(score, run(run_benchmark(mine, parts(mine.root), lambda *now: told.append(now))))
+    assert len(first.problems) == len(pictures) == 4
+    assert told[-1] == ("reranking", 4, 4)
+    told.clear()
+    assert list(map(score, run(run_benchmark(mine, parts(mine.root), lambda *now: told.append(now))))) == [first]
+    assert {what for what, *_ in told} == {"index mbeir_visualnews_task0_cand_pool"}, "its lists are kept all the same"
+    for path in pictures:
+        path.with_suffix(".away").rename(path)
+    assert evaluate(mine).tasks[0].problems == ()
+    assert runs_of(news, mine.out) == runs_of(news, whole / "out")
+
+
+def runs_of(task: Task, out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (results(out) / "runs").glob(f"{task.name}*")}
 
 
 def test_fallbacks_are_not_kept(whole: Path, tmp_path: Path) -> None:
