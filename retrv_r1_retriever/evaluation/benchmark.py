@@ -22,6 +22,7 @@ from retrv_r1_retriever.errors import ImageError, InputError, explain
 from retrv_r1_retriever.evaluation.first_stage import RunFirstStage
 from retrv_r1_retriever.evaluation.journal import Journal, digest_of, fingerprint
 from retrv_r1_retriever.evaluation.mbeir import INSTRUCTIONS, Dataset, Limits
+from retrv_r1_retriever.evaluation.mbeir import TASKS as SHAPES
 from retrv_r1_retriever.evaluation.measure import ProgressFn, label
 from retrv_r1_retriever.evaluation.records import Record, record_of
 from retrv_r1_retriever.images import ImageSource, load_content
@@ -62,6 +63,11 @@ class Task:
     def headline(self) -> int:
         """The k of the table and of the average."""
         return 10 if self.dataset in ("fashion200k", "fashioniq") else 5
+
+    @property
+    def sought(self) -> str:
+        """The modality of its candidates."""
+        return next(candidate for (_, candidate), number in SHAPES.items() if number == self.number)
 
     @property
     def queries(self) -> str:
@@ -107,16 +113,24 @@ class Setup:
     concurrency: int = 8
     max_bad_share: float = 0.0
 
+    def __post_init__(self) -> None:
+        self.limits()
+
+    def limits(self) -> Limits:
+        """Raises `OptionsError`."""
+        return Limits(self.out / "lines", self.max_bad_share)
+
     def absent(self) -> dict[str, list[str]]:
         """Task -> its files that are not there."""
-        found = {t.name: [f for f in (t.queries, t.qrels, t.pool(self.pool)) if not (self.root / f).is_file()]
-                 for t in self.tasks}  # fmt: skip
+        needed = {t.name: (t.queries, t.qrels, t.pool(self.pool), INSTRUCTIONS.as_posix()) for t in self.tasks}
+        found = {name: [f for f in files if not (self.root / f).is_file()] for name, files in needed.items()}
         return {name: files for name, files in found.items() if files}
 
     def data(self, task: Task) -> Dataset:
-        limits = Limits(self.out / "lines", self.max_bad_share)
+        limits = self.limits()
         data = Dataset.open(self.root, task.queries, task.pool(self.pool), qrels=task.qrels, limits=limits)
-        return replace(data, same_dataset=self.same_dataset)
+        data.instructions.skipped.check(INSTRUCTIONS.as_posix(), self.max_bad_share)
+        return replace(data, same_dataset=self.same_dataset, sought=task.sought)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,10 +150,11 @@ class Parts:
 
 @dataclass(frozen=True)
 class TaskRun:
-    """One task's lists on disk. rerankings: mode -> journal; skipped: what could not be read, with reasons"""
+    """One task's lists on disk. pool: whose they are; rerankings: mode -> journal; skipped: what could not be read, with reasons"""
 
     task: Task
     data: Dataset
+    pool: PoolKind
     first_stage: Journal
     rerankings: Mapping[str, Journal]
     skipped: list[str] = field(default_factory=list)
@@ -176,8 +191,8 @@ def _open(task: Task, setup: Setup, parts: Parts, failed: Mapping[str, str] = Ma
     data = setup.data(task)
     if not len(data):
         raise InputError(explain(task.queries, expected="at least one query", got="none", fix="Restore the file."))
-    made_of = [task.queries, task.pool(setup.pool), INSTRUCTIONS.as_posix()]  # judgements decide scores, not lists
-    files = {name: fingerprint(setup.root / name) for name in made_of if (setup.root / name).is_file()}
+    made_of = [task.queries, task.pool(setup.pool), INSTRUCTIONS.as_posix()]  # judgements decide scores, not lists: see `sought`
+    files = {name: fingerprint(setup.root / name) for name in made_of}
     searched = {"files": files, "embedder": parts.embedder_digest, "depth": DEPTH, "seed": setup.seed,
                 "left_out": digest_of(sorted(failed)) if failed else None}  # fmt: skip
     lists, name = setup.out / "lists", f"{task.name}.{setup.pool}"
@@ -188,7 +203,7 @@ def _open(task: Task, setup: Setup, parts: Parts, failed: Mapping[str, str] = Ma
             file = f"{name}.{label(options).replace(' ', '.').replace('/', '.').replace('=', '')}"
             rerankings[label(options)] = Journal(lists, file, settings)
     skipped = [f"candidate {id}: {reason}" for id, reason in failed.items()]
-    return TaskRun(task, data, Journal(lists, f"{name}.first-stage", searched), rerankings, skipped)
+    return TaskRun(task, data, setup.pool, Journal(lists, f"{name}.first-stage", searched), rerankings, skipped)
 
 
 class _Meter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,12 +13,13 @@ import pytest
 
 from retrv_r1_retriever._sync import run
 from retrv_r1_retriever.cli.evaluate_mbeir import describe, write_results
-from retrv_r1_retriever.errors import InputError
+from retrv_r1_retriever.errors import InputError, OptionsError
 from retrv_r1_retriever.evaluation.benchmark import DEPTH, TASKS, Parts, Setup, Task, run_benchmark
 from retrv_r1_retriever.evaluation.runs import read_qrels, read_run
 from retrv_r1_retriever.evaluation.scores import FIRST_STAGE, BenchmarkScore, SystemScore, TaskScore, score
 from retrv_r1_retriever.options import FAST
-from tests.evaluation.mbeir_root import parts, write_root
+from retrv_r1_retriever.types import Query
+from tests.evaluation.mbeir_root import TopicEmbedder, parts, write_root
 
 MODE = "K=20 never/logits"
 OPTIONS = FAST.with_options(top_k=20, timeout_s=None)
@@ -53,6 +55,17 @@ def results(out: Path, pool: str = "local") -> Path:
 
 def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.rglob("*.*")}
+
+
+class Listening(TopicEmbedder):
+    """asked: the instructions of the queries"""
+
+    def __init__(self) -> None:
+        self.asked: list[str | None] = []
+
+    def embed(self, items):
+        self.asked += [item.instruction for item in items if isinstance(item, Query)]
+        return super().embed(items)
 
 
 def test_tasks_are_in_the_papers_order() -> None:
@@ -190,6 +203,11 @@ def spoiled(whole: Path, tmp_path: Path, file: str, change: Callable[[str], str]
             r"expected one grade per candidate",
         ),
         (CIRR.queries, lambda text: "", r"cirr_task7_test.jsonl: expected at least one query, got none"),
+        (
+            "instructions/query_instructions.tsv",
+            lambda text: text.replace("\tFind it.\tShow cirr.", ""),
+            r"query_instructions.tsv: expected at most 0.0% bad rows, got 1 of 16; query_instructions.tsv:15: expected",
+        ),
     ],
 )
 def test_bad_files_are_errors(whole: Path, tmp_path: Path, file: str, change: Callable, message: str) -> None:
@@ -207,6 +225,17 @@ def test_bad_files_are_errors(whole: Path, tmp_path: Path, file: str, change: Ca
             lambda text: text.replace("8:70 ", "9:70 "),
             "query 8:70: not in the qrels; the positives of its own",
         ),
+        (
+            CIRR.qrels,
+            lambda text: text + "8:70 0 8:99 1 7\n",
+            "query 8:70: 1 of 2 of its right answers are not in the pool (8:99)",
+        ),
+        (CIRR.qrels, lambda text: text + "8:79 0 8:312 1 7\n", "query 8:79: in the qrels, but not among the queries"),
+        (
+            "instructions/query_instructions.tsv",
+            lambda text: text[: text.index("image,text\timage\tcirr")],
+            "query 8:70: no instruction for image,text → image of its data set",
+        ),
     ],
 )
 def test_queries_that_cannot_be_answered_are_named(
@@ -217,6 +246,44 @@ def test_queries_that_cannot_be_answered_are_named(
     assert task.queries == 4, "counted as a miss"
 
 
+def test_bad_rows_that_are_allowed_refuse_the_average(whole: Path, tmp_path: Path) -> None:
+    mine = spoiled(whole, tmp_path, CIRR.qrels, lambda text: text + "8:70 0 8:312 x 7\n")
+    [task] = evaluate(replace(mine, max_bad_share=0.5)).tasks
+    assert [line.partition(" 0 ")[0] for line in task.problems] == ["qrels: 1 bad rows left out; mbeir_cirr_task7_test_qrels.txt:5: invalid literal for int() with base 10: 'x'"]
+    for share in (math.nan, 2.0, -0.1):
+        with pytest.raises(OptionsError, match="max_bad_share: expected a share, 0 to 1"):
+            replace(mine, max_bad_share=share)
+
+
+def test_judgements_decide_scores_and_not_lists(whole: Path, tmp_path: Path) -> None:
+    """A query's instruction does not depend on where its right answers are, so its list is good for all judgements."""
+    wrong = spoiled(whole, tmp_path, CIRR.qrels, lambda text: text.replace(" 8:", " 8:9"))
+    systems = [replace(parts(mine.root), embedder=Listening()) for mine in (setup(whole, out="fresh"), wrong)]
+    evaluate(replace(setup(whole), out=tmp_path / "fresh", tasks=(CIRR,)), systems[0])
+    assert len(evaluate(wrong, systems[1]).tasks[0].problems) == 4
+    fresh, asked = (system.embedder.asked for system in systems)  # type: ignore[union-attr]
+    assert fresh == asked
+    assert None not in asked
+    shutil.copy(whole / "root" / CIRR.qrels, wrong.root / CIRR.qrels)
+    for same in (True, False):
+        again = replace(parts(wrong.root), embedder=None)  # type: ignore[arg-type]
+        assert evaluate(replace(wrong, same_dataset=same), again).tasks[0].problems == ()
+
+
+def test_a_local_pool_lacks_the_positives_of_other_data_sets(whole: Path, tmp_path: Path) -> None:
+    """OVEN and InfoSeek judge each other's candidates; only the union pool has them."""
+    mine = spoiled(whole, tmp_path, CIRR.qrels, lambda text: text + "8:70 0 7:99 1 7\n")
+    assert evaluate(mine).tasks[0].problems == ()
+    (mine.root / CIRR.pool("global")).parent.mkdir()
+    shutil.copy(mine.root / CIRR.pool("local"), mine.root / CIRR.pool("global"))
+    [task] = evaluate(replace(mine, pool="global")).tasks
+    assert task.problems == ("query 8:70: 1 of 2 of its right answers are not in the pool (7:99)",)
+
+
+def test_a_byte_order_mark_hides_no_judgement(whole: Path, tmp_path: Path) -> None:
+    assert evaluate(spoiled(whole, tmp_path, CIRR.qrels, lambda text: f"\ufeff{text}")).tasks[0].problems == ()
+
+
 def test_missing_pictures_and_tasks_refuse_the_average(whole: Path, tmp_path: Path) -> None:
     mine = spoiled(whole, tmp_path, "", str)
     rows = [json.loads(line) for line in (mine.root / CIRR.queries).read_text().splitlines()]
@@ -225,6 +292,9 @@ def test_missing_pictures_and_tasks_refuse_the_average(whole: Path, tmp_path: Pa
     scores = evaluate(replace(mine, tasks=TASKS))
     assert scores.average[FIRST_STAGE] is None
     assert len(scores.absent) == 15
+    (mine.root / "instructions/query_instructions.tsv").rename(mine.root / "away")
+    assert mine.absent() == {CIRR.name: ["instructions/query_instructions.tsv"]}
+    (mine.root / "away").rename(mine.root / "instructions/query_instructions.tsv")
     assert scores.absent["nights_task4"][0] == "query/test/mbeir_nights_task4_test.jsonl"
     [task] = scores.tasks
     assert [line.split(":")[0] for line in task.problems] == ["candidate 8", "query 8"]
@@ -311,16 +381,11 @@ def test_spoiled_lists_are_errors(whole: Path, tmp_path: Path, change: Callable,
 
 def test_instructions_are_drawn_by_the_seed(whole: Path) -> None:
     asked: list[str | None] = []
-
-    class Listening(type(parts(whole / "root").embedder)):  # type: ignore[misc]
-        def embed(self, items):
-            asked.extend(item.instruction for item in items if hasattr(item, "instruction"))
-            return super().embed(items)
-
     for seed in (0, 0, 1):
-        system = replace(parts(whole / "root"), embedder=Listening())
+        listening = Listening()
         mine = replace(setup(whole, out=f"seed{len(asked)}"), seed=seed, tasks=(CIRR,))
-        evaluate(mine, system)
+        evaluate(mine, replace(parts(whole / "root"), embedder=listening))
+        asked += listening.asked
     first, again, other = asked[:4], asked[4:8], asked[8:]
     assert first == again != other
     assert {*asked} == {"Find it.", "Show cirr."}
