@@ -95,6 +95,8 @@ def _tasks(names: str | None) -> tuple[Task, ...]:
 
 
 def _parts(config: Config, args: argparse.Namespace) -> Parts:
+    from retrv_r1_retriever.model.checkpoint import numerics
+
     embedder = settings.open_embedder(config)
     engine = None if args.first_stage_only else settings.open_reader(config)
     compressor = engine if isinstance(engine, Compressor) else None
@@ -103,7 +105,8 @@ def _parts(config: Config, args: argparse.Namespace) -> Parts:
     images = LocalImages(
         args.root, max_bytes=limits.max_bytes, max_pixels=limits.max_pixels, timeout_s=limits.timeout_s
     )
-    return Parts(embedder, embedder.digest, spec, images, engine)
+    digest = " ".join((embedder.digest, *numerics(embedder.model).values()))
+    return Parts(embedder, digest, spec, images, engine)
 
 
 def describe(setup: Setup, parts: Parts) -> dict[str, Any]:

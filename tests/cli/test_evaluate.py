@@ -174,3 +174,18 @@ def test_mbeir_with_a_model(workplace: Path, run: Run) -> None:
     wrong = run("eval", "mbeir", "--root", "items")
     assert "items: expected M-BEIR's files, got no query/test/mbeir_visualnews_task0_test.jsonl" in wrong.err
     assert "expected some of visualnews_task0" in run("eval", "mbeir", "--root", "data", "--tasks", "mnist").err
+
+
+def test_mbeir_in_another_precision_is_another_configuration(workplace: Path, run: Run) -> None:
+    """The same weights in bfloat16 give other vectors and other slots: nothing that float32 made stands for them."""
+    write_root(workplace / "data", 14, 2)
+    config = Path("retrv.toml").read_text()
+    Path("bf16.toml").write_text(config.replace("[model]", '[model]\ndtype = "bfloat16"'))
+    command = ["eval", "mbeir", "--root", "data", "--tasks", "webqa_task1", "--top-k", 2, "--mode", "never/logits", "--json"]
+    first, second = run(*command), run(*command, "--config", "bf16.toml")
+    assert "reranking 2/2" in " ".join(second.err.split())
+    configurations = [ran.json["configuration"] for ran in (first, second)]
+    assert [c["engine"]["dtype"] for c in configurations] == ["float32", "bfloat16"]
+    assert configurations[0]["id"] != configurations[1]["id"]
+    for kind in ("index/*", "lists/*first-stage*", "lists/*K2*"):
+        assert len([*Path("mbeir-eval").glob(kind)]) == 2, kind
