@@ -24,6 +24,7 @@ from retrv_r1_retriever.evaluation.journal import Journal, digest_of, fingerprin
 from retrv_r1_retriever.evaluation.mbeir import INSTRUCTIONS, Dataset, Limits
 from retrv_r1_retriever.evaluation.mbeir import TASKS as SHAPES
 from retrv_r1_retriever.evaluation.measure import ProgressFn, label
+from retrv_r1_retriever.evaluation.modes import check_modes
 from retrv_r1_retriever.evaluation.records import Record, record_of
 from retrv_r1_retriever.images import ImageSource, load_content
 from retrv_r1_retriever.indexing import Indexer
@@ -35,6 +36,8 @@ from retrv_r1_retriever.types import MAX_CANDIDATES, Query, Status
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+    import numpy as np
 
     from retrv_r1_retriever.edge import EdgeStore
 
@@ -115,6 +118,7 @@ class Setup:
 
     def __post_init__(self) -> None:
         self.limits()
+        check_modes(self.modes)
 
     def limits(self) -> Limits:
         """Raises `OptionsError`."""
@@ -269,32 +273,40 @@ async def _search(
     run: TaskRun, setup: Setup, parts: Parts, store: EdgeStore, meter: Callable[[str, int], None]
 ) -> None:
     """Exact: Qdrant Edge scans every vector until it is told to optimize."""
-    todo = (n for n in range(len(run.data)) if _id(run, n) not in run.first_stage)
+    todo = (n for n in range(len(run.data)) if run.data.queries[n].id not in run.first_stage)
     for numbers in _batches(todo, setup.concurrency):
-        queries = []
-        for number in numbers:
-            try:
-                queries.append((number, await _query(run, number, setup, parts)))
-            except ImageError as error:
-                run.skipped.append(f"query {_id(run, number)}: {error}")
+        queries = await _readable(run, numbers, setup, parts)
         vectors = await embed(parts.embedder, [query for _, query in queries]) if queries else ()
-        found = await asyncio.gather(*(store.search(vector, DEPTH, with_memory=False) for vector in vectors))
+        found = await asyncio.gather(*(_nearest(store, vector) for vector in vectors))
         run.first_stage.append(
-            {"query": query.id, "number": number, "ranked": [(c.document.id, c.retrieval_score) for c in candidates]}
-            for (number, query), candidates in zip(queries, found, strict=True)
+            {"query": query.id, "number": number, "ranked": ranked}
+            for (number, query), ranked in zip(queries, found, strict=True)
         )
         meter("first stage", len(numbers))
 
 
-async def _query(run: TaskRun, number: int, setup: Setup, parts: Parts) -> Query:
-    """With its picture decoded. The instruction depends on the seed and the line alone."""
-    query = run.data.query(number, random.Random(f"{setup.seed} {number}")).query
-    content, _ = await load_content(parts.images, query.content)
-    return replace(query, content=content)
+async def _nearest(store: EdgeStore, vector: np.ndarray) -> list[tuple[str, float]]:
+    """Which of equals at the end of the list come back depends on how the store was written: all are asked for, and stand by id."""
+    limit = DEPTH + 1
+    while True:
+        found = await store.search(vector, limit, with_memory=False)
+        scored = [(c.document.id, c.retrieval_score or 0.0) for c in found]
+        if len(scored) < limit or scored[-1][1] < scored[DEPTH - 1][1]:
+            return scored[:DEPTH]
+        limit *= 2
 
 
-def _id(run: TaskRun, number: int) -> str:
-    return run.data.queries[number].id
+async def _readable(run: TaskRun, numbers: Sequence[int], setup: Setup, parts: Parts) -> list[tuple[int, Query]]:
+    """Those whose pictures can be read, decoded. The instruction depends on the seed and the line alone."""
+    queries = []
+    for number in numbers:
+        query = run.data.query(number, random.Random(f"{setup.seed} {number}")).query
+        try:
+            content, _ = await load_content(parts.images, query.content)
+            queries.append((number, replace(query, content=content)))
+        except ImageError as error:
+            run.skipped.append(f"query {query.id}: {error}")
+    return queries
 
 
 # -- reranking ---------------------------------------------------------------------------------------------------------
@@ -315,7 +327,7 @@ async def _rerank(
     todo = (row for row in run.first_stage.rows() if row["query"] not in journal)
     for rows in _batches(todo, setup.concurrency):
         stage = RunFirstStage(store, {row["query"]: row["ranked"] for row in rows}, parts.compressor is not None)
-        queries = [await _query(run, row["number"], setup, parts) for row in rows]
+        queries = [query for _, query in await _readable(run, [row["number"] for row in rows], setup, parts)]
         found = [await stage(query, top_k=options.top_k) for query in queries]
         ranked = await reranker.arerank_batch(queries, found, options=options, concurrency=setup.concurrency)
         run.skipped.extend(

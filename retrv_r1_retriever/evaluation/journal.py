@@ -107,10 +107,11 @@ def digest_of(value: object) -> str:
 
 
 def fingerprint(path: Path) -> str:
-    """Tells files apart without reading gigabytes: size, first and last megabyte."""
-    size = path.stat().st_size
+    """Tells files apart without reading gigabytes: size, time of the last change, first and last megabyte."""
+    stat = path.stat()
+    size = stat.st_size
     with path.open("rb") as file:
         head = file.read(_EDGE)
         file.seek(max(0, size - _EDGE))
         tail = file.read(_EDGE)
-    return hashlib.blake2b(b"%d" % size + head + tail, digest_size=8).hexdigest()
+    return hashlib.blake2b(b"%d %d " % (size, stat.st_mtime_ns) + head + tail, digest_size=8).hexdigest()

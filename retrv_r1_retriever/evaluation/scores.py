@@ -73,7 +73,7 @@ class BenchmarkScore:
 
 def score(run: TaskRun) -> TaskScore:
     """A query that was skipped counts as a miss, and is a problem."""
-    task, problems = run.task, list(run.skipped)
+    task, problems = run.task, list(dict.fromkeys(run.skipped))  # a picture is missed once in every mode
     positives = _positives(run, problems)
     ks = sorted({*task.cuts, *CEILINGS})
     found = ((row["query"], [id for id, _ in row["ranked"]]) for row in run.first_stage.rows())

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from retrv_r1_retriever._sync import run
 from retrv_r1_retriever.cli.evaluate_mbeir import describe, write_results
 from retrv_r1_retriever.errors import InputError, OptionsError
 from retrv_r1_retriever.evaluation.benchmark import DEPTH, TASKS, Parts, Setup, Task, run_benchmark
-from retrv_r1_retriever.evaluation.runs import read_qrels, read_run
+from retrv_r1_retriever.evaluation.journal import fingerprint
+from retrv_r1_retriever.evaluation.runs import read_qrels, read_run, read_scored_run
 from retrv_r1_retriever.evaluation.scores import FIRST_STAGE, BenchmarkScore, SystemScore, TaskScore, score
 from retrv_r1_retriever.options import FAST
 from retrv_r1_retriever.types import Query
-from tests.evaluation.mbeir_root import TopicEmbedder, parts, write_root
+from tests.evaluation.mbeir_root import SIZE, VARIANTS, TopicEmbedder, parts, topic_of, write_root
 
 MODE = "K=20 never/logits"
 OPTIONS = FAST.with_options(top_k=20, timeout_s=None)
@@ -329,6 +332,52 @@ def test_lists_over_an_incomplete_index_are_not_those_of_the_pool(whole: Path, t
 
 def runs_of(task: Task, out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (results(out) / "runs").glob(f"{task.name}*")}
+
+
+def test_a_query_picture_lost_before_another_mode_is_one_problem(whole: Path, tmp_path: Path) -> None:
+    mine = spoiled(whole, tmp_path, "", str)
+    evaluate(mine)
+    lost = json.loads((mine.root / CIRR.queries).read_text().splitlines()[0])["query_img_path"]
+    (mine.root / lost).unlink()
+    others = tuple(OPTIONS.with_options(top_k=k) for k in (10, 15))
+    [task] = evaluate(replace(mine, modes=others)).tasks
+    assert [line.partition(": image")[0] for line in task.problems] == ["query 8:70"]
+    assert [system.statuses for system in task.systems.values()] == [{}, {"reranked": 3}, {"reranked": 3}]
+
+
+def test_equal_scores_are_ordered_by_id_and_not_by_the_store(whole: Path, tmp_path: Path) -> None:
+    """Two vectors for a pool of 150: every list ends among equals."""
+
+    class Tied(TopicEmbedder):
+        def _vector(self, item):
+            if isinstance(item, Query):
+                return np.eye(SIZE)[0]
+            return np.eye(SIZE)[0] + np.eye(SIZE)[1] * (topic_of(item)[1] % 5 != 0)
+
+    root = write_root(tmp_path / "root", 150, 2)
+    mine = Setup(root, tmp_path / "out", (), tasks=(TASKS[0],))
+    evaluate(mine, replace(parts(root), embedder=Tied(), engine=None))
+    ranked = read_scored_run(results(mine.out) / "runs/visualnews_task0.local.first-stage.txt")
+    numbers = sorted(range(150), key=lambda n: (n % VARIANTS % 5 != 0, f"0:{n}"))
+    assert [did for did, _ in ranked["0:00"]] == [f"0:{n}" for n in numbers[:DEPTH]]
+
+
+def test_an_edit_in_the_middle_of_a_large_file_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "pool.jsonl"
+    path.write_bytes(b"a" * 3_000_000)
+    os.utime(path, ns=(0, 0))
+    before = fingerprint(path)
+    with path.open("r+b") as file:
+        file.seek(1_500_000)
+        file.write(b"b")
+    assert fingerprint(path) != before
+
+
+def test_a_share_of_a_batch_that_thinks_is_refused(whole: Path) -> None:
+    shared = OPTIONS.with_options(think="auto", ranking="hybrid", max_think_share=0.5)
+    with pytest.raises(OptionsError, match="max_think_share: expected 1 in an evaluation, got 0.5 with think='auto'"):
+        replace(setup(whole), modes=(OPTIONS, shared))
+    replace(setup(whole), modes=(shared.with_options(think="always"), shared.with_options(ranking="logits")))
 
 
 def test_fallbacks_are_not_kept(whole: Path, tmp_path: Path) -> None:
