@@ -14,7 +14,7 @@ from retrv_r1_retriever import config as settings
 from retrv_r1_retriever._sync import run
 from retrv_r1_retriever.cli.evaluate import add_modes, configuration_table, modes_of
 from retrv_r1_retriever.cli.search import add_options, check_output, load_config
-from retrv_r1_retriever.cli.terminal import Progress, print_json, print_table, print_wrapped, printable
+from retrv_r1_retriever.cli.terminal import Progress, at_least_one, print_json, print_table, print_wrapped, printable
 from retrv_r1_retriever.config import Config
 from retrv_r1_retriever.engines.base import Compressor
 from retrv_r1_retriever.errors import InputError, explain
@@ -44,7 +44,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="draws the paraphrase of each query's instruction")
     parser.add_argument("--first-stage-only", action="store_true", help="no reranking, and an index without memory")
-    parser.add_argument("--shown", type=int, default=2, metavar="N", help="lost queries per task and step in --report")
+    parser.add_argument("--shown", type=at_least_one, default=2, metavar="N", help="lost queries per task and step in --report")
     parser.add_argument(
         "--max-bad-share",
         type=float,
@@ -97,6 +97,7 @@ def _tasks(names: str | None) -> tuple[Task, ...]:
 def _parts(config: Config, args: argparse.Namespace) -> Parts:
     from retrv_r1_retriever.model.checkpoint import numerics
 
+    observers = config.observers()  # the quick part first: a wrong path should not wait for a model
     embedder = settings.open_embedder(config)
     engine = None if args.first_stage_only else settings.open_reader(config)
     compressor = engine if isinstance(engine, Compressor) else None
@@ -106,7 +107,7 @@ def _parts(config: Config, args: argparse.Namespace) -> Parts:
         args.root, max_bytes=limits.max_bytes, max_pixels=limits.max_pixels, timeout_s=limits.timeout_s
     )
     digest = " ".join((embedder.digest, *numerics(embedder.model).values()))
-    return Parts(embedder, digest, spec, images, engine)
+    return Parts(embedder, digest, spec, images, engine, observers)
 
 
 def describe(setup: Setup, parts: Parts) -> dict[str, Any]:

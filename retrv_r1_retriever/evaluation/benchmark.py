@@ -7,6 +7,7 @@ rerankings one query a line (`lists/`). Scores are always computed from these fi
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -28,6 +29,7 @@ from retrv_r1_retriever.evaluation.modes import check_modes
 from retrv_r1_retriever.evaluation.records import Record, record_of
 from retrv_r1_retriever.images import ImageSource, load_content
 from retrv_r1_retriever.indexing import Indexer
+from retrv_r1_retriever.observe import Observers
 from retrv_r1_retriever.options import RerankOptions
 from retrv_r1_retriever.points import CollectionSpec
 from retrv_r1_retriever.readers import read_mbeir
@@ -146,6 +148,7 @@ class Parts:
     spec: CollectionSpec
     images: ImageSource
     engine: Engine | None = None
+    observers: Observers = ()
 
     @property
     def compressor(self) -> Compressor | None:
@@ -205,9 +208,21 @@ def _open(task: Task, setup: Setup, parts: Parts, failed: Mapping[str, str] = Ma
         for options in setup.modes:
             settings = {"first_stage": searched, "options": asdict(options), "versions": dict(parts.engine.versions)}
             file = f"{name}.{label(options).replace(' ', '.').replace('/', '.').replace('=', '')}"
-            rerankings[label(options)] = Journal(lists, file, settings)
+            rerankings[label(options)] = Journal(lists, file, settings, _check_record)
     skipped = [f"candidate {id}: {reason}" for id, reason in failed.items()]
-    return TaskRun(task, data, setup.pool, Journal(lists, f"{name}.first-stage", searched), rerankings, skipped)
+    return TaskRun(task, data, setup.pool, Journal(lists, f"{name}.first-stage", searched, _check_list), rerankings, skipped)
+
+
+def _check_list(row: Mapping[str, Any]) -> None:
+    whole = isinstance(row["number"], int)
+    if not whole or not all(isinstance(id, str) and math.isfinite(score) for id, score in row["ranked"]):
+        raise ValueError("no list of ids with finite scores")
+
+
+def _check_record(row: Mapping[str, Any]) -> None:
+    record = Record.from_json(row["record"])
+    if record.query != row["query"] or sorted(record.after) != sorted(record.before):
+        raise ValueError("a record of another query, or of other candidates after than before")
 
 
 class _Meter:
@@ -323,7 +338,7 @@ async def _rerank(
     """A fallback is not kept: the next run tries it again, and until then the query counts as skipped."""
     assert parts.engine is not None
     journal = run.rerankings[label(options)]
-    reranker = RetrvR1Reranker(parts.engine, images=parts.images)
+    reranker = RetrvR1Reranker(parts.engine, images=parts.images, observers=parts.observers)
     todo = (row for row in run.first_stage.rows() if row["query"] not in journal)
     for rows in _batches(todo, setup.concurrency):
         stage = RunFirstStage(store, {row["query"]: row["ranked"] for row in rows}, parts.compressor is not None)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from retrv_r1_retriever.evaluation.runs import read_run
+from retrv_r1_retriever.tracelog import read_traces
 from tests.cli.conftest import Run
 from tests.evaluation.mbeir_root import write_root
 
@@ -153,7 +154,7 @@ def test_compare_two_runs(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPa
 def test_mbeir_with_a_model(workplace: Path, run: Run) -> None:
     write_root(workplace / "data", 14, 2)
     arguments = ["eval", "mbeir", "--root", "data", "--top-k", "4", "--mode", "always/hybrid", "--report", "page.html"]
-    ran = run(*arguments, "--tasks", "cirr_task7,webqa_task1")
+    ran = run(*arguments, "--tasks", "cirr_task7,webqa_task1", "--traces", "traces.jsonl")
     assert ran.code == 1, "no average, no success"
     flat = " ".join(ran.out.split())
     assert "WebQA t→t 2 R@5" in flat
@@ -167,10 +168,13 @@ def test_mbeir_with_a_model(workplace: Path, run: Run) -> None:
     rows = [json.loads(line) for line in next(Path("mbeir-eval/lists").glob("cirr*K4*")).read_text().splitlines()[1:]]
     assert [row["record"]["status"] for row in rows] == ["reranked", "reranked"]
     assert all(row["record"]["thought"] and row["record"]["tokens_out"] > 0 for row in rows)
-    again = run(*arguments, "--tasks", "cirr_task7,webqa_task1", "--json")
+    again = run(*arguments, "--tasks", "cirr_task7,webqa_task1", "--json", "--traces", "none.jsonl")
     assert again.json["average"] == {"first stage": None, "K=4 always/hybrid": None}
     assert again.json["configuration"]["pool"] == "local"
     assert "reranking" not in again.err, "it was done already"
+    assert len([*read_traces(Path("traces.jsonl"))]) == 4
+    assert not Path("none.jsonl").exists()
+    assert "expected a whole number of at least 1, got '-1'" in run(*arguments, "--shown", -1).err
     wrong = run("eval", "mbeir", "--root", "items")
     assert "items: expected M-BEIR's files, got no query/test/mbeir_visualnews_task0_test.jsonl" in wrong.err
     assert "expected some of visualnews_task0" in run("eval", "mbeir", "--root", "data", "--tasks", "mnist").err

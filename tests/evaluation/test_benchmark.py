@@ -420,12 +420,38 @@ def test_positives_of_other_data_sets(whole: Path, tmp_path: Path) -> None:
     ],
 )
 def test_spoiled_lists_are_errors(whole: Path, tmp_path: Path, change: Callable, message: str) -> None:
+    spoil_a_list(whole, tmp_path, "*first-stage*", change, message)
+
+
+def spoil_a_list(whole: Path, tmp_path: Path, file: str, change: Callable, message: str) -> None:
     mine = spoiled(whole, tmp_path, "", str)
     evaluate(mine)
-    path = next((mine.out / "lists").glob("*first-stage*"))
+    path = next((mine.out / "lists").glob(file))
     path.write_bytes(b"".join(change(path.read_bytes().splitlines(keepends=True))))
     with pytest.raises(InputError, match=message):
         evaluate(mine)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("first-stage", lambda row: row["ranked"][0].__setitem__(1, math.nan), "no list of ids with finite scores"),
+        ("first-stage", lambda row: row.pop("ranked"), "one without 'ranked'"),
+        ("K20", lambda row: row.pop("record"), "one without 'record'"),
+        ("K20", lambda row: row["record"].pop("status"), "one without 'status'"),
+        ("K20", lambda row: row["record"].__setitem__("status", "fine"), "'fine' is not a valid Status"),
+        ("K20", lambda row: row["record"]["after"].pop(), "a record of another query, or of other candidates after"),
+    ],
+)
+def test_rows_of_a_list_that_are_edited_are_errors(
+    whole: Path, tmp_path: Path, file: str, change: Callable, message: str
+) -> None:
+    def edited(lines: list[bytes]) -> list[bytes]:
+        row = json.loads(lines[1])
+        change(row)
+        return [lines[0], json.dumps(row).encode() + b"\n", *lines[2:]]
+
+    spoil_a_list(whole, tmp_path, f"*{file}*", edited, rf"jsonl:2: expected a row, got {message}")
 
 
 def test_instructions_are_drawn_by_the_seed(whole: Path) -> None:
