@@ -44,7 +44,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="draws the paraphrase of each query's instruction")
     parser.add_argument("--first-stage-only", action="store_true", help="no reranking, and an index without memory")
-    parser.add_argument("--shown", type=at_least_one, default=2, metavar="N", help="lost queries per task and step in --report")
+    parser.add_argument(
+        "--shown", type=at_least_one, default=2, metavar="N", help="lost queries per task and step in --report"
+    )
     parser.add_argument(
         "--max-bad-share",
         type=float,

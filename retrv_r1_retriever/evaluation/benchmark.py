@@ -198,7 +198,11 @@ def _open(task: Task, setup: Setup, parts: Parts, failed: Mapping[str, str] = Ma
     data = setup.data(task)
     if not len(data):
         raise InputError(explain(task.queries, expected="at least one query", got="none", fix="Restore the file."))
-    made_of = [task.queries, task.pool(setup.pool), INSTRUCTIONS.as_posix()]  # judgements decide scores, not lists: see `sought`
+    made_of = [
+        task.queries,
+        task.pool(setup.pool),
+        INSTRUCTIONS.as_posix(),
+    ]  # judgements decide scores, not lists: see `sought`
     files = {name: fingerprint(setup.root / name) for name in made_of}
     searched = {"files": files, "embedder": parts.embedder_digest, "depth": DEPTH, "seed": setup.seed,
                 "left_out": digest_of(sorted(failed)) if failed else None}  # fmt: skip
@@ -210,7 +214,9 @@ def _open(task: Task, setup: Setup, parts: Parts, failed: Mapping[str, str] = Ma
             file = f"{name}.{label(options).replace(' ', '.').replace('/', '.').replace('=', '')}"
             rerankings[label(options)] = Journal(lists, file, settings, _check_record)
     skipped = [f"candidate {id}: {reason}" for id, reason in failed.items()]
-    return TaskRun(task, data, setup.pool, Journal(lists, f"{name}.first-stage", searched, _check_list), rerankings, skipped)
+    return TaskRun(
+        task, data, setup.pool, Journal(lists, f"{name}.first-stage", searched, _check_list), rerankings, skipped
+    )
 
 
 def _check_list(row: Mapping[str, Any]) -> None:

@@ -135,7 +135,7 @@ class RunFile:
         self.lines = limits.open(path, LineFormat("run-2", lambda line: _retrieved(line)[0], unique=False))
 
     def ranked(self, qid: str) -> list[str]:
-        """Ids by falling score, equal scores as in the file ; empty for an unknown query."""
+        """Ids by falling score, equal scores as in the file (see `read_run`); empty for an unknown query."""
         found = sorted(map(_retrieved, self.lines.find(qid)), key=lambda row: -row[2])
         return list(dict.fromkeys(did for _, did, _ in found))
 

@@ -111,8 +111,8 @@ class LineIndex:
         found = self._open()[1].execute("SELECT start, size FROM rows WHERE key = ? ORDER BY number", (key,))
         return [self._read(*row) for row in found.fetchall()]
 
-    def keys(self) -> Iterator[str]:
-        """Each one once, sorted."""
+    def distinct_keys(self) -> Iterator[str]:
+        """Sorted."""
         return (key for (key,) in self._open()[1].execute("SELECT DISTINCT key FROM rows ORDER BY key"))
 
     def bad_rows(self) -> Iterator[str]:

@@ -110,7 +110,7 @@ def _positives(run: TaskRun, problems: list[str]) -> dict[str, frozenset[str]]:
         elif missing := _missing(judged, data.pool, whole=run.pool == "global"):
             words = f"{len(missing)} of {len(judged.grades)} of its right answers are not in the pool ({missing[0]})"
             problems.append(f"query {judged.id}: {words}")
-    unasked = (qid for qid in data.qrels.lines.keys() if qid not in positives)
+    unasked = (qid for qid in data.qrels.lines.distinct_keys() if qid not in positives)
     problems.extend(f"query {qid}: in the qrels, but not among the queries" for qid in unasked)
     skipped = {"queries": data.queries.lines.skipped, "qrels": data.qrels.lines.skipped, "pool": data.pool.lines.skipped,
                "instructions": data.instructions.skipped}  # fmt: skip

@@ -143,6 +143,19 @@ def test_compare_two_runs(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPa
     assert "map@5  0.5000  0.9000     +0.4000" in out
     assert "b.txt lacks 4 of the 40 queries" in out
     assert "1 queries of the qrels have no right answer" in out
+    assert "first: a.txt, tag a" in out
+    assert "second: b.txt, tag b" in out
+    assert "different pools" not in out
+    for pool in ("local", "global"):
+        Path(pool).mkdir()
+        line = f"q0 Q0 d0 1 1 mbeir.{pool}.5f0c.first-stage\nz Q0 d 1 1 mbeir.{pool}.5f0c.first-stage\n"
+        Path(pool, "run.txt").write_text(line)
+    pools = ["eval", "compare", "local/run.txt", "global/run.txt", "--qrels", "qrels.txt"]
+    flat = " ".join(run(*pools).out.split())
+    assert "first: local/run.txt, tag mbeir.local.5f0c.first-stage second: global/run.txt" in flat
+    assert "the runs are over different pools (global, local)" in flat
+    assert "global/run.txt has 1 queries that are not in the qrels" in flat
+    assert run(*pools, "--json").json["unjudged_queries"] == {"local/run.txt": 1, "global/run.txt": 1}
     Path("c.txt").write_text("zz Q0 d 1 1 c\n")
     assert "c.txt: expected a run of the qrels' queries, got none" in run(
         "eval", "compare", "a.txt", "c.txt", "--qrels", "qrels.txt"
@@ -185,7 +198,19 @@ def test_mbeir_in_another_precision_is_another_configuration(workplace: Path, ru
     write_root(workplace / "data", 14, 2)
     config = Path("retrv.toml").read_text()
     Path("bf16.toml").write_text(config.replace("[model]", '[model]\ndtype = "bfloat16"'))
-    command = ["eval", "mbeir", "--root", "data", "--tasks", "webqa_task1", "--top-k", 2, "--mode", "never/logits", "--json"]
+    command = [
+        "eval",
+        "mbeir",
+        "--root",
+        "data",
+        "--tasks",
+        "webqa_task1",
+        "--top-k",
+        2,
+        "--mode",
+        "never/logits",
+        "--json",
+    ]
     first, second = run(*command), run(*command, "--config", "bf16.toml")
     assert "reranking 2/2" in " ".join(second.err.split())
     configurations = [ran.json["configuration"] for ran in (first, second)]

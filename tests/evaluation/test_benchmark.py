@@ -252,7 +252,10 @@ def test_queries_that_cannot_be_answered_are_named(
 def test_bad_rows_that_are_allowed_refuse_the_average(whole: Path, tmp_path: Path) -> None:
     mine = spoiled(whole, tmp_path, CIRR.qrels, lambda text: text + "8:70 0 8:312 x 7\n")
     [task] = evaluate(replace(mine, max_bad_share=0.5)).tasks
-    assert [line.partition(" 0 ")[0] for line in task.problems] == ["qrels: 1 bad rows left out; mbeir_cirr_task7_test_qrels.txt:5: invalid literal for int() with base 10: 'x'"]
+    [problem] = task.problems
+    assert problem.startswith(
+        "qrels: 1 bad rows left out; mbeir_cirr_task7_test_qrels.txt:5: invalid literal for int()"
+    )
     for share in (math.nan, 2.0, -0.1):
         with pytest.raises(OptionsError, match="max_bad_share: expected a share, 0 to 1"):
             replace(mine, max_bad_share=share)
@@ -375,7 +378,7 @@ def test_an_edit_in_the_middle_of_a_large_file_is_noticed(tmp_path: Path) -> Non
 
 def test_a_share_of_a_batch_that_thinks_is_refused(whole: Path) -> None:
     shared = OPTIONS.with_options(think="auto", ranking="hybrid", max_think_share=0.5)
-    with pytest.raises(OptionsError, match="max_think_share: expected 1 in an evaluation, got 0.5 with think='auto'"):
+    with pytest.raises(OptionsError, match="max_think_share: expected 1 in an evaluation"):
         replace(setup(whole), modes=(OPTIONS, shared))
     replace(setup(whole), modes=(shared.with_options(think="always"), shared.with_options(ranking="logits")))
 
