@@ -34,7 +34,8 @@ from retrv_r1_retriever.options import RerankOptions
 from retrv_r1_retriever.points import CollectionSpec
 from retrv_r1_retriever.readers import read_mbeir
 from retrv_r1_retriever.reranker import RetrvR1Reranker
-from retrv_r1_retriever.types import MAX_CANDIDATES, Query, Status
+from retrv_r1_retriever.trace import StopReason
+from retrv_r1_retriever.types import MAX_CANDIDATES, Query, RankedResults, Status
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -341,7 +342,7 @@ async def _rerank(
     options: RerankOptions,
     meter: Callable[[str, int], None],
 ) -> None:
-    """A fallback is not kept: the next run tries it again, and until then the query counts as skipped."""
+    """What `_spoiled` names is not kept: the next run tries it again, and until then the query counts as skipped."""
     assert parts.engine is not None
     journal = run.rerankings[label(options)]
     reranker = RetrvR1Reranker(parts.engine, images=parts.images, observers=parts.observers)
@@ -351,15 +352,19 @@ async def _rerank(
         queries = [query for _, query in await _readable(run, [row["number"] for row in rows], setup, parts)]
         found = [await stage(query, top_k=options.top_k) for query in queries]
         ranked = await reranker.arerank_batch(queries, found, options=options, concurrency=setup.concurrency)
-        run.skipped.extend(
-            f"query {r.query.id}, {label(options)}: not reranked: {r.reason}"
-            for r in ranked
-            if r.status is Status.FALLBACK
-        )
-        journal.append(
-            {"query": r.query.id, "record": record_of(r).to_json()} for r in ranked if r.status is not Status.FALLBACK
-        )
+        spoiled = [(r, reason) for r in ranked if (reason := _spoiled(r))]
+        run.skipped.extend(f"query {r.query.id}, {label(options)}: {reason}" for r, reason in spoiled)
+        journal.append({"query": r.query.id, "record": record_of(r).to_json()} for r in ranked if not _spoiled(r))
         meter("reranking", len(rows))
+
+
+def _spoiled(ranked: RankedResults) -> str | None:
+    """Why this says nothing of the system: the engine failed, before or in a thought, or a picture that was indexed is gone."""
+    if ranked.status is Status.FALLBACK:
+        return f"not reranked: {ranked.reason}"
+    trace = ranked.trace
+    broken = trace is not None and (trace.stop_reason is StopReason.ENGINE_ERROR or trace.unreadable)
+    return f"not as asked for: {ranked.reason}" if broken else None
 
 
 def _batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:

@@ -15,12 +15,14 @@ import pytest
 
 from retrv_r1_retriever._sync import run
 from retrv_r1_retriever.cli.evaluate_mbeir import describe, write_results
+from retrv_r1_retriever.engines.scripted import ScriptedEngine
 from retrv_r1_retriever.errors import InputError, OptionsError
 from retrv_r1_retriever.evaluation.benchmark import DEPTH, TASKS, Parts, Setup, Task, run_benchmark
 from retrv_r1_retriever.evaluation.journal import fingerprint
 from retrv_r1_retriever.evaluation.runs import read_qrels, read_run, read_scored_run
 from retrv_r1_retriever.evaluation.scores import FIRST_STAGE, BenchmarkScore, SystemScore, TaskScore, score
 from retrv_r1_retriever.options import FAST
+from retrv_r1_retriever.parser import Check, Thought, Verdict
 from retrv_r1_retriever.types import Query
 from tests.evaluation.mbeir_root import SIZE, VARIANTS, TopicEmbedder, parts, topic_of, write_root
 
@@ -393,6 +395,38 @@ def test_fallbacks_are_not_kept(whole: Path, tmp_path: Path) -> None:
     [again] = evaluate(mine).tasks
     assert again.problems == ()
     assert again.systems[MODE].statuses == {"reranked": 4}
+
+
+def test_a_thought_that_the_engine_broke_off_is_not_kept(whole: Path, tmp_path: Path) -> None:
+    """The direct read stands in for it: for a caller that is better than nothing, and for a number it is another mode."""
+    mine = replace(spoiled(whole, tmp_path, "", str), modes=(OPTIONS.with_options(think="always", ranking="hybrid"),))
+    broken = ScriptedEngine(slots=[0.0] * 21, failing={"generate": RuntimeError("out of memory")})
+    [task] = evaluate(mine, replace(parts(mine.root), engine=broken)).tasks
+    assert [line.partition(": the thought")[0] for line in task.problems] == [
+        f"query 8:7{n}, K=20 always/hybrid: not as asked for" for n in range(4)
+    ]
+
+
+def test_a_candidates_picture_that_is_gone_when_it_is_opened(whole: Path, tmp_path: Path) -> None:
+    """The index is whole and the list is not: it must be made again when the picture is there."""
+    mine = spoiled(whole, tmp_path, "", str)
+    mine = replace(mine, modes=(OPTIONS.with_options(think="always", ranking="hybrid", max_inspections=1),))
+    opening = Thought("a topic", (Verdict(0, "keep"),), (Check(0, "it is a match", True),), 0)
+    run(run_benchmark(replace(mine, modes=()), parts(mine.root), lambda *_: None))
+    rows = next((mine.out / "lists").glob("*first-stage*")).read_text().splitlines()[1:]
+    first = json.loads(rows[0])["ranked"][0][0]
+    picture = mine.root / f"mbeir_images/{first.partition(':')[2]}.ppm"
+    picture.rename(tmp_path / "away")
+
+    def system() -> Parts:
+        return replace(parts(mine.root), engine=ScriptedEngine(opening, slots=[0.0] * 21))
+
+    [task] = evaluate(mine, system()).tasks
+    assert any("not as asked for: 1 could not be opened" in line for line in task.problems)
+    (tmp_path / "away").rename(picture)
+    [task] = evaluate(mine, system()).tasks
+    assert task.problems == ()
+    assert task.systems["K=20 always/hybrid"].statuses == {"reranked": 4}
 
 
 def test_positives_of_other_data_sets(whole: Path, tmp_path: Path) -> None:
