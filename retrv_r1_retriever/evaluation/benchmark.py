@@ -34,8 +34,7 @@ from retrv_r1_retriever.options import RerankOptions
 from retrv_r1_retriever.points import CollectionSpec
 from retrv_r1_retriever.readers import read_mbeir
 from retrv_r1_retriever.reranker import RetrvR1Reranker
-from retrv_r1_retriever.trace import StopReason
-from retrv_r1_retriever.types import MAX_CANDIDATES, Query, RankedResults, Status
+from retrv_r1_retriever.types import MAX_CANDIDATES, Query, RankedResults, Status, StopReason
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
