@@ -8,10 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from retrv_r1_retriever.cli.terminal import at_least_one, one_line, print_json, print_table, print_wrapped, printable
+from retrv_r1_retriever.cli.terminal import at_least_one, print_json, print_table, print_wrapped, printable
 from retrv_r1_retriever.errors import InputError, explain
 from retrv_r1_retriever.evaluation.metrics import Qrels, Run, values
-from retrv_r1_retriever.evaluation.runs import read_qrels, read_run
+from retrv_r1_retriever.evaluation.runs import read_qrels, read_run, run_tag
 from retrv_r1_retriever.evaluation.significance import SAMPLES, PairedTest, paired_test
 
 METRICS = ("recall@1", "recall@5", "mrr", "ndcg@10")
@@ -36,7 +36,10 @@ def main(args: argparse.Namespace) -> int:
     if args.samples < 1:
         raise InputError(explain("--samples", expected="at least 1", got=args.samples, fix="Raise it."))
     first, second = map(read_run, args.runs)
-    qrels, unanswerable = _answerable(read_qrels(args.qrels))
+    judged = read_qrels(args.qrels)
+    qrels, unanswerable = _answerable(judged)
+    tags = {str(path): run_tag(path) for path in args.runs}
+    unjudged = {str(path): len(run.keys() - judged) for path, run in zip(args.runs, (first, second), strict=True)}
     missing = {str(path): _missing(run, qrels, path) for path, run in zip(args.runs, (first, second), strict=True)}
     rows: dict[str, dict[str, Any]] = {}
     for name in args.metric or METRICS:
@@ -46,19 +49,14 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         print_json(
             {"runs": args.runs, "qrels": args.qrels, "queries": len(qrels), "samples": args.samples, "seed": args.seed,
-             "missing_queries": missing, "without_right_answer": unanswerable,
+             "tags": tags, "missing_queries": missing, "unjudged_queries": unjudged, "without_right_answer": unanswerable,
              "metrics": {name: row | {"test": asdict(row["test"])} for name, row in rows.items()}}
         )  # fmt: skip
         return 0
-    header = (
-        "",
-        *(one_line(path.name, 24) for path in args.runs),
-        "difference",
-        "95 % interval",
-        "p",
-        "better",
-        "worse",
-    )
+    for place, path in zip(("first", "second"), args.runs, strict=True):
+        print_wrapped(printable(f"{place}: {path}, tag {tags[str(path)] or 'none'}"))
+    print()
+    header = ("", "first", "second", "difference", "95 % interval", "p", "better", "worse")
     print_table(
         header, [(name, f"{r['first']:.4f}", f"{r['second']:.4f}", *_cells(r["test"])) for name, r in rows.items()]
     )
@@ -69,6 +67,13 @@ def main(args: argparse.Namespace) -> int:
     for path, count in missing.items():
         if count:
             print_wrapped(printable(f"{path} lacks {count} of the {len(qrels)} queries"))
+    for path, count in unjudged.items():
+        if count:
+            print_wrapped(printable(f"{path} has {count} queries that are not in the qrels; they are left out"))
+    if len(pools := {tag.split(".")[1] for tag in tags.values() if tag.startswith("mbeir.")}) > 1:
+        print_wrapped(
+            f"the runs are over different pools ({', '.join(sorted(pools))}): their difference is not one of ranking"
+        )
     if unanswerable:
         print_wrapped(f"{unanswerable} queries of the qrels have no right answer and are left out")
     return 0

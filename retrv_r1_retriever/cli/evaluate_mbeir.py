@@ -15,7 +15,7 @@ from retrv_r1_retriever._sync import run
 from retrv_r1_retriever.cli.evaluate import add_modes, modes_of
 from retrv_r1_retriever.cli.outcome import configuration_table
 from retrv_r1_retriever.cli.search import add_options, check_output, load_config
-from retrv_r1_retriever.cli.terminal import Progress, print_json, print_table, print_wrapped, printable
+from retrv_r1_retriever.cli.terminal import Progress, at_least_one, print_json, print_table, print_wrapped, printable
 from retrv_r1_retriever.config import Config
 from retrv_r1_retriever.engines.base import Compressor
 from retrv_r1_retriever.errors import InputError, explain
@@ -45,7 +45,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="draws the paraphrase of each query's instruction")
     parser.add_argument("--first-stage-only", action="store_true", help="no reranking, and an index without memory")
-    parser.add_argument("--shown", type=int, default=2, metavar="N", help="lost queries per task and step in --report")
+    parser.add_argument(
+        "--shown", type=at_least_one, default=2, metavar="N", help="lost queries per task and step in --report"
+    )
     parser.add_argument(
         "--max-bad-share",
         type=float,
@@ -69,11 +71,12 @@ def main(args: argparse.Namespace) -> int:
         name, files = next(iter(absent.items()))
         fix = "Point --root at the folder that holds query/, qrels/ and cand_pool/."
         raise InputError(explain(str(args.root), expected="M-BEIR's files", got=f"no {files[0]} for {name}", fix=fix))
-    check_output(args.report, args.out / "results.json")
+    check_output(args.report)
     parts = _parts(config, args)
+    configuration = describe(setup, parts)
+    check_output(results_folder(setup, configuration) / "results.json")
     runs = run(run_benchmark(setup, parts, Progress()))
     scores = BenchmarkScore(tuple(score(one) for one in runs), absent)
-    configuration = describe(setup, parts)
     written = write_results(setup, runs, scores, configuration)
     if args.report:
         _write_report(args.report, setup, runs, scores, configuration, args.shown)
@@ -95,6 +98,9 @@ def _tasks(names: str | None) -> tuple[Task, ...]:
 
 
 def _parts(config: Config, args: argparse.Namespace) -> Parts:
+    from retrv_r1_retriever.model.checkpoint import numerics
+
+    observers = config.observers()  # the quick part first: a wrong path should not wait for a model
     embedder = settings.open_embedder(config)
     engine = None if args.first_stage_only else settings.open_reader(config)
     compressor = engine if isinstance(engine, Compressor) else None
@@ -103,7 +109,8 @@ def _parts(config: Config, args: argparse.Namespace) -> Parts:
     images = LocalImages(
         args.root, max_bytes=limits.max_bytes, max_pixels=limits.max_pixels, timeout_s=limits.timeout_s
     )
-    return Parts(embedder, embedder.digest, spec, images, engine)
+    digest = " ".join((embedder.digest, *numerics(embedder.model).values()))
+    return Parts(embedder, digest, spec, images, engine, observers)
 
 
 def describe(setup: Setup, parts: Parts) -> dict[str, Any]:
@@ -122,6 +129,11 @@ def describe(setup: Setup, parts: Parts) -> dict[str, Any]:
     return {"id": digest_of(values), **values}
 
 
+def results_folder(setup: Setup, configuration: Mapping[str, Any]) -> Path:
+    """A folder for each configuration: two runs into one `out` share its index, and neither overwrites the other's results."""
+    return setup.out / f"{setup.pool}.{configuration['id']}"
+
+
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
@@ -129,7 +141,8 @@ def write_results(
     setup: Setup, runs: Sequence[TaskRun], scores: BenchmarkScore, configuration: Mapping[str, Any]
 ) -> list[Path]:
     """The table, everything as JSON, a TREC run per task and system, and all problems."""
-    folder = setup.out / "runs"
+    out = results_folder(setup, configuration)
+    folder = out / "runs"
     folder.mkdir(parents=True, exist_ok=True)
     head = f"mbeir.{setup.pool}.{configuration['id']}"
     for one in runs:
@@ -139,7 +152,7 @@ def write_results(
             lists = ((r.query, [(id, -place) for place, id in enumerate(r.reranked, 1)]) for r in one.records(mode))
             name = tag(options)
             _write_run(folder / f"{one.task.name}.{setup.pool}.{name}.txt", lists, f"{head}.{name}")
-    table, everything, problems = (setup.out / name for name in ("results.tsv", "results.json", "problems.txt"))
+    table, everything, problems = (out / name for name in ("results.tsv", "results.json", "problems.txt"))
     rows = [("system", *(task.title for task in TASKS), "average"), *_papers_rows(scores)]
     comment = json.dumps(configuration, ensure_ascii=False)
     table.write_text(f"# {comment}\n" + "".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")

@@ -7,12 +7,14 @@ rerankings one query a line (`lists/`). Scores are always computed from these fi
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from retrv_r1_retriever.embedders import Embedder, embed
@@ -21,18 +23,23 @@ from retrv_r1_retriever.errors import ImageError, InputError, explain
 from retrv_r1_retriever.evaluation.first_stage import RunFirstStage
 from retrv_r1_retriever.evaluation.journal import Journal, digest_of, fingerprint
 from retrv_r1_retriever.evaluation.mbeir import INSTRUCTIONS, Dataset, Limits
+from retrv_r1_retriever.evaluation.mbeir import TASKS as SHAPES
 from retrv_r1_retriever.evaluation.measure import ProgressFn, label
+from retrv_r1_retriever.evaluation.modes import check_modes
 from retrv_r1_retriever.evaluation.records import Record, record_of
 from retrv_r1_retriever.images import ImageSource, load_content
 from retrv_r1_retriever.indexing import Indexer
+from retrv_r1_retriever.observe import Observers
 from retrv_r1_retriever.options import RerankOptions
 from retrv_r1_retriever.points import CollectionSpec
 from retrv_r1_retriever.readers import read_mbeir
 from retrv_r1_retriever.reranker import RetrvR1Reranker
-from retrv_r1_retriever.types import MAX_CANDIDATES, Query, Status
+from retrv_r1_retriever.types import MAX_CANDIDATES, Query, RankedResults, Status, StopReason
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+    import numpy as np
 
     from retrv_r1_retriever.edge import EdgeStore
 
@@ -61,6 +68,11 @@ class Task:
     def headline(self) -> int:
         """The k of the table and of the average."""
         return 10 if self.dataset in ("fashion200k", "fashioniq") else 5
+
+    @property
+    def sought(self) -> str:
+        """The modality of its candidates."""
+        return next(candidate for (_, candidate), number in SHAPES.items() if number == self.number)
 
     @property
     def queries(self) -> str:
@@ -106,16 +118,25 @@ class Setup:
     concurrency: int = 8
     max_bad_share: float = 0.0
 
+    def __post_init__(self) -> None:
+        self.limits()
+        check_modes(self.modes)
+
+    def limits(self) -> Limits:
+        """Raises `OptionsError`."""
+        return Limits(self.out / "lines", self.max_bad_share)
+
     def absent(self) -> dict[str, list[str]]:
         """Task -> its files that are not there."""
-        found = {t.name: [f for f in (t.queries, t.qrels, t.pool(self.pool)) if not (self.root / f).is_file()]
-                 for t in self.tasks}  # fmt: skip
+        needed = {t.name: (t.queries, t.qrels, t.pool(self.pool), INSTRUCTIONS.as_posix()) for t in self.tasks}
+        found = {name: [f for f in files if not (self.root / f).is_file()] for name, files in needed.items()}
         return {name: files for name, files in found.items() if files}
 
     def data(self, task: Task) -> Dataset:
-        limits = Limits(self.out / "lines", self.max_bad_share)
+        limits = self.limits()
         data = Dataset.open(self.root, task.queries, task.pool(self.pool), qrels=task.qrels, limits=limits)
-        return replace(data, same_dataset=self.same_dataset)
+        data.instructions.skipped.check(INSTRUCTIONS.as_posix(), self.max_bad_share)
+        return replace(data, same_dataset=self.same_dataset, sought=task.sought)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +148,7 @@ class Parts:
     spec: CollectionSpec
     images: ImageSource
     engine: Engine | None = None
+    observers: Observers = ()
 
     @property
     def compressor(self) -> Compressor | None:
@@ -135,10 +157,11 @@ class Parts:
 
 @dataclass(frozen=True)
 class TaskRun:
-    """One task's lists on disk. rerankings: mode -> journal; skipped: what could not be read, with reasons"""
+    """One task's lists on disk. pool: whose they are; rerankings: mode -> journal; skipped: what could not be read, with reasons"""
 
     task: Task
     data: Dataset
+    pool: PoolKind
     first_stage: Journal
     rerankings: Mapping[str, Journal]
     skipped: list[str] = field(default_factory=list)
@@ -159,31 +182,53 @@ async def run_benchmark(setup: Setup, parts: Parts, progress: ProgressFn) -> lis
     runs = {task.name: _open(task, setup, parts) for task in present}
     meter = _Meter(progress, list(runs.values()))
     for pool, members in groupby(sorted(present, key=lambda t: t.pool(setup.pool)), key=lambda t: t.pool(setup.pool)):
-        tasks = [runs[task.name] for task in members]
         async with _indexed(setup, parts, pool, progress) as (store, failed):
-            for one in tasks:
-                one.skipped.extend(failed)
+            for task in members:
+                one = runs[task.name]
+                if failed:
+                    one = runs[task.name] = meter.instead(one, _open(task, setup, parts, failed))
                 await _search(one, setup, parts, store, meter)
                 for options in setup.modes if parts.engine else ():
                     await _rerank(one, setup, parts, store, options, meter)
     return [runs[task.name] for task in present]
 
 
-def _open(task: Task, setup: Setup, parts: Parts) -> TaskRun:
+def _open(task: Task, setup: Setup, parts: Parts, failed: Mapping[str, str] = MappingProxyType({})) -> TaskRun:
+    """failed: candidates that the index lacks; lists over it are never taken for those of the whole pool"""
     data = setup.data(task)
     if not len(data):
         raise InputError(explain(task.queries, expected="at least one query", got="none", fix="Restore the file."))
-    made_of = [task.queries, task.pool(setup.pool), INSTRUCTIONS.as_posix()]  # judgements decide scores, not lists
-    files = {name: fingerprint(setup.root / name) for name in made_of if (setup.root / name).is_file()}
-    searched = {"files": files, "embedder": parts.embedder_digest, "depth": DEPTH, "seed": setup.seed}
+    made_of = [
+        task.queries,
+        task.pool(setup.pool),
+        INSTRUCTIONS.as_posix(),
+    ]  # judgements decide scores, not lists: see `sought`
+    files = {name: fingerprint(setup.root / name) for name in made_of}
+    searched = {"files": files, "embedder": parts.embedder_digest, "depth": DEPTH, "seed": setup.seed,
+                "left_out": digest_of(sorted(failed)) if failed else None}  # fmt: skip
     lists, name = setup.out / "lists", f"{task.name}.{setup.pool}"
     rerankings = {}
     if parts.engine is not None:
         for options in setup.modes:
             settings = {"first_stage": searched, "options": asdict(options), "versions": dict(parts.engine.versions)}
             file = f"{name}.{label(options).replace(' ', '.').replace('/', '.').replace('=', '')}"
-            rerankings[label(options)] = Journal(lists, file, settings)
-    return TaskRun(task, data, Journal(lists, f"{name}.first-stage", searched), rerankings)
+            rerankings[label(options)] = Journal(lists, file, settings, _check_record)
+    skipped = [f"candidate {id}: {reason}" for id, reason in failed.items()]
+    return TaskRun(
+        task, data, setup.pool, Journal(lists, f"{name}.first-stage", searched, _check_list), rerankings, skipped
+    )
+
+
+def _check_list(row: Mapping[str, Any]) -> None:
+    whole = isinstance(row["number"], int)
+    if not whole or not all(isinstance(id, str) and math.isfinite(score) for id, score in row["ranked"]):
+        raise ValueError("no list of ids with finite scores")
+
+
+def _check_record(row: Mapping[str, Any]) -> None:
+    record = Record.from_json(row["record"])
+    if record.query != row["query"] or sorted(record.after) != sorted(record.before):
+        raise ValueError("a record of another query, or of other candidates after than before")
 
 
 class _Meter:
@@ -192,15 +237,22 @@ class _Meter:
     def __init__(self, progress: ProgressFn, runs: Sequence[TaskRun]) -> None:
         self._progress = progress
         self._done = {"first stage": 0, "reranking": 0}
-        left = [(len(run.data) - len(run.first_stage), run) for run in runs]
-        self._total = {
-            "first stage": sum(count for count, _ in left),
-            "reranking": sum(len(run.data) - len(journal) for run in runs for journal in run.rerankings.values()),
-        }
+        self._total = {what: sum(_left(run)[what] for run in runs) for what in self._done}
+
+    def instead(self, old: TaskRun, new: TaskRun) -> TaskRun:
+        """The new one, which is counted in place of the old one."""
+        self._total = {what: total + _left(new)[what] - _left(old)[what] for what, total in self._total.items()}
+        return new
 
     def __call__(self, what: str, count: int) -> None:
         self._done[what] += count
         self._progress(what, self._done[what], self._total[what])
+
+
+def _left(run: TaskRun) -> dict[str, int]:
+    """Queries that are still to be done."""
+    rerankings = sum(len(run.data) - len(journal) for journal in run.rerankings.values())
+    return {"first stage": len(run.data) - len(run.first_stage), "reranking": rerankings}
 
 
 # -- index -------------------------------------------------------------------------------------------------------------
@@ -209,8 +261,8 @@ class _Meter:
 @asynccontextmanager
 async def _indexed(
     setup: Setup, parts: Parts, pool: str, progress: ProgressFn
-) -> AsyncIterator[tuple[EdgeStore, list[str]]]:
-    """The pool's store, complete but for what could not be read: that is tried again each time, and listed."""
+) -> AsyncIterator[tuple[EdgeStore, dict[str, str]]]:
+    """The pool's store, complete but for what could not be read: that is tried again each time, and listed with reasons."""
     from retrv_r1_retriever.edge import EdgeStore
 
     path = setup.root / pool
@@ -218,7 +270,7 @@ async def _indexed(
     folder = setup.out / "index" / f"{Path(pool).stem}.{digest}"
     store = EdgeStore(folder, spec=parts.spec)
     try:
-        failed: list[str] = []
+        failed: dict[str, str] = {}
         if not (folder / "complete").exists():
             total = len(setup.data(next(t for t in setup.tasks if t.pool(setup.pool) == pool)).pool)
 
@@ -227,7 +279,7 @@ async def _indexed(
 
             indexer = Indexer(store, parts.embedder, parts.compressor, parts.images, batch_size=256, progress=show)
             report = await indexer.aindex(read_mbeir(path))
-            failed = [f"candidate {failure.id}: {failure.reason}" for failure in report.failed]
+            failed = {failure.id: failure.reason for failure in report.failed}
             if not failed:
                 (folder / "complete").write_text(f"{report.indexed + report.skipped}\n")
         yield store, failed
@@ -242,32 +294,40 @@ async def _search(
     run: TaskRun, setup: Setup, parts: Parts, store: EdgeStore, meter: Callable[[str, int], None]
 ) -> None:
     """Exact: Qdrant Edge scans every vector until it is told to optimize."""
-    todo = (n for n in range(len(run.data)) if _id(run, n) not in run.first_stage)
+    todo = (n for n in range(len(run.data)) if run.data.queries[n].id not in run.first_stage)
     for numbers in _batches(todo, setup.concurrency):
-        queries = []
-        for number in numbers:
-            try:
-                queries.append((number, await _query(run, number, setup, parts)))
-            except ImageError as error:
-                run.skipped.append(f"query {_id(run, number)}: {error}")
+        queries = await _readable(run, numbers, setup, parts)
         vectors = await embed(parts.embedder, [query for _, query in queries]) if queries else ()
-        found = await asyncio.gather(*(store.search(vector, DEPTH, with_memory=False) for vector in vectors))
+        found = await asyncio.gather(*(_nearest(store, vector) for vector in vectors))
         run.first_stage.append(
-            {"query": query.id, "number": number, "ranked": [(c.document.id, c.retrieval_score) for c in candidates]}
-            for (number, query), candidates in zip(queries, found, strict=True)
+            {"query": query.id, "number": number, "ranked": ranked}
+            for (number, query), ranked in zip(queries, found, strict=True)
         )
         meter("first stage", len(numbers))
 
 
-async def _query(run: TaskRun, number: int, setup: Setup, parts: Parts) -> Query:
-    """With its picture decoded. The instruction depends on the seed and the line alone."""
-    query = run.data.query(number, random.Random(f"{setup.seed} {number}")).query
-    content, _ = await load_content(parts.images, query.content)
-    return replace(query, content=content)
+async def _nearest(store: EdgeStore, vector: np.ndarray) -> list[tuple[str, float]]:
+    """Which of equals at the end of the list come back depends on how the store was written: all are asked for, and stand by id."""
+    limit = DEPTH + 1
+    while True:
+        found = await store.search(vector, limit, with_memory=False)
+        scored = [(c.document.id, c.retrieval_score or 0.0) for c in found]
+        if len(scored) < limit or scored[-1][1] < scored[DEPTH - 1][1]:
+            return scored[:DEPTH]
+        limit *= 2
 
 
-def _id(run: TaskRun, number: int) -> str:
-    return run.data.queries[number].id
+async def _readable(run: TaskRun, numbers: Sequence[int], setup: Setup, parts: Parts) -> list[tuple[int, Query]]:
+    """Those whose pictures can be read, decoded. The instruction depends on the seed and the line alone."""
+    queries = []
+    for number in numbers:
+        query = run.data.query(number, random.Random(f"{setup.seed} {number}")).query
+        try:
+            content, _ = await load_content(parts.images, query.content)
+            queries.append((number, replace(query, content=content)))
+        except ImageError as error:
+            run.skipped.append(f"query {query.id}: {error}")
+    return queries
 
 
 # -- reranking ---------------------------------------------------------------------------------------------------------
@@ -281,25 +341,29 @@ async def _rerank(
     options: RerankOptions,
     meter: Callable[[str, int], None],
 ) -> None:
-    """A fallback is not kept: the next run tries it again, and until then the query counts as skipped."""
+    """What `_spoiled` names is not kept: the next run tries it again, and until then the query counts as skipped."""
     assert parts.engine is not None
     journal = run.rerankings[label(options)]
-    reranker = RetrvR1Reranker(parts.engine, images=parts.images)
+    reranker = RetrvR1Reranker(parts.engine, images=parts.images, observers=parts.observers)
     todo = (row for row in run.first_stage.rows() if row["query"] not in journal)
     for rows in _batches(todo, setup.concurrency):
         stage = RunFirstStage(store, {row["query"]: row["ranked"] for row in rows}, parts.compressor is not None)
-        queries = [await _query(run, row["number"], setup, parts) for row in rows]
+        queries = [query for _, query in await _readable(run, [row["number"] for row in rows], setup, parts)]
         found = [await stage(query, top_k=options.top_k) for query in queries]
         ranked = await reranker.arerank_batch(queries, found, options=options, concurrency=setup.concurrency)
-        run.skipped.extend(
-            f"query {r.query.id}, {label(options)}: not reranked: {r.reason}"
-            for r in ranked
-            if r.status is Status.FALLBACK
-        )
-        journal.append(
-            {"query": r.query.id, "record": record_of(r).to_json()} for r in ranked if r.status is not Status.FALLBACK
-        )
+        spoiled = [(r, reason) for r in ranked if (reason := _spoiled(r))]
+        run.skipped.extend(f"query {r.query.id}, {label(options)}: {reason}" for r, reason in spoiled)
+        journal.append({"query": r.query.id, "record": record_of(r).to_json()} for r in ranked if not _spoiled(r))
         meter("reranking", len(rows))
+
+
+def _spoiled(ranked: RankedResults) -> str | None:
+    """Why this says nothing of the system: the engine failed, before or in a thought, or a picture that was indexed is gone."""
+    if ranked.status is Status.FALLBACK:
+        return f"not reranked: {ranked.reason}"
+    trace = ranked.trace
+    broken = trace is not None and (trace.stop_reason is StopReason.ENGINE_ERROR or trace.unreadable)
+    return f"not as asked for: {ranked.reason}" if broken else None
 
 
 def _batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:

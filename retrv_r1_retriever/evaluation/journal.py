@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,13 @@ class Journal:
     """`folder/<name>.<digest of the settings>.jsonl`; rows are JSON objects with a key `query`.
 
     A line without its end is what a kill left: it is cut off. Any other line that cannot be read is an `InputError`.
+    check: raises `ValueError`, `KeyError` or `TypeError` for a row that is not of this journal
     """
 
-    def __init__(self, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, name: str, settings: Mapping[str, Any], check: Callable[[Mapping[str, Any]], None]
+    ) -> None:
+        self._check_row = check
         self.settings = json.loads(json.dumps(settings, sort_keys=True))
         self.path = folder / f"{name}.{digest_of(self.settings)}.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
@@ -95,9 +99,12 @@ class Journal:
             row = json.loads(line)
             if not isinstance(row, dict) or (number > 1 and not isinstance(row.get("query"), str)):
                 raise ValueError("no object with a query")
-        except ValueError as error:
+            if number > 1:
+                self._check_row(row)
+        except (ValueError, KeyError, TypeError) as error:
             fix = "Remove the line; its query is done again."
-            raise InputError(explain(f"{self.path}:{number}", expected="a row", got=error, fix=fix)) from None
+            got = f"one without {error}" if isinstance(error, KeyError) else error
+            raise InputError(explain(f"{self.path}:{number}", expected="a row", got=got, fix=fix)) from None
         return row
 
 
@@ -107,10 +114,11 @@ def digest_of(value: object) -> str:
 
 
 def fingerprint(path: Path) -> str:
-    """Tells files apart without reading gigabytes: size, first and last megabyte."""
-    size = path.stat().st_size
+    """Tells files apart without reading gigabytes: size, time of the last change, first and last megabyte."""
+    stat = path.stat()
+    size = stat.st_size
     with path.open("rb") as file:
         head = file.read(_EDGE)
         file.seek(max(0, size - _EDGE))
         tail = file.read(_EDGE)
-    return hashlib.blake2b(b"%d" % size + head + tail, digest_size=8).hexdigest()
+    return hashlib.blake2b(b"%d %d " % (size, stat.st_mtime_ns) + head + tail, digest_size=8).hexdigest()

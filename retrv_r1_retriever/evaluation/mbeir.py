@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from retrv_r1_retriever.errors import InputError, explain
+from retrv_r1_retriever.errors import InputError, OptionsError, explain
 from retrv_r1_retriever.evaluation.offsets import MAX_BAD_SHARE, LineFormat, LineIndex, Skipped
 from retrv_r1_retriever.readers import mbeir_document
 from retrv_r1_retriever.types import Content, Document, Query
@@ -62,6 +62,11 @@ class Limits:
 
     index_dir: Path | None = None
     max_bad_share: float = MAX_BAD_SHARE
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_bad_share <= 1:
+            fix = "0 allows no bad row."
+            raise OptionsError(explain("max_bad_share", expected="a share, 0 to 1", got=self.max_bad_share, fix=fix))
 
     def open(self, path: Path, format: LineFormat) -> LineIndex:
         return LineIndex(path, format, folder=self.index_dir, max_bad_share=self.max_bad_share)
@@ -108,7 +113,7 @@ class Qrels:
     """Graded judgements, by query."""
 
     def __init__(self, path: Path, limits: Limits = Limits()) -> None:
-        self.lines = limits.open(path, LineFormat("qrels-1", lambda line: _judgement(line)[0], unique=False))
+        self.lines = limits.open(path, LineFormat("qrels-2", lambda line: _judgement(line)[0], unique=False))
 
     def grades(self, qid: str) -> dict[str, int]:
         """candidate id -> grade, as written; empty for an unknown query. Two grades of one candidate are an `InputError`."""
@@ -127,10 +132,10 @@ class RunFile:
     """A first stage's lists: a TREC run, by query."""
 
     def __init__(self, path: Path, limits: Limits = Limits()) -> None:
-        self.lines = limits.open(path, LineFormat("run-1", lambda line: _retrieved(line)[0], unique=False))
+        self.lines = limits.open(path, LineFormat("run-2", lambda line: _retrieved(line)[0], unique=False))
 
     def ranked(self, qid: str) -> list[str]:
-        """Ids by falling score, equal scores as in the file (as trec_eval does); empty for an unknown query."""
+        """Ids by falling score, equal scores as in the file (see `read_run`); empty for an unknown query."""
         found = sorted(map(_retrieved, self.lines.find(qid)), key=lambda row: -row[2])
         return list(dict.fromkeys(did for _, did, _ in found))
 
@@ -168,6 +173,7 @@ class Dataset:
     """One query file with the pool it is answered from.
 
     same_dataset: leave out positives of other datasets than the query's, as M-BEIR's reference evaluation does (OVEN, INFOSEEK)
+    sought: the modality that every query is to find, which chooses its instruction; None = each one's first positive says it
     """
 
     root: Path
@@ -175,6 +181,7 @@ class Dataset:
     pool: Pool
     qrels: Qrels | None = None
     same_dataset: bool = False
+    sought: str | None = None
 
     @classmethod
     def open(
@@ -205,7 +212,7 @@ class Dataset:
         judged = self.graded(judged)
         if judged.query.instruction is not None:
             return judged
-        modality = self.target_modality(judged)
+        modality = self.sought or self.target_modality(judged)
         instruction = modality and self.instructions.choose(judged.id, judged.modality, modality, rng)
         return replace(judged, query=replace(judged.query, instruction=instruction or None))
 
@@ -278,14 +285,14 @@ def _stratum(source: object) -> str:
 
 
 def _judgement(line: bytes) -> tuple[str, str, int]:
-    fields = line.decode("utf-8").split()
+    fields = line.decode("utf-8-sig").split()
     if len(fields) < 4:
         raise InputError(explain("line", expected="qid 0 did grade", got=repr(line), fix="Fix it."))
     return fields[0], fields[2], int(fields[3])
 
 
 def _retrieved(line: bytes) -> tuple[str, str, float]:
-    fields = line.decode("utf-8").split()
+    fields = line.decode("utf-8-sig").split()
     if len(fields) < 5:
         raise InputError(explain("line", expected="qid Q0 did rank score tag", got=repr(line), fix="Fix it."))
     if not math.isfinite(score := float(fields[4])):

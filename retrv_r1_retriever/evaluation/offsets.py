@@ -111,6 +111,10 @@ class LineIndex:
         found = self._open()[1].execute("SELECT start, size FROM rows WHERE key = ? ORDER BY number", (key,))
         return [self._read(*row) for row in found.fetchall()]
 
+    def distinct_keys(self) -> Iterator[str]:
+        """Sorted."""
+        return (key for (key,) in self._open()[1].execute("SELECT DISTINCT key FROM rows ORDER BY key"))
+
     def bad_rows(self) -> Iterator[str]:
         """Every skipped row: file, line, reason."""
         for line, reason in self._open()[1].execute("SELECT line, reason FROM bad ORDER BY line"):

@@ -19,6 +19,8 @@ from typing import TextIO
 from retrv_r1_retriever.errors import InputError, explain
 from retrv_r1_retriever.types import RankedResults
 
+_LAYOUT = "query Q0 document rank score tag"
+
 
 def write_run(path: Path, run: Mapping[str, Sequence[str]], tag: str) -> None:
     """Best first becomes rank 1; the score is -rank, so that tools which sort by score keep the order."""
@@ -27,13 +29,16 @@ def write_run(path: Path, run: Mapping[str, Sequence[str]], tag: str) -> None:
 
 
 def run_lines(query: str, scored: Iterable[tuple[str, float]], tag: str) -> Iterator[str]:
-    """The lines of one query; `scored`: best first."""
+    """The lines of one query; `scored`: best first. Nine digits tell any two float32 apart: fewer would make ties of scores."""
     for rank, (document, score) in enumerate(scored, 1):
-        yield f"{_field(query)} Q0 {_field(document)} {rank} {score:.7g} {_field(tag)}\n"
+        yield f"{_field(query)} Q0 {_field(document)} {rank} {score:.9g} {_field(tag)}\n"
 
 
 def read_run(path: Path) -> dict[str, list[str]]:
-    """query -> documents by falling score; equal scores keep the file's order. Ranks in the file are ignored, as trec_eval does."""
+    """query -> documents by falling score. Ranks in the file are ignored, as trec_eval does.
+
+    Equal scores keep the file's order, which is the one that whoever wrote it has seen; trec_eval orders them by falling document id.
+    """
     return {query: [d for d, _ in pairs] for query, pairs in read_scored_run(path).items()}
 
 
@@ -46,6 +51,13 @@ def read_scored_run(path: Path) -> dict[str, list[tuple[str, float]]]:
             raise InputError(explain(where, expected="each document once per query", got=got, fix="Fix the run."))
         scored[query][document] = score
     return {query: sorted(pairs.items(), key=lambda pair: -pair[1]) for query, pairs in scored.items()}
+
+
+def run_tag(path: Path) -> str:
+    """Of the first line; empty for BEIR's JSON, which has none."""
+    if _is_json(path):
+        return ""
+    return next((fields[5] for _, fields in _rows(path, 5, _LAYOUT) if len(fields) > 5), "")
 
 
 def write_qrels(path: Path, qrels: Mapping[str, Mapping[str, int]]) -> None:
@@ -88,7 +100,7 @@ def _is_json(path: Path) -> bool:
 
 
 def _judged_lines(path: Path) -> Iterator[tuple[str, str, str, float]]:
-    for number, (query, _, document, _, score, *_) in _rows(path, 5, "query Q0 document rank score tag"):
+    for number, (query, _, document, _, score, *_) in _rows(path, 5, _LAYOUT):
         yield f"{path}:{number}", query, document, _number(score, f"{path}:{number}")
 
 

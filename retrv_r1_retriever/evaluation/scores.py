@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from retrv_r1_retriever.errors import InputError, explain
 from retrv_r1_retriever.evaluation.benchmark import DEPTH, TASKS, TaskRun
+from retrv_r1_retriever.evaluation.mbeir import JudgedQuery, Pool
 from retrv_r1_retriever.evaluation.records import LostBy, lost_by
 
 FIRST_STAGE = "first stage"
@@ -71,7 +73,7 @@ class BenchmarkScore:
 
 def score(run: TaskRun) -> TaskScore:
     """A query that was skipped counts as a miss, and is a problem."""
-    task, problems = run.task, list(run.skipped)
+    task, problems = run.task, list(dict.fromkeys(run.skipped))  # a picture is missed once in every mode
     positives = _positives(run, problems)
     ks = sorted({*task.cuts, *CEILINGS})
     found = ((row["query"], [id for id, _ in row["ranked"]]) for row in run.first_stage.rows())
@@ -93,21 +95,34 @@ def score(run: TaskRun) -> TaskScore:
 
 
 def _positives(run: TaskRun, problems: list[str]) -> dict[str, frozenset[str]]:
-    """Query -> right answers; those with none, or none in the pool, go to the problems."""
-    positives = {}
-    for number in range(len(run.data)):
-        judged = run.data.graded(run.data.queries[number])
+    """Query -> right answers. What keeps the data from being the task's goes to the problems."""
+    data, positives = run.data, {}
+    assert data.qrels is not None  # every task has its file
+    for number in range(len(data)):
+        judged = data.query(number, random.Random(0))
         positives[judged.id] = frozenset(judged.grades)
-        if run.data.qrels is not None and not run.data.qrels.grades(judged.id):
+        if judged.query.instruction is None:
+            problems.append(f"query {judged.id}: no instruction for {judged.modality} → {data.sought} of its data set")
+        if not data.qrels.grades(judged.id):
             problems.append(f"query {judged.id}: not in the qrels; the positives of its own row count")
         if not judged.grades:
             problems.append(f"query {judged.id}: no right answer in the qrels")
-        elif not any(id in run.data.pool for id in judged.grades):
-            problems.append(f"query {judged.id}: its right answers are not in the pool ({next(iter(judged.grades))})")
-    for name, lines in (("queries", run.data.queries.lines), ("pool", run.data.pool.lines)):
-        if lines.skipped.count:
-            problems.append(f"{name}: {lines.skipped.count} bad rows left out; {lines.skipped.examples[0]}")
+        elif missing := _missing(judged, data.pool, whole=run.pool == "global"):
+            words = f"{len(missing)} of {len(judged.grades)} of its right answers are not in the pool ({missing[0]})"
+            problems.append(f"query {judged.id}: {words}")
+    unasked = (qid for qid in data.qrels.lines.distinct_keys() if qid not in positives)
+    problems.extend(f"query {qid}: in the qrels, but not among the queries" for qid in unasked)
+    skipped = {"queries": data.queries.lines.skipped, "qrels": data.qrels.lines.skipped, "pool": data.pool.lines.skipped,
+               "instructions": data.instructions.skipped}  # fmt: skip
+    problems.extend(f"{name}: {s.count} bad rows left out; {s.examples[0]}" for name, s in skipped.items() if s.count)
     return positives
+
+
+def _missing(judged: JudgedQuery, pool: Pool, *, whole: bool) -> list[str]:
+    """Right answers that the pool should have. Only the whole pool has those of other data sets, unless there are no others."""
+    missing = [did for did in judged.grades if did not in pool]
+    own = [did for did in missing if did.partition(":")[0] == judged.id.partition(":")[0]]
+    return missing if whole or len(missing) == len(judged.grades) else own
 
 
 def _system(

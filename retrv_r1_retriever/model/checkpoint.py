@@ -35,7 +35,7 @@ from transformers.utils import logging as hf_logging
 from retrv_r1_retriever.errors import CheckpointError, explain
 from retrv_r1_retriever.model.configuration import MEMORY_VERSION, IcmConfig, RetrvR1Config
 from retrv_r1_retriever.model.icm import Icm
-from retrv_r1_retriever.model.modeling import RetrvR1ForConditionalGeneration
+from retrv_r1_retriever.model.modeling import RetrvR1ForConditionalGeneration, RetrvR1Model
 from retrv_r1_retriever.model.processing import Processor
 from retrv_r1_retriever.prompt import ADDED_TOKENS, ESCAPING_VERSION, PROMPT_VERSION
 
@@ -172,6 +172,11 @@ def load_embedder_checkpoint(path: str | Path, *, device: str | None = None, dty
         backbone = _load_backbone(folder / "retrv" / "embedder", torch_dtype, device)
         model = from_backbone(backbone, IcmConfig(**manifest.icm))
         return Checkpoint(model, load_processor(folder, manifest), manifest)
+
+
+def numerics(model: RetrvR1Model | RetrvR1ForConditionalGeneration) -> dict[str, str]:
+    """What makes other numbers of the same weights."""
+    return {"dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type}
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from retrv_r1_retriever.evaluation.runs import read_run
+from retrv_r1_retriever.tracelog import read_traces
 from tests.cli.conftest import Run
 from tests.evaluation.mbeir_root import write_root
 
@@ -258,6 +259,19 @@ def test_compare_two_runs(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPa
     assert "map@5  0.5000  0.9000     +0.4000" in out
     assert "b.txt lacks 4 of the 40 queries" in out
     assert "1 queries of the qrels have no right answer" in out
+    assert "first: a.txt, tag a" in out
+    assert "second: b.txt, tag b" in out
+    assert "different pools" not in out
+    for pool in ("local", "global"):
+        Path(pool).mkdir()
+        line = f"q0 Q0 d0 1 1 mbeir.{pool}.5f0c.first-stage\nz Q0 d 1 1 mbeir.{pool}.5f0c.first-stage\n"
+        Path(pool, "run.txt").write_text(line)
+    pools = ["eval", "compare", "local/run.txt", "global/run.txt", "--qrels", "qrels.txt"]
+    flat = " ".join(run(*pools).out.split())
+    assert "first: local/run.txt, tag mbeir.local.5f0c.first-stage second: global/run.txt" in flat
+    assert "the runs are over different pools (global, local)" in flat
+    assert "global/run.txt has 1 queries that are not in the qrels" in flat
+    assert run(*pools, "--json").json["unjudged_queries"] == {"local/run.txt": 1, "global/run.txt": 1}
     Path("c.txt").write_text("zz Q0 d 1 1 c\n")
     assert "c.txt: expected a run of the qrels' queries, got none" in run(
         "eval", "compare", "a.txt", "c.txt", "--qrels", "qrels.txt"
@@ -269,7 +283,7 @@ def test_compare_two_runs(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPa
 def test_mbeir_with_a_model(workplace: Path, run: Run) -> None:
     write_root(workplace / "data", 14, 2)
     arguments = ["eval", "mbeir", "--root", "data", "--top-k", "4", "--mode", "always/hybrid", "--report", "page.html"]
-    ran = run(*arguments, "--tasks", "cirr_task7,webqa_task1")
+    ran = run(*arguments, "--tasks", "cirr_task7,webqa_task1", "--traces", "traces.jsonl")
     assert ran.code == 1, "no average, no success"
     flat = " ".join(ran.out.split())
     assert "WebQA t→t 2 R@5" in flat
@@ -283,10 +297,40 @@ def test_mbeir_with_a_model(workplace: Path, run: Run) -> None:
     rows = [json.loads(line) for line in next(Path("mbeir-eval/lists").glob("cirr*K4*")).read_text().splitlines()[1:]]
     assert [row["record"]["status"] for row in rows] == ["reranked", "reranked"]
     assert all(row["record"]["thought"] and row["record"]["tokens_out"] > 0 for row in rows)
-    again = run(*arguments, "--tasks", "cirr_task7,webqa_task1", "--json")
+    again = run(*arguments, "--tasks", "cirr_task7,webqa_task1", "--json", "--traces", "none.jsonl")
     assert again.json["average"] == {"first stage": None, "K=4 always/hybrid": None}
     assert again.json["configuration"]["pool"] == "local"
     assert "reranking" not in again.err, "it was done already"
+    assert len([*read_traces(Path("traces.jsonl"))]) == 4
+    assert not Path("none.jsonl").exists()
+    assert "expected a whole number of at least 1, got '-1'" in run(*arguments, "--shown", -1).err
     wrong = run("eval", "mbeir", "--root", "items")
     assert "items: expected M-BEIR's files, got no query/test/mbeir_visualnews_task0_test.jsonl" in wrong.err
     assert "expected some of visualnews_task0" in run("eval", "mbeir", "--root", "data", "--tasks", "mnist").err
+
+
+def test_mbeir_in_another_precision_is_another_configuration(workplace: Path, run: Run) -> None:
+    """The same weights in bfloat16 give other vectors and other slots: nothing that float32 made stands for them."""
+    write_root(workplace / "data", 14, 2)
+    config = Path("retrv.toml").read_text()
+    Path("bf16.toml").write_text(config.replace("[model]", '[model]\ndtype = "bfloat16"'))
+    command = [
+        "eval",
+        "mbeir",
+        "--root",
+        "data",
+        "--tasks",
+        "webqa_task1",
+        "--top-k",
+        2,
+        "--mode",
+        "never/logits",
+        "--json",
+    ]
+    first, second = run(*command), run(*command, "--config", "bf16.toml")
+    assert "reranking 2/2" in " ".join(second.err.split())
+    configurations = [ran.json["configuration"] for ran in (first, second)]
+    assert [c["engine"]["dtype"] for c in configurations] == ["float32", "bfloat16"]
+    assert configurations[0]["id"] != configurations[1]["id"]
+    for kind in ("index/*", "lists/*first-stage*", "lists/*K2*"):
+        assert len([*Path("mbeir-eval").glob(kind)]) == 2, kind

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import pytrec_eval
 
+from retrv_r1_retriever.evaluation.mbeir import RunFile
 from retrv_r1_retriever.evaluation.metrics import mean_reciprocal_rank, values
+from retrv_r1_retriever.evaluation.runs import read_run
 
 CUTS = (1, 5, 10)
 
@@ -40,3 +43,15 @@ def test_trec_eval_gives_the_same_numbers(seed: int) -> None:
             assert precision[query] * min(k, relevant) / relevant == pytest.approx(wanted[f"map_cut_{k}"])
     mine = sum(theirs[query]["recip_rank"] for query in theirs) / len(qrels)
     assert mean_reciprocal_rank(run, qrels) == pytest.approx(mine)
+
+
+def test_equal_scores_keep_the_files_order_and_trec_eval_takes_falling_ids(tmp_path: Path) -> None:
+    """a, c and b tie behind d. Ours leaves b in fourth place; trec_eval puts c, b, a there, and b into third."""
+    path = tmp_path / "run.txt"
+    path.write_text("q Q0 a 1 0.5 t\nq Q0 c 2 0.5 t\nq Q0 b 3 0.5 t\nq Q0 d 4 0.7 t\n")
+    run, qrels = read_run(path), {"q": {"b": 1}}
+    assert run["q"] == RunFile(path).ranked("q") == ["d", "a", "c", "b"]
+    assert values(run, qrels, "mrr") == {"q": 1 / 4}
+    assert (values(run, qrels, "recall@3"), values(run, qrels, "recall@4")) == ({"q": 0.0}, {"q": 1.0})
+    theirs = pytrec_eval.RelevanceEvaluator(qrels, {"recip_rank"})
+    assert theirs.evaluate({"q": {"a": 0.5, "c": 0.5, "b": 0.5, "d": 0.7}})["q"]["recip_rank"] == pytest.approx(1 / 3)

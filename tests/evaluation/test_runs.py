@@ -2,10 +2,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from retrv_r1_retriever.errors import InputError
-from retrv_r1_retriever.evaluation.runs import read_qrels, read_run, run_of, write_qrels, write_run
+from retrv_r1_retriever.evaluation.runs import (
+    read_qrels,
+    read_run,
+    read_scored_run,
+    run_lines,
+    run_of,
+    run_tag,
+    write_qrels,
+    write_run,
+)
 from retrv_r1_retriever.types import Candidate, Content, Document, Query, RankedResult, RankedResults, Status
 
 
@@ -14,6 +24,21 @@ def test_run_round_trip(tmp_path: Path) -> None:
     write_run(tmp_path / "run.txt", run, "retrv-hybrid")
     assert read_run(tmp_path / "run.txt") == run
     assert (tmp_path / "run.txt").read_text(encoding="utf-8").splitlines()[0] == "q1 Q0 90:3 1 -1 retrv-hybrid"
+
+
+def test_neighbouring_scores_stay_apart(tmp_path: Path) -> None:
+    """Two float32 with nothing between them: read back as equal, tools that order ties by id would swap them."""
+    higher = float(np.nextafter(np.float32(0.7), np.float32(1)))
+    (tmp_path / "run.txt").write_text("".join(run_lines("q", [("a", higher), ("b", float(np.float32(0.7)))], "t")))
+    (_, first), (_, second) = read_scored_run(tmp_path / "run.txt")["q"]
+    assert first > second
+
+
+def test_the_tag_of_a_run(tmp_path: Path) -> None:
+    write_run(tmp_path / "run.txt", {"q": ["d"]}, "bm25.v2")
+    (tmp_path / "run.json").write_text('{"q": {"d": 1}}')
+    (tmp_path / "bare.txt").write_text("q Q0 d 1 0.5\n")
+    assert [run_tag(tmp_path / name) for name in ("run.txt", "run.json", "bare.txt")] == ["bm25.v2", "", ""]
 
 
 def test_run_is_ordered_by_score_not_by_line(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from retrv_r1_retriever.engines.base import CompressedContent, SlotRead
 from retrv_r1_retriever.engines.local.batcher import Batcher, Handle, Job
 from retrv_r1_retriever.errors import InputError, explain
-from retrv_r1_retriever.model.checkpoint import Checkpoint, load_checkpoint
+from retrv_r1_retriever.model.checkpoint import Checkpoint, load_checkpoint, numerics
 from retrv_r1_retriever.model.compress import BATCH, compress
 from retrv_r1_retriever.model.embedding import encode_pictures
 from retrv_r1_retriever.model.processing import Chunk, EncodedImage
@@ -76,6 +76,7 @@ class LocalEngine:
         return {
             "engine": "local", "checkpoint": manifest.checkpoint_digest, "memory": manifest.memory_digest,
             "base": manifest.base, "torch": torch.__version__, "transformers": transformers.__version__,
+            **numerics(self._model),
         }  # fmt: skip
 
     @property
