@@ -271,3 +271,10 @@ def test_several_seeds_print_one_table(small, caplog):
     assert names == [f"| {name}" for name in ("first stage", "polish", "grpo") for _ in range(3)]
     weights = [torch.load(small / "runs" / f"seed-{seed}" / "captions.pt", weights_only=True) for seed in (0, 1)]
     assert not all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
+def test_thoughts_over_candidates_in_full_are_not_reinforced():
+    in_full = "stages.in_full={steps: 1, lr: 0.1, batch_size: 2}"
+    with pytest.raises(OptionsError, match="in_full: expected no grpo behind it, got 150 steps"):
+        load(Recipe, cli.RECIPES / "miniature.yaml", [in_full])
+    assert load(Recipe, cli.RECIPES / "miniature.yaml", [in_full, "stages.grpo.steps=0"]).stages.in_full

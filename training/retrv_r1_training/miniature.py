@@ -58,6 +58,7 @@ READS: dict[str, tuple[str, ...]] = {
     "grpo": (),
 }
 STAGES = tuple(READS)
+GROWTH_IN_FULL = ((0.15, 1), (0.35, 2), (0.5, 4), (0.7, 8))  # of the lists of `in_full`, see `sft.train_sft`
 
 
 class Miniature:
@@ -182,7 +183,7 @@ class Miniature:
         What `sft` gets wrong shows only where the model writes on its own: a label skipped, an inspection asked for in the middle of
         the elimination, an answer that is not the candidate that matched (docs/experiments.md).
         """
-        return self._sft("sft", "polish", self._polished, TokenWeights(list_label=1.0), seed=8)
+        return self._sft("sft", "polish", _polished(self.recipe), TokenWeights(list_label=1.0), seed=8)
 
     def in_full(self) -> RetrvR1ForConditionalGeneration:
         """A peer for the benchmarks: the same thoughts over candidates in full, from weights that know how to think.
@@ -190,15 +191,11 @@ class Miniature:
         Lists grow from one candidate. On whole lists from the start nothing tells which pictures a label is of, not even in lists of two.
         """
         self.lists = [replace(part, full=True) for part in self.lists]
-        growth = ((0.15, 1), (0.35, 2), (0.5, 4), (0.7, 8))
-        return self._sft("polish", "in_full", self._polished, TokenWeights(list_label=1.0), seed=9, growth=growth)
+        return self._sft("polish", "in_full", _polished(self.recipe), TokenWeights(list_label=1.0), 9, GROWTH_IN_FULL)
 
     def grpo(self) -> RetrvR1ForConditionalGeneration:
         config, top_k = self.recipe.stages.grpo, self.recipe.top_k
         assert config is not None
-        if self.recipe.stages.in_full and config.steps:
-            fix = "Set stages.grpo.steps to 0, or leave stages.in_full out."
-            raise OptionsError(explain("stages.in_full", expected="no grpo behind it", got=config.steps, fix=fix))
         model = self._start(self.supervised)
         if not config.steps:
             return model
@@ -241,11 +238,7 @@ class Miniature:
 
     def export(self, out: Path) -> None:
         model, first_stage = self._load(self.last), self._load("embedder")
-        manifest = Manifest(
-            "retrv-r1-miniature (from scratch)", base_revision=f"seed {self.recipe.seed}", licence="Apache-2.0",
-            trained_top_k=self.recipe.top_k, trained_min_k=MIN_K, embedder_dim=self.recipe.embedder_dim,
-        )  # fmt: skip
-        saved = save_checkpoint(out, model, self.processor, manifest, first_stage, torch.float16)
+        saved = save_checkpoint(out, model, self.processor, _manifest(self.recipe), first_stage, torch.float16)
         parameters = sum(p.numel() for p in model.parameters())
         write_card(out, self.run, self.recipe, saved, parameters)
         size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
@@ -285,10 +278,6 @@ class Miniature:
         model, full = self._start("align"), self.recipe.candidates != "compressed"
         return [make_lists(model, self.processor, p, r, full) for p, r in zip(self.pools, self.ranked, strict=True)]
 
-    @property
-    def _polished(self) -> TeacherStyle:
-        return TeacherStyle(extra=0.15, exhaustive=0.0, max_inspections=self.recipe.max_inspections)
-
     def _sft(
         self,
         start: str,
@@ -313,9 +302,7 @@ class Miniature:
     def _load(self, stage: str) -> RetrvR1ForConditionalGeneration:
         model = self._fresh()
         weights = torch.load(self.run / f"{stage}.pt", weights_only=True)
-        if (
-            stage in STAGES[:3]
-        ):  # before `align`: the module is as it was made; lent by another run, it may have another size
+        if stage in STAGES[:3]:  # the module is as it was made; lent by another run, it may have another size
             weights = {**model.state_dict(), **{k: v for k, v in weights.items() if ".icm." not in k}}
         model.load_state_dict(weights)
         return model
@@ -324,6 +311,17 @@ class Miniature:
         """To train on from there."""
         model = self._load(stage)
         return model if self.recipe.freeze_memory else learn_memory(model)
+
+
+def _manifest(recipe: Recipe) -> Manifest:
+    return Manifest(
+        "retrv-r1-miniature (from scratch)", base_revision=f"seed {recipe.seed}", licence="Apache-2.0",
+        trained_top_k=recipe.top_k, trained_min_k=MIN_K, embedder_dim=recipe.embedder_dim,
+    )  # fmt: skip
+
+
+def _polished(recipe: Recipe) -> TeacherStyle:
+    return TeacherStyle(extra=0.15, exhaustive=0.0, max_inspections=recipe.max_inspections)
 
 
 def _captioned(pool: Pool) -> list[tuple[Content, str]]:

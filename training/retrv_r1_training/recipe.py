@@ -30,6 +30,13 @@ class Stages:
     in_full: Schedule | None = None
     grpo: GrpoConfig | None = None
 
+    def __post_init__(self) -> None:
+        if self.in_full and self.grpo and self.grpo.steps:
+            fix = "Set grpo.steps to 0, or leave in_full out."
+            raise OptionsError(
+                explain("in_full", expected="no grpo behind it", got=f"{self.grpo.steps} steps", fix=fix)
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
