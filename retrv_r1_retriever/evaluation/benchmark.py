@@ -198,11 +198,8 @@ def _open(task: Task, setup: Setup, parts: Parts, failed: Mapping[str, str] = Ma
     data = setup.data(task)
     if not len(data):
         raise InputError(explain(task.queries, expected="at least one query", got="none", fix="Restore the file."))
-    made_of = [
-        task.queries,
-        task.pool(setup.pool),
-        INSTRUCTIONS.as_posix(),
-    ]  # judgements decide scores, not lists: see `sought`
+    # not the qrels: judgements decide scores, not lists (see `Dataset.sought`)
+    made_of = [task.queries, task.pool(setup.pool), INSTRUCTIONS.as_posix()]
     files = {name: fingerprint(setup.root / name) for name in made_of}
     searched = {"files": files, "embedder": parts.embedder_digest, "depth": DEPTH, "seed": setup.seed,
                 "left_out": digest_of(sorted(failed)) if failed else None}  # fmt: skip

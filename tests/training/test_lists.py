@@ -9,7 +9,7 @@ import pytest
 from retrv_r1_training.align import agreement
 from retrv_r1_training.data import Item, Pool
 from retrv_r1_training.direct import list_size
-from retrv_r1_training.lists import Contrast, Lists, contrast, prompt_of, spread_labels
+from retrv_r1_training.lists import Contrast, Lists, contrast, largest_list, prompt_of, spread_labels
 from retrv_r1_training.teacher import Caption
 
 from retrv_r1_retriever.demo.catalogue import ATTRIBUTES, LabelledQuery
@@ -84,3 +84,9 @@ def test_agreement_is_word_by_word_with_the_first_and_unknown_where_a_word_is_mi
     candidates = [Caption(("one", "red", "ring"), ("a1",)), Caption(("one", "blue"), ("a1",)), Caption(("two",), ())]
     same = agreement(candidates, 4)
     assert same.nan_to_num(9).tolist() == [[1, 1, 1, 9], [1, 0, 9, 9], [0, 9, 9, 9]]
+
+
+def test_lists_grow_and_never_beyond_k():
+    growth = ((0.25, 1), (0.5, 8))
+    assert [largest_list(growth, progress, 20) for progress in (0.0, 0.25, 0.49, 0.5, 0.99)] == [1, 8, 8, 20, 20]
+    assert largest_list(growth, 0.3, 4) == 4

@@ -21,7 +21,7 @@ from retrv_r1_retriever.model.processing import Chunk, Processor
 from retrv_r1_retriever.prompt import ANSWER_START, NONE_INDEX
 from retrv_r1_retriever.trace import Text
 from retrv_r1_training.base import comparison_loss
-from retrv_r1_training.lists import Contrast, Lists, contrast, prompt_of, spread_labels
+from retrv_r1_training.lists import Contrast, Lists, contrast, largest_list, prompt_of, spread_labels
 from retrv_r1_training.loop import Schedule, train
 from retrv_r1_training.loss import hidden_states
 from retrv_r1_training.sft import freeze_for_sft, mask_embedding_gradient
@@ -72,7 +72,7 @@ def train_direct(
 
 def list_size(progress: float, top_k: int, rng: random.Random) -> int:
     """Between a quarter of the largest list allowed by now and all of it."""
-    largest = next((min(size, top_k) for share, size in GROWTH if progress < share), top_k)
+    largest = largest_list(GROWTH, progress, top_k)
     return rng.randint(max(1, largest // 4), largest)
 
 

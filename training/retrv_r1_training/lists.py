@@ -119,6 +119,11 @@ def contrast(pool: Pool, number: int, ranked: Sequence[int], config: Contrast, r
     return chosen + rng.choices(members, k=config.top_k - len(chosen))
 
 
+def largest_list(growth: Sequence[tuple[float, int]], progress: float, top_k: int) -> int:
+    """growth: (share of the steps done, largest list until then), in order; K after the last."""
+    return next((min(size, top_k) for share, size in growth if progress < share), top_k)
+
+
 def prompt_of(lists: Lists, number: int, chosen: Sequence[int], labels: Sequence[int]) -> Prompt:
     """Query `number` over the items `chosen`, the i-th under `labels[i]` (ascending). 0, 1, 2 ... is the prompt as served.
 

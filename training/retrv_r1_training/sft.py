@@ -26,7 +26,7 @@ from retrv_r1_retriever.prompt import ADDED_TOKENS, ANSWER_START, CHECK_CUE, NON
 from retrv_r1_retriever.trace import Full, Sampled, Segment
 from retrv_r1_training.base import comparison_loss
 from retrv_r1_training.checks import check_ranges
-from retrv_r1_training.lists import ListConfig, Lists, candidate_list, prompt_of, spread_labels
+from retrv_r1_training.lists import ListConfig, Lists, candidate_list, largest_list, prompt_of, spread_labels
 from retrv_r1_training.loop import Schedule, train
 from retrv_r1_training.loss import TokenWeights, token_weights
 from retrv_r1_training.memory_training import learns_memory
@@ -219,7 +219,7 @@ def train_sft(
 ) -> None:  # fmt: skip
     """rehearsal: text-only comparison sequences beside every batch, or the comparison is forgotten.
 
-    growth: (share of the steps done, largest list until then), in order; K after the last. Steps of shorter lists take more of them
+    growth: see `largest_list`; steps of shorter lists take more of them
     """
     rng = random.Random(seed)
     captions = [item.caption for part in lists for item in part.pool.items]
@@ -228,7 +228,7 @@ def train_sft(
 
     def loss_fn(step: int) -> tuple[Tensor, dict[str, float]]:
         examples = []
-        largest = next((size for share, size in growth if step < share * schedule.steps), config.top_k)
+        largest = largest_list(growth, step / schedule.steps, config.top_k)
         for _ in range(schedule.batch_size * min(MAX_LISTS, config.top_k // largest)):
             part = rng.choice(lists)
             number = rng.randrange(len(part.pool.queries))
