@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from retrv_r1_retriever.errors import ImageError, explain
-from retrv_r1_retriever.types import Content, ImageInput
+from retrv_r1_retriever.types import Content, ImageInput, Query
 
 #: File formats that are opened. Pillow knows more; the rest (EPS runs Ghostscript, ICO hides a second size) is not worth its risk.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -210,6 +210,21 @@ async def load_content(source: ImageSource, content: Content) -> tuple[Content, 
         return content, None
     data = await source.load(content.image)
     return replace(content, image=data.image), data.hash
+
+
+#: Pictures of queries that are decoded, by id: a retriever's query comes to its reranker as it was embedded.
+_decoded: weakref.WeakValueDictionary[int, Image.Image] = weakref.WeakValueDictionary()
+
+
+async def load_query(source: ImageSource, query: Query) -> Query:
+    """The query with its picture decoded. One that this gave back before is not converted and hashed again."""
+    image = query.content.image
+    if image is None or _decoded.get(id(image)) is image:
+        return query
+    content, _ = await load_content(source, query.content)
+    if isinstance(content.image, Image.Image):  # a caller's own source may give what an engine has encoded
+        _decoded[id(content.image)] = content.image
+    return replace(query, content=content)
 
 
 def content_hash(content: Content) -> str:

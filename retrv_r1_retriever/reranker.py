@@ -16,7 +16,7 @@ from retrv_r1_retriever.cache import ResultCache
 from retrv_r1_retriever.driver import Clock, Reading
 from retrv_r1_retriever.engines.base import Compressor, Engine, ReadsPictures
 from retrv_r1_retriever.errors import EngineError, InputError, RerankTimeout, explain
-from retrv_r1_retriever.images import ImageSource, LocalImages, load_content
+from retrv_r1_retriever.images import ImageSource, LocalImages, load_query
 from retrv_r1_retriever.observe import Observers, Step, observed
 from retrv_r1_retriever.options import BALANCED, RerankOptions, as_options
 from retrv_r1_retriever.progress import Progress, ProgressFn
@@ -181,8 +181,7 @@ class RetrvR1Reranker:
         """None for what cannot be read or hashed: it is answered, and explained, as without a cache."""
         try:
             async with asyncio.timeout(options.timeout_s):
-                content, _ = await load_content(self.images, query.content)
-            asked = replace(query, content=content)
+                asked = await load_query(self.images, query)
             return await asyncio.to_thread(cache.key, asked, candidates, options, self.engine.versions)
         except TimeoutError as error:
             raise RerankTimeout(_TOO_SLOW) from error
@@ -195,7 +194,7 @@ class RetrvR1Reranker:
         started, deadline = self._clock(), _deadline(options)
         try:
             async with asyncio.timeout_at(deadline):
-                content, _ = await load_content(self.images, query.content)
+                decoded = await load_query(self.images, query)
                 readable = await self._readable(candidates, options)
         except TimeoutError as error:
             raise RerankTimeout(_TOO_SLOW) from error
@@ -204,7 +203,7 @@ class RetrvR1Reranker:
         if not readable.candidates:
             raise EngineError("no candidate has usable memory: " + "; ".join(readable.notes))
         prepared = self._clock() - started
-        prompt = build_prompt(replace(query, content=content), readable.candidates)
+        prompt = build_prompt(decoded, readable.candidates)
         reading = await driver.read(
             self.engine, prompt, options, images=self.images, deadline=deadline, clock=self._clock,
             progress=progress, observers=self.observers,

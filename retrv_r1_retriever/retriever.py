@@ -14,7 +14,7 @@ from retrv_r1_retriever.cache import ResultCache
 from retrv_r1_retriever.embedders import Embedder
 from retrv_r1_retriever.engines.base import Compressor, Engine
 from retrv_r1_retriever.errors import OptionsError, RerankTimeout, explain
-from retrv_r1_retriever.images import ImageSource, LocalImages, load_content
+from retrv_r1_retriever.images import ImageSource, LocalImages, load_query
 from retrv_r1_retriever.lazy import WriteBack
 from retrv_r1_retriever.observe import Observers, Step, observed
 from retrv_r1_retriever.options import BALANCED, RerankOptions, as_options
@@ -185,8 +185,7 @@ class RetrvR1Retriever:
         started = time.monotonic()
         try:
             async with asyncio.timeout(options.timeout_s) as limit:
-                content, _ = await load_content(self.images, query.content)
-                decoded = replace(query, content=content)
+                decoded = await load_query(self.images, query)
                 found = await self._search(decoded, options.top_k, filter)
         except TimeoutError as error:
             if not limit.expired():

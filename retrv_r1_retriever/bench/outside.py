@@ -3,8 +3,9 @@
     python -m retrv_r1_retriever.bench.outside --out outside.json
 
 One thread; the median of several rounds over one query of each task of the demo catalogue, through the embedded index with the
-memory of each candidate, as `retrieve` does it. Sampling the tokens of a thought counts as outside, only forward passes do not. The
-query's vector is remembered: embedding it is the model's time, like the passes.
+memory of each candidate, as `retrieve` does it. Only forward passes do not count as outside; what goes before and after each of them
+(batching, sampling the tokens of a thought) does, and is also told apart. The query's vector is remembered: embedding it is the
+model's time, like the passes.
 """
 
 from __future__ import annotations
@@ -83,14 +84,15 @@ def calls(catalogue: Catalogue, asked: LabelledQuery, top_k: int, rounds: int) -
     for name, options in OPTIONS.items():
         seconds = []
         for _ in range(rounds + 1):
-            before, started = engine.forward_seconds, time.perf_counter()
+            forward, step, started = engine.forward_seconds, engine.step_seconds, time.perf_counter()
             results = retriever.retrieve(asked.query, filter=only, options=replace(options, top_k=top_k))
             whole = time.perf_counter() - started
             assert len(results.results) == top_k, results.reason
-            seconds.append((whole - (engine.forward_seconds - before), whole))
-        outside, whole = (1e3 * median(one) for one in zip(*seconds[1:], strict=True))
+            forward, step = engine.forward_seconds - forward, engine.step_seconds - step
+            seconds.append((whole - forward, step - forward, whole))
+        outside, sampling, whole = (1e3 * median(one) for one in zip(*seconds[1:], strict=True))
         row: Row = {"task": asked.task, "K": str(top_k), "mode": name}
-        out.append(row | {"outside the model ms": outside, "whole call ms": whole})
+        out.append(row | {"outside the model ms": outside, "of it sampling ms": sampling, "whole call ms": whole})
     return out
 
 

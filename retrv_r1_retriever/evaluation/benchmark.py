@@ -27,7 +27,7 @@ from retrv_r1_retriever.evaluation.mbeir import TASKS as SHAPES
 from retrv_r1_retriever.evaluation.measure import ProgressFn, label
 from retrv_r1_retriever.evaluation.modes import check_modes
 from retrv_r1_retriever.evaluation.records import Record, record_of
-from retrv_r1_retriever.images import ImageSource, load_content
+from retrv_r1_retriever.images import ImageSource, load_query
 from retrv_r1_retriever.indexing import Indexer
 from retrv_r1_retriever.observe import Observers
 from retrv_r1_retriever.options import RerankOptions
@@ -320,8 +320,7 @@ async def _readable(run: TaskRun, numbers: Sequence[int], setup: Setup, parts: P
     for number in numbers:
         query = run.data.query(number, random.Random(f"{setup.seed} {number}")).query
         try:
-            content, _ = await load_content(parts.images, query.content)
-            queries.append((number, replace(query, content=content)))
+            queries.append((number, await load_query(parts.images, query)))
         except ImageError as error:
             run.skipped.append(f"query {query.id}: {error}")
     return queries

@@ -11,7 +11,7 @@ from functools import partial
 from retrv_r1_retriever.errors import ImageError, InputError, explain
 from retrv_r1_retriever.evaluation.metrics import Qrels
 from retrv_r1_retriever.evaluation.records import LostBy, Record, lost_by, positives, record_of
-from retrv_r1_retriever.images import ImageSource, load_content
+from retrv_r1_retriever.images import ImageSource, load_query
 from retrv_r1_retriever.options import RerankOptions
 from retrv_r1_retriever.reranker import as_candidates, bounded
 from retrv_r1_retriever.retriever import Reranker
@@ -132,10 +132,9 @@ async def _find(
 ) -> _Found | ImageError:
     started = time.monotonic()
     try:
-        content, _ = await load_content(images, query.content)
+        decoded = await load_query(images, query)
     except ImageError as error:
         return error  # one picture must not cost what the others took
-    decoded = replace(query, content=content)
     candidates = as_candidates(tuple(await stage(decoded, top_k=depth, filter=filter))[:depth])
     return _Found(query, decoded, candidates, time.monotonic() - started)
 

@@ -32,6 +32,8 @@ from retrv_r1_retriever.prompt import (
 from retrv_r1_retriever.trace import Compressed, Forced, Full, QueryImage, Sampled, Segment, Text
 from retrv_r1_retriever.types import Content
 
+#: Texts up to so long are tokenised once, up to so many: the frame of every prompt, the tags of every thought.
+_KEPT = (200, 1_000)
 VISION_START, VISION_END, IMAGE_PAD = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"
 
 
@@ -107,6 +109,7 @@ class Processor:
                         fix="Load a checkpoint made by `retrv-r1-train export`, or call model.checkpoint.add_tokens.")
             )  # fmt: skip
         self._special = {t: vocab[t] for t in (*ADDED_TOKENS, VISION_START, VISION_END, IMAGE_PAD)}
+        self._known = {token: [id] for token, id in self._special.items()}
         self.merge = int(image_processor.merge_size)
 
     @cached_property
@@ -118,9 +121,11 @@ class Processor:
         return int(self._special[token])
 
     def tokenise(self, text: str) -> list[int]:
-        if text in self._special:
-            return [self._special[text]]
+        if (known := self._known.get(text)) is not None:
+            return known.copy()
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(text) <= _KEPT[0] and len(self._known) < _KEPT[1]:
+            self._known[text] = ids.copy()
         return ids
 
     def chunk(self, segments: Sequence[Segment], prompt: Prompt, start: int = 0) -> Chunk:
@@ -193,7 +198,7 @@ class _Builder:
         self._p = processor
         self._ids: list[int] = []
         self._positions: list[np.ndarray] = []
-        self._marks: list[tuple[int, bool, bool, bool]] = []  # (count, query, sampled, image)
+        self._marked: dict[str, list[slice]] = {"query": [], "sampled": [], "image": []}
         self._pictures: list[Picture] = []
         self._candidates: list[int] = []
         self._memories: list[np.ndarray] = []
@@ -202,9 +207,14 @@ class _Builder:
     def ids(self, ids: Sequence[int], *, query: bool = False, sampled: bool = False) -> None:
         n = len(ids)
         self._ids += ids
-        self._marks.append((n, query, sampled, False))
         self._next += n
         self._text += n
+        if query or sampled:
+            self._mark("query" if query else "sampled", n)
+
+    def _mark(self, what: str, n: int) -> None:
+        """The last n tokens."""
+        self._marked[what].append(slice(len(self._ids) - n, len(self._ids)))
 
     def text(self, text: str, *, query: bool = False) -> None:
         self.ids(self._p.tokenise(text), query=query)
@@ -218,7 +228,9 @@ class _Builder:
         self._ids += [self._p.token_id(IMAGE_PAD)] * n
         self._place_text()
         self._positions.append(grid + self._next)
-        self._marks.append((n, query, False, True))
+        self._mark("image", n)
+        if query:
+            self._mark("query", n)
         self._pictures.append(picture)
         self._next += max(rows, columns)  # as Qwen2.5-VL's get_rope_index
         self.ids([self._p.token_id(VISION_END)], query=query)
@@ -240,14 +252,15 @@ class _Builder:
         self._memories.append(memory)
 
     def chunk(self) -> Chunk:
-        counts = [m[0] for m in self._marks]
-        query, sampled, image = (np.repeat([m[k] for m in self._marks], counts) for k in (1, 2, 3))
+        masks = {what: np.zeros(len(self._ids), dtype=bool) for what in self._marked}
+        for what, spans in self._marked.items():
+            for span in spans:
+                masks[what][span] = True
         self._place_text()
-        positions = np.concatenate(self._positions, axis=1)
-        return Chunk(
-            np.asarray(self._ids, dtype=np.int64), positions.astype(np.int64), query.astype(bool), sampled.astype(bool),
-            image.astype(bool), tuple(self._pictures), tuple(self._candidates), tuple(self._memories), self._next,
-        )  # fmt: skip
+        positions = np.concatenate(self._positions, axis=1).astype(np.int64)
+        found = (tuple(self._pictures), tuple(self._candidates), tuple(self._memories))
+        return Chunk(np.asarray(self._ids, dtype=np.int64), positions, **masks, pictures=found[0], candidates=found[1],
+                     memories=found[2], next_position=self._next)  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -267,8 +280,10 @@ def collate(chunks: Sequence[Chunk], processor: Processor, device: torch.device 
     """Pad chunks on the right. Pictures stay in order (row by row), which is the order `masked_scatter` fills."""
     length = max(len(c) for c in chunks)
 
-    def pad(arrays: Sequence[np.ndarray], value: int = 0) -> Tensor:
-        out = np.full((len(arrays), *arrays[0].shape[:-1], length), value, dtype=arrays[0].dtype)
+    def pad(arrays: Sequence[np.ndarray]) -> Tensor:
+        if len(arrays) == 1:  # every token of a lone thought
+            return torch.from_numpy(arrays[0][None]).to(device)
+        out = np.zeros((len(arrays), *arrays[0].shape[:-1], length), dtype=arrays[0].dtype)
         for row, array in zip(out, arrays, strict=True):
             row[..., : array.shape[-1]] = array
         return torch.from_numpy(out).to(device)
@@ -300,12 +315,17 @@ def memories(chunks: Sequence[Chunk], dtype: type[np.floating] = np.float32) -> 
 def _compressed(
     chunks: Sequence[Chunk], processor: Processor, length: int, query_mask: Tensor, device: torch.device | str
 ) -> CompressedInputs:
+    if not any(c.memories for c in chunks):  # every decoded token
+        none = torch.zeros(0, dtype=torch.int64, device=device)
+        empty, no_mask = torch.zeros(0, 0, 0, device=device), torch.zeros(0, 0, dtype=torch.bool, device=device)
+        return CompressedInputs(empty, no_mask, none, none, none, none, query_mask)
     memory, mask = memories(chunks)
     row = np.repeat(np.arange(len(chunks)), [len(c.memories) for c in chunks])
     label = [processor.token_id(LABELS[i]) for c in chunks for i in c.candidates]
     pad = processor.token_id(CONTENT_PAD)  # a model may sample this id as well, but only behind the prompt's own
-    at = [np.flatnonzero(c.ids == pad)[: len(c.memories)] + b * length for b, c in enumerate(chunks)]
-    content_at = np.concatenate(at) if at else np.zeros(0, dtype=np.int64)
+    content_at = np.concatenate(
+        [np.flatnonzero(c.ids == pad)[: len(c.memories)] + b * length for b, c in enumerate(chunks)]
+    )
     label_ids = np.asarray(label, dtype=np.int64)
     arrays = (memory, mask, row.astype(np.int64), label_ids, content_at, content_at + 1)
     tensors = [torch.as_tensor(a, device=device) for a in arrays]

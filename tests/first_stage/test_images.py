@@ -19,14 +19,16 @@ from PIL import Image
 
 from retrv_r1_retriever.errors import ImageError
 from retrv_r1_retriever.images import (
+    ImageData,
     ImageSource,
     LocalImages,
     content_hash,
     image_hash,
     image_reference,
     load_content,
+    load_query,
 )
-from retrv_r1_retriever.types import Content
+from retrv_r1_retriever.types import Content, ImageInput, Query
 from tests.helpers import header_only_png
 
 from .conftest import png
@@ -244,6 +246,27 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 def test_a_forked_child_reads_pictures_too() -> None:
     done = subprocess.run([sys.executable, "-c", FORK], input=png(), capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
+
+
+async def test_load_query_decodes_once() -> None:
+    class Counting(LocalImages):
+        loads = 0
+
+        async def load(self, image: ImageInput) -> ImageData:
+            self.loads += 1
+            return await super().load(image)
+
+    source, asked = Counting(), Query(Content("t", png()))
+    decoded = await load_query(source, asked)
+    assert isinstance(decoded.content.image, Image.Image)
+    assert decoded.id == asked.id
+    assert await load_query(source, decoded) is decoded
+    assert source.loads == 1
+    own = Query(Content("t", decoded.content.image.copy()))  # a caller's picture may be turned, or have transparency
+    assert await load_query(source, own) is not own
+    assert source.loads == 2
+    assert await load_query(source, Query.of("t")) == Query.of("t")
+    assert source.loads == 2
 
 
 async def test_load_content() -> None:

@@ -196,7 +196,8 @@ def test_pictures_travel_with_the_call(server: Server) -> None:
 def test_sigterm_lets_calls_end(folder: Path) -> None:
     with serving(folder) as second, http(second) as client:
         client.get("/readyz").raise_for_status()
-        body = {"query": TEXTS[0], "options": {"think": "always"}}
+        rambling = {"think": "always", "temperature": 2.0, "max_new_tokens": 1000}  # seconds long: it has to be seen
+        body = {"query": TEXTS[0], "options": rambling}
         call = subprocess.Popen(
             [sys.executable, "-c", "import httpx, json, sys; a = json.loads(sys.argv[1]); "
              "print(httpx.post(a['url'], json=a['body'], headers=a['headers'], timeout=200).status_code)",

@@ -99,6 +99,7 @@ class Batcher:
         self._eos_id = self._model.config.text_config.eos_token_id
         self.forward_tokens = 0
         self.forward_seconds = 0.0
+        self.step_seconds = 0.0
         self.encoded_pictures = 0
 
     async def run(self, job: Job) -> Any:
@@ -171,8 +172,12 @@ class Batcher:
     @torch.inference_mode()
     def _step(self, jobs: list[Job]) -> list[Job]:
         """Advance every job by one pass; returns those that go on."""
-        with torch.autocast(self._model.device.type, self._autocast, enabled=self._autocast is not None):
-            return [job for group in self._groups(jobs) for job in self._pass(group)]
+        started = time.perf_counter()
+        try:
+            with torch.autocast(self._model.device.type, self._autocast, enabled=self._autocast is not None):
+                return [job for group in self._groups(jobs) for job in self._pass(group)]
+        finally:
+            self.step_seconds += time.perf_counter() - started
 
     def _pass(self, group: list[Job]) -> list[Job]:
         """One pass for a group. Where it fails every job is tried alone, so that a bad one takes no other with it."""

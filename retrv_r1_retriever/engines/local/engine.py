@@ -99,6 +99,11 @@ class LocalEngine:
         return self._batcher.forward_seconds
 
     @property
+    def step_seconds(self) -> float:
+        """The same with what goes before and after each pass: batching, sampling."""
+        return self._batcher.step_seconds
+
+    @property
     def encoded_pictures(self) -> int:
         """Pictures passed through the tower at query time so far."""
         return self._batcher.encoded_pictures
@@ -115,7 +120,7 @@ class LocalEngine:
         return EncodedImage(self._processor.grid(picture), features)
 
     async def open(self, prompt: Prompt) -> Handle:
-        chunk = await asyncio.to_thread(self._processor.chunk, prompt.segments, prompt)
+        chunk = self._processor.chunk(prompt.segments, prompt)  # takes about as long as a thread takes to begin
         limit = self.max_context
         if limit is not None and len(chunk) >= limit:
             fix = "Shorten the query, or lower top_k."
@@ -124,7 +129,7 @@ class LocalEngine:
 
     async def append(self, handle: Handle, segments: Sequence[Segment]) -> None:
         if segments:
-            chunk = await asyncio.to_thread(self._processor.chunk, segments, handle.prompt, handle.next_position)
+            chunk = self._processor.chunk(segments, handle.prompt, handle.next_position)
             handle.pending.append(chunk)
             handle.next_position = chunk.next_position
             handle.recent = (-1, -1)

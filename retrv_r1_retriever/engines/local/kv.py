@@ -61,6 +61,10 @@ class StepCache:
         self._rows, self._lengths, self._new = list(rows), list(lengths), list(new)
         self._total = max(a + b for a, b in zip(lengths, new, strict=True))
         pool.reserve(self._total)
+        self._at: tuple[Tensor, Tensor] | None = None
+        if len(self._rows) > 1 and max(new) == 1:  # as tensors: lists would be made tensors in every layer
+            device = pool.layers[0].device
+            self._at = torch.tensor(self._rows, device=device), torch.tensor(self._lengths, device=device)
         self._together = self._rows == list(range(self._rows[0], self._rows[0] + len(self._rows)))
 
     def mask(self, queries: int) -> Tensor | None:
@@ -88,8 +92,8 @@ class StepCache:
 
     def _put(self, index: int, new: Tensor) -> Tensor:
         store = self._pool.layers[index]
-        if max(self._new) == 1:
-            store[self._rows, :, self._lengths] = new[:, :, 0]
+        if self._at is not None:
+            store[self._at[0], :, self._at[1]] = new[:, :, 0]
         else:
             for b, (row, start, count) in enumerate(zip(self._rows, self._lengths, self._new, strict=True)):
                 store[row, :, start : start + count] = new[b, :, :count]
