@@ -148,8 +148,8 @@ def test_the_page_and_the_seed_table_say_what_the_files_say(tmp_path):
         Result(name, seed, {}, quality(r1, 1.25), {}).write(made.file(rows[name], seed))
     write(made)
     page = (made.out / "README.md").read_text()
-    assert "| full | 2 | 0.850 ± 0.071 |" in page
-    assert "| no RL | 1 | 0.700 | 0.700 | 0.700 | -10.0 | 0.500 | 1.250 | -6.8 / -4.9 |" in page
+    assert "| full | 0, 1 | 0.850 ± 0.071 |" in page
+    assert "| no RL | 0 | 0.700 | 0.700 | 0.700 | -10.0 | 0.500 | 1.250 | -6.8 / -4.9 |" in page
     assert "| -1.0 | 0.500 | 1.250 | -1.3 / ? |" in page
     assert "Not finished: no SFT, no inspection" in page
     assert (made.out / "ablation.png").stat().st_size > 5000
@@ -205,18 +205,18 @@ def test_two_rows_train_measure_and_resume(small, monkeypatch):
 
     monkeypatch.setattr(Miniature, "stage", spy)
     with pytest.raises(KeyboardInterrupt):
-        cli.main([*argv, "--rows", "full", "no-relation-token"])
-    assert cli.main([*argv, "--rows", "full", "no-relation-token"]) == 0
+        cli.main([*argv, "--rows", "full", "no-content-token"])
+    assert cli.main([*argv, "--rows", "full", "no-content-token"]) == 0
     mine = [stage for run, stage in stages if run == "full-s0"]
     assert mine == [s for s in STAGES if s not in ("pointwise", "in_full")], "each stage once, over the kill"
     assert [stage for run, stage in stages if run != "full-s0"] == mine[3:]
     results = sorted(p.name for p in (small / "out").glob("*.json"))
-    assert results == ["full-s0.json", "no-relation-token-s0.json"]
-    row = json.loads((small / "out" / "no-relation-token-s0.json").read_text())
-    assert row["recipe"]["icm"]["blank"] == "relation"
+    assert results == ["full-s0.json", "no-content-token-s0.json"]
+    row = json.loads((small / "out" / "no-content-token-s0.json").read_text())
+    assert row["recipe"]["icm"]["blank"] == "content"
     assert list(row["minutes"]) == mine[3:]
-    served = load_checkpoint(small / "work" / "no-relation-token-s0" / "checkpoint", device="cpu")
-    assert served.model.config.icm_config.blank == "relation"
+    served = load_checkpoint(small / "work" / "no-content-token-s0" / "checkpoint", device="cpu")
+    assert served.model.config.icm_config.blank == "content"
 
 
 @pytest.mark.slow
@@ -235,12 +235,19 @@ def test_two_rows_train_measure_and_resume(small, monkeypatch):
     ],
 )
 def test_the_other_rows_train_and_measure(small, name):
-    argv = arguments(small)
-    assert cli.main([*argv, "--steps", "1", "--threads", "1", "--seeds", "0", "--rows", name]) == 0
-    found = json.loads((small / "out" / f"{name}-s0.json").read_text())
+    seed = load(Ablation, cli.RECIPES / "ablation.yaml").only([name])[0].seeds[0]
+    argv = [*arguments(small), "--steps", "1", "--threads", "1", "--seeds", str(seed), "--rows", name]
+    assert cli.main(argv) == 0
+    found = json.loads((small / "out" / f"{name}-s{seed}.json").read_text())
     assert 0 <= found["quality"]["all"]["hybrid"] <= 1
     if name == "no-inspection":
         assert found["quality"]["all"]["opened"] == 0
+
+
+def test_seeds_that_no_row_has_are_told(tmp_path, capsys):
+    argv = ["ablation", "--out", str(tmp_path / "out"), "--work", str(tmp_path), "--rows", "no-sft", "--seeds", "7"]
+    assert cli.main(argv) == 1
+    assert "--seeds: expected of no SFT 0, got 7. Name such seeds" in capsys.readouterr().err
 
 
 def test_a_kept_optional_block_is_typed():

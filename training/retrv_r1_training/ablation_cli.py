@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from retrv_r1_retriever.cli.terminal import at_least_one
-from retrv_r1_training.ablation import Study
+from retrv_r1_retriever.errors import OptionsError, explain
+from retrv_r1_training.ablation import Row, Study
 from retrv_r1_training.miniature_cli import RECIPES
 
 log = logging.getLogger(__name__)
@@ -35,10 +37,18 @@ def _main(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
     study = Study(args.recipe, args.out, args.work, args.steps)
     page = importlib.import_module("retrv_r1_training.ablation_page")  # matplotlib: before anything is trained
-    for row in () if args.table else study.ablation.only(args.rows):
-        for seed in (s for s in row.seeds if args.seeds is None or s in args.seeds):
-            log.info("ablation: %s, seed %d", row.name, seed)
-            study.run(row, seed)
-            page.write(study)
+    for row, seed in () if args.table else _chosen(study.ablation.only(args.rows), args.seeds):
+        log.info("ablation: %s, seed %d", row.name, seed)
+        study.run(row, seed)
+        page.write(study)
     page.write(study)
     return 0
+
+
+def _chosen(rows: Sequence[Row], seeds: Sequence[int] | None) -> list[tuple[Row, int]]:
+    chosen = [(row, seed) for row in rows for seed in row.seeds if seeds is None or seed in seeds]
+    if not chosen:
+        known = "; ".join(f"of {row.name} {', '.join(map(str, row.seeds))}" for row in rows)
+        got = " ".join(map(str, seeds or ()))
+        raise OptionsError(explain("--seeds", expected=known, got=got, fix="Name such seeds, or none for all."))
+    return chosen

@@ -35,7 +35,8 @@ def markdown(rows: dict[str, Row], found: dict[str, list[Result]]) -> str:
         f"Written by `retrv-r1-train ablation`. The miniature on its own cards: validation pool, {first.queries} queries, lists of 20, R@1 "
         f"of the first stage {first.first_stage:.3f}. The schedule is shorter than the shipped checkpoint's (`recipes/ablation.yaml`): "
         "compare rows with one another, not with other pages. R@1 of `hybrid`, think always, by stratum; Δ: its points against `full`, "
-        "over all; direct: R@1 of the direct read; opened: candidates per query; with several seeds mean ± standard deviation. "
+        "over all and the seeds that both have; direct: R@1 of the direct read; opened: "
+        "candidates per query; with several seeds mean ± standard deviation. "
         "Paper Δ: points of R@5 on CIRR / OVEN (3B, arXiv 2510.02745).",
         "",
         "| | seeds | coarse | fine | all | Δ | direct | opened | paper Δ |",
@@ -45,7 +46,14 @@ def markdown(rows: dict[str, Row], found: dict[str, list[Result]]) -> str:
     for name, runs in found.items():
         r1 = [spread([run.quality[s].hybrid for run in runs]) for s in STRATA]
         rest = [spread([getattr(run.quality["all"], what) for run in runs]) for what in ("direct", "opened")]
-        cells = [name, str(len(runs)), *r1, _delta(runs, full), *rest, _paper(rows[name], next(iter(rows.values())))]
+        cells = [
+            name,
+            ", ".join(str(run.seed) for run in runs),
+            *r1,
+            _delta(runs, full),
+            *rest,
+            _paper(rows[name], next(iter(rows.values()))),
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     notes = [f"- **{name}**: {rows[name].note}" for name in found if rows[name].note]
     missing = [name for name in rows if name not in found]
