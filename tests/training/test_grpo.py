@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -95,6 +96,18 @@ def test_no_figure_counts_a_forced_answer_as_correct(loaded):
     )
     assert grpo.summary(rows)["correct"] == 0
     assert grpo.summary(rows)["forced"] == grpo.groups(rows, [0.0, 0.0])["groups_all_wrong"] == 1
+
+
+@pytest.mark.parametrize(("start", "refused", "warned"), [(0, 1.6, True), (0, 1.4, False), (3, 1.6, False)])
+def test_a_start_whose_inspections_are_refused_is_warned_of(loaded, caplog, monkeypatch, start, refused, warned):
+    monkeypatch.setattr(grpo, "summary", lambda rows: {"refused": refused, "inspections": 1.0})
+    rewards, rows = grpo._reward_function(CONFIG), RolloutRunner(loaded[0]).run(loaded[1][:1], [0], SAMPLING)
+    for update in range(start, start + 4):
+        rewards(rows, SimpleNamespace(global_step=update), lambda name, value: None)
+    assert not caplog.text, "too early to say"
+    for update in range(start + 4, start + 9):
+        rewards(rows, SimpleNamespace(global_step=update), lambda name, value: None)
+    assert caplog.text.count("1.6 refused requests a thought so far, 1.0 opened candidates") == warned
 
 
 def test_the_same_seed_draws_the_same_thought_in_any_company(loaded):
