@@ -165,6 +165,24 @@ async def test_cancellation_leaves_the_engine_usable(engine):
         await engine.generate(handle, THINK)
 
 
+async def test_long_text_is_tokenised_in_a_thread_and_short_text_at_once(engine, monkeypatch):
+    where = []
+    inner = engine._processor.chunk
+
+    def spy(*arguments):
+        where.append(threading.current_thread() is threading.main_thread())
+        return inner(*arguments)
+
+    monkeypatch.setattr(engine._processor, "chunk", spy)
+    prompt = make_prompt(engine, Query.of("which"), 2)
+    handle = await engine.open(prompt)
+    await engine.append(handle, (Full(0, Content("a few words")),))
+    await engine.append(handle, (Full(0, Content("word " * 3_000)),))
+    with pytest.raises(InputError, match="expected fewer than"):
+        await engine.open(make_prompt(engine, Query.of("which " * 3_000), 2))
+    assert where == [True, True, False, False]
+
+
 async def test_missing_memory_and_overlong_prompt_are_named(engine):
     candidate = Candidate(Document("a", Content("x")), None, 1)
     with pytest.raises(InputError, match="candidate 0: expected memory"):
