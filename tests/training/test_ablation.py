@@ -144,12 +144,20 @@ def test_the_page_and_the_seed_table_say_what_the_files_say(tmp_path):
 
     made = study(tmp_path)
     rows = {row.name: row for row in made.ablation.rows}
-    for name, seed, r1 in (("full", 0, 0.8), ("full", 1, 0.9), ("no RL", 0, 0.7), ("fixed lambda 0.5", 0, 0.79)):
+    for name, seed, r1 in (
+        ("full", 0, 0.8),
+        ("full", 1, 0.9),
+        ("no RL", 0, 0.7),
+        ("no RL", 1, 0.82),
+        ("fixed lambda 0.5", 0, 0.79),
+    ):
         Result(name, seed, {}, quality(r1, 1.25), {}).write(made.file(rows[name], seed))
     write(made)
     page = (made.out / "README.md").read_text()
     assert "| full | 0, 1 | 0.850 ± 0.071 |" in page
-    assert "| no RL | 0 | 0.700 | 0.700 | 0.700 | -10.0 | 0.500 | 1.250 | -6.8 / -4.9 |" in page
+    assert "| no RL | 0, 1 | 0.760 ± 0.085 |" in page
+    assert "| -9.0 (-10.0, -8.0) | 0.500 ± 0.000 | 1.250 ± 0.000 | -6.8 / -4.9 |" in page
+    assert "R@1 of the first stage 0.100 (seed 0), 0.100 (seed 1)." in page
     assert "| -1.0 | 0.500 | 1.250 | -1.3 / ? |" in page
     assert "Not finished: no SFT, no inspection" in page
     assert (made.out / "ablation.png").stat().st_size > 5000

@@ -28,16 +28,17 @@ def write(study: Study) -> None:
 
 
 def markdown(rows: dict[str, Row], found: dict[str, list[Result]]) -> str:
-    first = next(iter(found.values()))[0].quality["all"]
+    base = {run.seed: run.quality["all"] for run in next(iter(found.values()))}
+    queries = next(iter(base.values())).queries
+    first_stage = ", ".join(f"{q.first_stage:.3f} (seed {seed})" for seed, q in base.items())
     lines = [
         "# The method without one part at a time",
         "",
-        f"Written by `retrv-r1-train ablation`. The miniature on its own cards: validation pool, {first.queries} queries, lists of 20, R@1 "
-        f"of the first stage {first.first_stage:.3f}. The schedule is shorter than the shipped checkpoint's (`recipes/ablation.yaml`): "
+        f"Written by `retrv-r1-train ablation`. The miniature on its own cards: validation pool, {queries} queries, lists of 20, R@1 "
+        f"of the first stage {first_stage}. The schedule is shorter than the shipped checkpoint's (`recipes/ablation.yaml`): "
         "compare rows with one another, not with other pages. R@1 of `hybrid`, think always, by stratum; Δ: its points against `full`, "
-        "over all and the seeds that both have; direct: R@1 of the direct read; opened: "
-        "candidates per query; with several seeds mean ± standard deviation. "
-        "Paper Δ: points of R@5 on CIRR / OVEN (3B, arXiv 2510.02745).",
+        "over all and the seeds that both have (each); direct: R@1 of the direct read; opened: candidates per query; with several seeds "
+        "mean ± standard deviation. Paper Δ: points of R@5 on CIRR / OVEN (3B, arXiv 2510.02745).",
         "",
         "| | seeds | coarse | fine | all | Δ | direct | opened | paper Δ |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -62,15 +63,18 @@ def markdown(rows: dict[str, Row], found: dict[str, list[Result]]) -> str:
     return "\n".join([*lines, "", "![ablation](ablation.png)", "", *notes]) + "\n"
 
 
-def difference(runs: Sequence[Result], full: Sequence[Result]) -> float:
-    """Points of R@1 against `full`, over the seeds that both have."""
+def differences(runs: Sequence[Result], full: Sequence[Result]) -> list[float]:
+    """Points of R@1 against `full`, for each seed that both have."""
     base = {run.seed: run.quality["all"].hybrid for run in full}
-    pairs = [run.quality["all"].hybrid - base[run.seed] for run in runs if run.seed in base]
-    return 100 * float(np.mean(pairs)) if pairs else float("nan")
+    return [100 * (run.quality["all"].hybrid - base[run.seed]) for run in runs if run.seed in base]
 
 
 def _delta(runs: Sequence[Result], full: Sequence[Result] | None) -> str:
-    return "" if full is None or runs[0].row == full[0].row else f"{difference(runs, full):+.1f}"
+    if full is None or runs[0].row == full[0].row:
+        return ""
+    by_seed = differences(runs, full)
+    mean = f"{np.mean(by_seed):+.1f}" if by_seed else "?"
+    return mean if len(by_seed) < 2 else f"{mean} ({', '.join(f'{d:+.1f}' for d in by_seed)})"
 
 
 def _paper(row: Row, full: Row) -> str:
