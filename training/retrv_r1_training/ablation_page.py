@@ -93,7 +93,7 @@ def figure(rows: dict[str, Row], found: dict[str, list[Result]]) -> Figure:
     for n, stratum in enumerate(STRATA):
         values = [[run.quality[stratum].hybrid for run in found[name]] for name in names]
         _bars(axis, places + 0.26 * (n - 1), values, COLOURS[n], stratum)
-    first = found[names[0]][0].quality["all"].first_stage
+    first = float(np.mean([run.quality["all"].first_stage for run in found[names[0]]]))
     axis.axvline(first, color="#555555", linewidth=0.8, linestyle=":")
     axis.text(first, 1.01, "first stage", transform=axis.get_xaxis_transform(), fontsize=7, ha="center")
     axis.set_xlim(0, 1)
