@@ -45,7 +45,7 @@ from retrv_r1_retriever.config import Config, ModelConfig, checkpoint_path
 from retrv_r1_retriever.demo.catalogue import TASKS, pool_path, read_queries, write_catalogue
 from retrv_r1_retriever.edge import EdgeStore
 from retrv_r1_retriever.engines.local import LocalEngine
-from retrv_r1_retriever.images import LocalImages, load_content
+from retrv_r1_retriever.images import LocalImages, load_content, load_query
 from retrv_r1_retriever.model.checkpoint import Checkpoint, load_checkpoint
 from retrv_r1_retriever.points import CollectionSpec
 from retrv_r1_retriever.prompt import build_full_prompt, build_prompt
@@ -175,7 +175,7 @@ def miniature_tasks(top_k: int) -> dict[str, tuple[tuple[Query, ...], tuple[Cand
             labelled = [q for one in strata for q in one]
             chosen = [d for d in documents if d.metadata["modality"] == labelled[0].target_modality][:top_k]
             contents = [run(load_content(images, d.content))[0] for d in chosen]
-            queries = [Query(run(load_content(images, q.query.content))[0], q.query.instruction) for q in labelled]
+            queries = [run(load_query(images, q.query)) for q in labelled]
             candidates = (
                 Candidate(Document(d.id, c), None, i) for i, (d, c) in enumerate(zip(chosen, contents, strict=True), 1)
             )

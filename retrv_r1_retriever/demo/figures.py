@@ -20,7 +20,7 @@ from retrv_r1_retriever.config import Config, ModelConfig
 from retrv_r1_retriever.demo import run as demo
 from retrv_r1_retriever.demo.catalogue import TASKS, LabelledQuery, read_queries
 from retrv_r1_retriever.evaluation.comparison import Comparison, compare
-from retrv_r1_retriever.images import LocalImages, load_content
+from retrv_r1_retriever.images import LocalImages, load_query
 from retrv_r1_retriever.options import RerankOptions
 from retrv_r1_retriever.reranker import RetrvR1Reranker
 from retrv_r1_retriever.store import Equals, Filter, VectorFirstStage
@@ -56,8 +56,7 @@ async def ask(
         queries = read_queries(folder, split, task)
         for stratum in ("coarse", "fine"):
             for labelled in [q for q in queries if q.stratum == stratum][:limit]:
-                content, _ = await load_content(images, labelled.query.content)
-                query = Query(content, labelled.query.instruction, labelled.query.id)
+                query = await load_query(images, labelled.query)
                 only = Filter(must=(Equals("modality", labelled.target_modality),))
                 asked.append(Asked(labelled, query, tuple(await first_stage(query, top_k=top_k, filter=only))))
     return asked

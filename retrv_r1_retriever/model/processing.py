@@ -32,8 +32,7 @@ from retrv_r1_retriever.prompt import (
 from retrv_r1_retriever.trace import Compressed, Forced, Full, QueryImage, Sampled, Segment, Text
 from retrv_r1_retriever.types import Content
 
-#: Texts up to so long are tokenised once, up to so many: the frame of every prompt, the tags of every thought.
-_KEPT = (200, 1_000)
+_FRAMES = 100  #: texts of prompt frames and thoughts' tags that are kept tokenised; there are a handful
 VISION_START, VISION_END, IMAGE_PAD = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"
 
 
@@ -109,7 +108,7 @@ class Processor:
                         fix="Load a checkpoint made by `retrv-r1-train export`, or call model.checkpoint.add_tokens.")
             )  # fmt: skip
         self._special = {t: vocab[t] for t in (*ADDED_TOKENS, VISION_START, VISION_END, IMAGE_PAD)}
-        self._known = {token: [id] for token, id in self._special.items()}
+        self._frames = {token: [id] for token, id in self._special.items()}
         self.merge = int(image_processor.merge_size)
 
     @cached_property
@@ -121,11 +120,18 @@ class Processor:
         return int(self._special[token])
 
     def tokenise(self, text: str) -> list[int]:
-        if (known := self._known.get(text)) is not None:
-            return known.copy()
+        if text in self._special:
+            return [self._special[text]]
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if len(text) <= _KEPT[0] and len(self._known) < _KEPT[1]:
-            self._known[text] = ids.copy()
+        return ids
+
+    def frame(self, text: str) -> Sequence[int]:
+        """`tokenise`, once for each text: for what is the same in every prompt or thought, never for a query's or candidate's own words."""
+        ids = self._frames.get(text)
+        if ids is None:
+            ids = self.tokenise(text)
+            if len(self._frames) < len(self._special) + _FRAMES:
+                self._frames[text] = ids
         return ids
 
     def chunk(self, segments: Sequence[Segment], prompt: Prompt, start: int = 0) -> Chunk:
@@ -217,7 +223,7 @@ class _Builder:
         self._marked[what].append(slice(len(self._ids) - n, len(self._ids)))
 
     def text(self, text: str, *, query: bool = False) -> None:
-        self.ids(self._p.tokenise(text), query=query)
+        self.ids(self._p.tokenise(text) if query else self._p.frame(text), query=query)
 
     def picture(self, picture: Picture, *, query: bool = False) -> None:
         t, h, w = self._p.grid(picture)

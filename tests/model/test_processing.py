@@ -15,7 +15,7 @@ from retrv_r1_retriever.errors import CheckpointError, ImageError, InputError
 from retrv_r1_retriever.model import modeling
 from retrv_r1_retriever.model.processing import Chunk, Processor, collate
 from retrv_r1_retriever.prompt import ADDED_TOKENS, CONTENT_PAD, SLOTS
-from retrv_r1_retriever.trace import Forced, Full, Sampled
+from retrv_r1_retriever.trace import Compressed, Forced, Full, Sampled, Text
 from retrv_r1_retriever.types import Content, Query
 from tests.tiny import make_prompt, picture
 
@@ -121,6 +121,20 @@ def test_foreign_text_never_becomes_an_added_token(checkpoint):
     special = {checkpoint.processor.token_id(t) for t in ADDED_TOKENS}
     special |= {checkpoint.processor.tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|image_pad|>")}
     assert not special & set(ids.tolist())
+
+
+def test_only_what_every_prompt_shares_is_kept_tokenised(checkpoint, monkeypatch):
+    processor = Processor(checkpoint.processor.tokenizer, checkpoint.processor.image_processor)
+    special = set(processor._frames)
+    asked = make_prompt(LocalEngine(checkpoint), Query.of("red two", instruction="find it"), 4)
+    opened = Full(0, Content("blue three"))
+    first = processor.chunk((*asked.segments, opened, Sampled(" keep")), asked)
+    kept = set(processor._frames) - special
+    assert kept
+    assert not any(word in text for text in kept for word in ("red", "find", "blue", "keep")), "a caller's own words"
+    monkeypatch.setattr(processor, "tokenizer", None)  # whatever is not kept would need it
+    frame = [s for s in asked.segments if isinstance(s, Compressed) or (isinstance(s, Text) and not s.query)]
+    assert set(processor.chunk(frame, asked).ids) <= set(first.ids)
 
 
 def test_text_is_cut_at_the_limit(checkpoint):

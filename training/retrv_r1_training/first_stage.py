@@ -7,7 +7,6 @@ import asyncio
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,7 +15,7 @@ from retrv_r1_retriever import config as settings
 from retrv_r1_retriever.errors import ImageError, InputError
 from retrv_r1_retriever.evaluation.mbeir import Dataset, Limits, RunFile
 from retrv_r1_retriever.evaluation.offsets import MAX_BAD_SHARE, Skipped
-from retrv_r1_retriever.images import ImageSource, LocalImages, load_content
+from retrv_r1_retriever.images import ImageSource, LocalImages, load_query
 from retrv_r1_retriever.store import FirstStage, VectorFirstStage
 from retrv_r1_training.waiting import counted
 
@@ -97,8 +96,7 @@ async def _search(
     """Query id and scored candidate ids; or why there are none."""
     judged = data.query(number, random.Random(f"{seed} {number}"))
     try:
-        content, _ = await load_content(images, judged.query.content)
-        found = await search(replace(judged.query, content=content), top_k=top_k)
+        found = await search(await load_query(images, judged.query), top_k=top_k)
     except (ImageError, InputError) as error:
         return f"{data.queries.lines.path.name}, query {judged.id}: {error}"
     scored = [(c.document.id, -c.rank if c.retrieval_score is None else c.retrieval_score) for c in found]
