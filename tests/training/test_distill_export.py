@@ -61,11 +61,15 @@ def test_only_thoughts_that_ended_by_themselves_are_taught(tmp_path, caplog):
     assert not any(t.ended or t.right for t in cut)
     whole = [replace(t, ended=True, right=t.number == 0) for t in cut]
     caplog.set_level("INFO")
-    assert distill._taught([*cut, *whole], Thinking(right_only=False)) == whole
-    assert distill._taught([*cut, *whole], Thinking()) == whole[:1]
+    assert distill._taught([*cut, *whole], Thinking(right_only=False), 0) in (whole, whole[::-1])
+    assert distill._taught([*cut, *whole], Thinking(), 0) == whole[:1]
+    many = [replace(whole[0], number=n) for n in range(50)]
+    orders = [[t.number for t in distill._taught(many, Thinking(), seed)] for seed in (0, 0, 1)]
+    assert sorted(orders[0]) == list(range(50)), "all of them, parts mixed"
+    assert orders[0] == orders[1] != orders[2]
     assert "distill: 4 thoughts, 2 cut by their budget, 1 right, 1 taught" in caplog.text
     with pytest.raises(InputError, match=r"some that end by themselves, got 2, 2 of them cut .*max_new_tokens"):
-        distill._taught(cut, Thinking(right_only=False))
+        distill._taught(cut, Thinking(right_only=False), 0)
 
 
 def without_pictures(thought):

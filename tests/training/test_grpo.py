@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("trl")
 
 import torch
-from retrv_r1_training import grpo, trl_private
+from retrv_r1_training import grpo, grpo_config, trl_private
 from retrv_r1_training.grpo import make_trainer, measure, train_grpo
 from retrv_r1_training.grpo_config import GrpoConfig
 from retrv_r1_training.rollout import RolloutRunner, Sampling
@@ -322,11 +322,19 @@ def test_another_trl_is_refused():
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"micro_batch": 3}, "whole micro-batches"), ({"penalty": "rising"}, "progress"), ({"iterations": 2, "save_every": 3}, "multiple")],
+    [({"micro_batch": 3}, "whole micro-batches"), ({"penalty": "rising"}, "progress"), ({"iterations": 2, "save_every": 3}, "multiple"),
+     ({"std_floor": 0.15, "scale_rewards": "batch"}, "a group's own deviation, got scale_rewards 'batch'")],
 )  # fmt: skip
 def test_bad_settings_are_refused(change, message):
     with pytest.raises(OptionsError, match=message):
         replace(CONFIG, **change)
+
+
+def test_groups_are_not_cut_between_processes(monkeypatch):
+    monkeypatch.setattr(grpo_config, "world", lambda: 2)
+    assert replace(CONFIG, batch_size=4)
+    with pytest.raises(OptionsError, match="whole groups on each GPU, got 3 over 2 ranks"):
+        replace(CONFIG, batch_size=3, micro_batch=2)
 
 
 def test_a_floor_keeps_small_differences_small():

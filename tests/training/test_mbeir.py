@@ -178,6 +178,16 @@ def test_shuffled_lists_put_the_positive_anywhere_and_injection_too():
             assert (min(places[slot] for slot in range(5)) > 40) if anywhere else (places == {0: 400})
 
 
+def test_half_of_the_lists_are_cut_where_short_ones_are_asked_for():
+    ranked, query = [str(n) for n in range(10)], JudgedQuery(Query.of("x"), "text", {"9": 1})
+    made = [training_list(query, ranked, KListConfig(10, min_k=4), random.Random(seed)) for seed in range(400)]
+    lengths = Counter(len(klist.candidates) for klist in made)
+    assert set(lengths) == set(range(4, 11))
+    assert lengths[10] == pytest.approx(200 * 8 / 7, abs=45)
+    assert all(set(k.candidates) == set(ranked[: len(k.candidates)]) for k in made), "the first ones, not any"
+    assert {bool(k.answers) for k in made if len(k.candidates) < 10} == {False}
+
+
 def test_hard_negatives_are_the_mistakes_of_the_first_stage():
     query = JudgedQuery(Query.of("x"), "text", {"1": 2})
     assert set(hard_negatives(query, ["0", "1", "2"], 5, random.Random(0))) == {"0", "2"}
@@ -221,6 +231,7 @@ def test_evaluation_keeps_every_query(root):
 
 @pytest.mark.parametrize(("values", "message"), [
     ({"top_k": 128}, "top_k: expected 1 to 127"), ({"depth": 5}, "depth: expected None, or top_k and more, got 5"),
+    ({"min_k": 21}, "min_k: expected 0 to top_k"),
     ({"shuffle": 2.0}, "shuffle: expected 0 to 1"), ({"missing": "guess"}, "expected one of none, inject, drop"),
 ])  # fmt: skip
 def test_list_config_says_what_it_takes(values, message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 
 import pytest
@@ -21,6 +22,7 @@ from retrv_r1_retriever.types import Query
 from tests.tiny import contents
 from tests.training.parts import stage_part as part
 
+SCALE = "model.icm.tag_scale"
 LM = "model.language_model.layers.0.self_attn.q_proj.weight"
 
 
@@ -92,6 +94,34 @@ def test_align_moves_the_module_alone(material, done):
     moved = {name for name in old if not torch.equal(old[name], new[name])}
     assert {"model.icm.in_proj.1.weight", "model.icm.content_out.proj.weight", "model.icm.att2.q.weight"} <= moved
     assert all(".icm." in name for name in moved)
+    assert SCALE in moved, "chosen, not trained: the label tag is to be as long as the two tokens"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_rows_passed_over_are_counted_whoever_reads_ahead(material, recipes, tmp_path, caplog, workers):
+    root = tmp_path / "data"
+    shutil.copytree(material / "catalogue", root)
+    own = part("train0", "t2i")
+    file = root / own["queries"]
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    alone = [{**row, "pos_cand_list": []} if n % 2 else row for n, row in enumerate(rows)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in alone))
+    caplog.set_level("INFO")
+    train = f"data.train=[{{queries: {own['queries']}, pool: {own['pool']}}}]"
+    sets = [f"data.root={root}", train, f"data.workers={workers}", "optim.steps=2", "data.validation_queries=0"]
+    assert stage("align", recipes / "align.yaml", tmp_path / "run", *sets) == 0
+    assert re.search(r"skipped \d+ x a query without a positive in the pool", caplog.text)
+
+
+def test_a_broken_picture_leaves_the_pool_that_the_embedder_is_measured_in(material, recipes, tmp_path, caplog):
+    root = tmp_path / "data"
+    shutil.copytree(material / "catalogue", root)
+    for picture in sorted((root / "mbeir_images" / "val").glob("card*"))[::4]:
+        picture.write_bytes(picture.read_bytes()[:60])
+    sets = [f"data.root={root}", "pool=100", "optim.steps=1", "data.max_bad_share=0.9"]
+    assert stage("embedder", recipes / "embedder.yaml", tmp_path / "run", *sets) == 0
+    assert "validation: left out of the pool: image" in caplog.text
+    assert logged(tmp_path / "run", "eval_recall@1")
 
 
 # -- embedder ----------------------------------------------------------------------------------------------------------
@@ -247,6 +277,7 @@ def test_unusable_rows_are_counted_and_replaced_and_unreadable_ones_have_a_limit
 
     with pytest.raises(InputError, match=r"pictures: expected at most 1% unreadable ones, got 21 of .*image 3.png"):
         list(map(Draws([50], broken, 100, 0).__getitem__, range(100)))
+    assert min(map(Draws([160], broken, 160, 0, max_bad_share=0.5).__getitem__, range(160))) == 40
     with pytest.raises(InputError, match="data: expected rows that can be used, got 5 x never"):
         Draws([5], lambda *a: (_ for _ in ()).throw(Unusable("never")), 1, 0)[0]
 

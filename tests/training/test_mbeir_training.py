@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from retrv_r1_training.candidate_reader import Bounded, CandidateReader
 from retrv_r1_training.data import encode_pool, load_pool
 from retrv_r1_training.data_config import DataConfig, Part
 from retrv_r1_training.embedded_lists import EmbeddedLists
-from retrv_r1_training.examples import TraceExamples, Traces, relabelled
+from retrv_r1_training.examples import TraceExamples, Traces, _documents, over, relabelled
 from retrv_r1_training.mbeir_tasks import Folder
-from retrv_r1_training.sft import SftLoss, direct_read_loss
+from retrv_r1_training.ranknet import FACTOR, ranknet
+from retrv_r1_training.sft import SftLoss, direct_read_loss, example_of, filled
 from retrv_r1_training.sft_recipe import ExampleSettings
 from retrv_r1_training.traces import read_traces
 from retrv_r1_training.unreadable import Unreadable, UnreadablePicture
@@ -288,6 +290,19 @@ def test_many_broken_pictures_are_an_error():
         Unreadable().first([1, 2], make)
 
 
+def test_verdicts_in_any_order_are_those_of_their_candidates(traces, reader):
+    _, found = traces
+    trace = found[0]
+    labels = list(range(len(trace.candidates)))
+    prompt = over(
+        reader, found.data.find(trace.query_id, random.Random(0)), _documents(found.data, trace.candidates), labels
+    )
+    thought = replace(trace.thought, checks=())
+    backwards = replace(thought, verdicts=thought.verdicts[::-1])
+    made = [example_of(reader.processor, prompt, t, filled(render(t), prompt)) for t in (thought, backwards)]
+    assert made[0].verdicts == made[1].verdicts == tuple(v.text for v in thought.verdicts)
+
+
 def test_spread_labels_rename_the_thought_with_its_candidates(traces, reader):
     thought = Thought("x", (Verdict(0, "red"), Verdict(1, "keep")), (Check(1, "a4 match", True),), 1)
     moved = relabelled(thought, [5, 90])
@@ -311,11 +326,18 @@ def test_the_direct_read_may_answer_any_right_slot(start, traces, reader):
     hidden = torch.randn(1, start.model.config.text_config.hidden_size, generator=torch.Generator().manual_seed(0))
     slots = [start.processor.token_id(s) for s in example.slots]
     p = torch.softmax(start.model.lm_head(hidden)[0, slots].float(), 0)
-    loss, hits = direct_read_loss(start.model, start.processor, hidden, [both])
+    plain = SftLoss(direct=1.0)
+    loss, hits = direct_read_loss(start.model, start.processor, hidden, [both], plain)
     assert loss.item() == pytest.approx(-torch.log(p[0] + p[2]).item(), rel=1e-5)
     assert hits.tolist() == [p.argmax().item() in (0, 2)]
-    alone = direct_read_loss(start.model, start.processor, hidden, [replace(example, target=0)])[0]
+    alone = direct_read_loss(start.model, start.processor, hidden, [replace(example, target=0)], plain)[0]
     assert alone.item() == pytest.approx(-torch.log(p[0]).item(), rel=1e-5)
+    weighted = SftLoss(direct=0.7, ranknet=FACTOR)
+    both_parts = direct_read_loss(start.model, start.processor, hidden, [replace(example, target=0)], weighted)[0]
+    pairs = ranknet(torch.log(p), example.ranks).item()
+    assert both_parts.item() == pytest.approx(0.7 * alone.item() + FACTOR * pairs, rel=1e-4), (
+        "two weights, not a product"
+    )
     assert SftLoss().ranknet == 0
 
 
@@ -327,6 +349,7 @@ def test_thoughts_that_no_longer_fit_are_left_out_up_to_a_share(traces, tmp_path
     rows += [
         {**wrong, "answer": other}, {**wrong, "query_id": "90:gone"}, {**wrong, "verdicts": wrong["verdicts"][:1]},
         {**wrong, "candidates": ["90:gone", *wrong["candidates"][1:]], "answer": None},
+        {**wrong, "verdicts": [*wrong["verdicts"], wrong["verdicts"][0]]},
     ]  # fmt: skip
     file = tmp_path / "traces.jsonl"
     file.write_text("".join(json.dumps(r) + "\n" for r in rows) + "{broken\n")
@@ -335,7 +358,7 @@ def test_thoughts_that_no_longer_fit_are_left_out_up_to_a_share(traces, tmp_path
     assert len(Traces.open(lenient, bad)) == len(found)
     half = Folder(replace(folder.config, max_bad_share=0.25), folder._checkpoint, 0)
     with pytest.raises(
-        InputError, match=r"expected at most 25\.0% bad rows, got 4 of .*judged wrong.*not in mbeir_cards"
+        InputError, match=r"expected at most 25\.0% bad rows, got 5 of .*judged wrong.*not in mbeir_cards"
     ):
         Traces.open(half, bad)
 

@@ -31,8 +31,9 @@ class Part:
 class DataConfig:
     """root: folder of M-BEIR files; top_k: K of the lists
 
-    min_k: the shortest lists trained on (in `sft` those of `synthesize --min-k`), which the checkpoint tells its users; 0 = all are of K,
-        None = as short as those that the starting checkpoint was trained on
+    min_k: the shortest lists trained on, which the checkpoint tells its users: in `sft` those of `synthesize --min-k`; in `grpo` and
+        `distill` half of the lists are cut to a random length from this to K. 0 = all are of K; None = so, too, and the checkpoint
+        tells as well of the shorter ones that its start was trained on
     validation_queries: at most, evenly over the validation parts (`base`: captions); 0 = none
     captions: JSONL below root, {"id", "caption"}, for `base` and `align`; without it, the caption in a candidate's `src_content`
     cache_gb: of candidates' memory, and as much again of pictures after the tower, in each process

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -193,8 +194,10 @@ def _sources(
     _one_process(start.manifest.checkpoint_digest, {files[0]: len(tasks), files[1]: len(held_out)})
     runner = RolloutRunner(start, reader)
     own = think_ahead(runner, tasks, thinking, files[0])
-    taught = _taught(own, thinking)
+    taught = _taught(own, thinking, recipe.seed)
     count = recipe.optim.steps * recipe.optim.batch_size
+    if count < len(taught):
+        log.info("distill: %d steps of %d see %d of them", recipe.optim.steps, recipe.optim.batch_size, count)
     measured = think_ahead(runner, held_out, thinking, files[1])
     return (
         OwnExamples(tasks, taught, reader, count, judged=False),
@@ -202,11 +205,12 @@ def _sources(
     )
 
 
-def _taught(own: Sequence[OwnThought], thinking: Thinking) -> list[OwnThought]:
-    """One that was cut is never taught: the model would learn to stop in the middle, at an answer that it did not come to."""
+def _taught(own: Sequence[OwnThought], thinking: Thinking, seed: int) -> list[OwnThought]:
+    """In random order; never one that was cut: the model would learn to stop in the middle, at an answer that it did not come to."""
     ended = [thought for thought in own if thought.ended]
     right = [thought for thought in ended if thought.right]
     taught = right if thinking.right_only else ended
+    random.Random(seed).shuffle(taught)
     cut = len(own) - len(ended)
     log.info(
         "distill: %d thoughts, %d cut by their budget, %d right, %d taught", len(own), cut, len(right), len(taught)

@@ -17,6 +17,7 @@ import numpy as np
 from retrv_r1_retriever import _sync
 from retrv_r1_retriever.errors import ImageError, InputError, explain
 from retrv_r1_retriever.evaluation.mbeir import Dataset, JudgedQuery, Limits, RunFile, modality_of
+from retrv_r1_retriever.evaluation.offsets import MAX_BAD_SHARE
 from retrv_r1_retriever.images import LocalImages, load_content
 from retrv_r1_retriever.types import Content, Document, Query
 from retrv_r1_training.data import Item
@@ -44,11 +45,12 @@ class Draws(Generic[T]):
     """
 
     def __init__(
-        self, sizes: Sequence[int], make: Callable[[int, int, random.Random], T], count: int, seed: int
-    ) -> None:
+        self, sizes: Sequence[int], make: Callable[[int, int, random.Random], T], count: int, seed: int,
+        max_bad_share: float = MAX_BAD_SHARE,
+    ) -> None:  # fmt: skip
         self._ends, self._make, self._count, self._seed = np.cumsum(sizes), make, count, seed
         self._epoch, self._order = -1, np.zeros(0, dtype=np.int64)
-        self._unreadable = Unreadable()
+        self._unreadable = Unreadable(max_bad_share)
         self.skipped: Counter[str] = Counter()
 
     def __len__(self) -> int:
@@ -190,8 +192,8 @@ class Contrasts:
     depth: int
     described: int = 0
 
-    def draws(self, count: int, seed: int) -> Draws[Contrasted]:
-        return Draws([len(s.data) for s in self.sources], self, count, seed)
+    def draws(self, count: int, seed: int, max_bad_share: float = MAX_BAD_SHARE) -> Draws[Contrasted]:
+        return Draws([len(s.data) for s in self.sources], self, count, seed, max_bad_share)
 
     def __call__(self, file: int, row: int, rng: random.Random) -> Contrasted:
         source = self.sources[file]
@@ -225,8 +227,8 @@ class Captioned:
         pools = {source.data.pool.lines.path: source for source in sources}
         self.sources = list(pools.values())
 
-    def draws(self, count: int, seed: int) -> Draws[tuple[Content, str]]:
-        return Draws([len(s.data.pool) for s in self.sources], self, count, seed)
+    def draws(self, count: int, seed: int, max_bad_share: float = MAX_BAD_SHARE) -> Draws[tuple[Content, str]]:
+        return Draws([len(s.data.pool) for s in self.sources], self, count, seed, max_bad_share)
 
     def __call__(self, file: int, row: int, rng: random.Random) -> tuple[Content, str]:
         source = self.sources[file]

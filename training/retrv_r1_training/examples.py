@@ -190,8 +190,8 @@ def _unusable(trace: TeacherTrace, data: Dataset, top_k: int) -> str | None:
         return f"{len(trace.candidates)} candidates, data.top_k is {top_k}"
     if unknown := next((did for did in trace.candidates if did not in data.pool), None):
         return f"candidate {unknown} is not in {data.pool.lines.path.name}"
-    if {v.index for v in trace.thought.verdicts} != set(range(len(trace.candidates))):
-        return "candidates without a verdict"
+    if sorted(v.index for v in trace.thought.verdicts) != list(range(len(trace.candidates))):
+        return "not one verdict for each candidate"
     right = _right(trace, judged)
     if trace.thought.answer not in (right or (NONE_INDEX,)):
         return f"answers {trace.answer or 'none'}, which is judged wrong"

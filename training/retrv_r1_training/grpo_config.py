@@ -65,10 +65,13 @@ class GrpoConfig:
             got = f"{self.batch_size} * {self.group_size} over {self.micro_batch} * {world()} ranks"
             fix = "Change micro_batch."
             raise OptionsError(explain("batch_size * group_size", expected="whole micro-batches", got=got, fix=fix))
-        if self.std_floor and self.batch_size % world():
-            got = f"{self.batch_size} over {world()} ranks"
-            fix = "Change batch_size, or set std_floor to 0."
+        if self.batch_size % world():
+            got, fix = f"{self.batch_size} over {world()} ranks", "Change batch_size."
             raise OptionsError(explain("batch_size", expected="whole groups on each GPU", got=got, fix=fix))
+        if self.std_floor and self.scale_rewards != "group":
+            got = f"scale_rewards {self.scale_rewards!r} beside std_floor {self.std_floor}"
+            fix = "Set std_floor to 0, or leave scale_rewards out."
+            raise OptionsError(explain("std_floor", expected="a group's own deviation", got=got, fix=fix))
         if self.save_every % self.iterations:
             fix = "Make it one, or a resumed run would differ from an uninterrupted one."
             raise OptionsError(explain("save_every", expected="a multiple of iterations", got=self.save_every, fix=fix))

@@ -36,6 +36,7 @@ class Outcome(StrEnum):
 @dataclass(frozen=True, slots=True)
 class KListConfig:
     """top_k: K; depth: the K are drawn from this many (None = they are the first K; LamRA draws from 100)
+    min_k: half of the lists are cut to a random length from this to K; 0 = none is
     shuffle: share of lists in random order, so that rank alone decides nothing
     """
 
@@ -43,10 +44,12 @@ class KListConfig:
     depth: int | None = None
     shuffle: float = 1.0
     missing: Missing = Missing.NONE
+    min_k: int = 0
 
     def __post_init__(self) -> None:
         for what, good, expected, got in (
             ("top_k", 1 <= self.top_k <= MAX_CANDIDATES, f"1 to {MAX_CANDIDATES}", self.top_k),
+            ("min_k", 0 <= self.min_k <= self.top_k, f"0 to top_k ({self.top_k})", self.min_k),
             ("depth", self.depth is None or self.depth >= self.top_k, "None, or top_k and more", self.depth),
             ("shuffle", 0 <= self.shuffle <= 1, "0 to 1", self.shuffle),
             ("missing", self.missing in tuple(Missing), f"one of {', '.join(Missing)}", self.missing),
@@ -75,13 +78,19 @@ class KList:
         return tuple(sorted((slot for slot, grade in enumerate(grades) if grade > 0), key=lambda slot: -grades[slot]))
 
 
+def list_length(min_k: int, top_k: int, rng: random.Random) -> int:
+    """Of one list: K, or, with a `min_k`, in half of the cases a random one from there to K."""
+    return rng.randint(min_k, top_k) if min_k and rng.random() < 0.5 else top_k
+
+
 def training_list(query: JudgedQuery, ranked: Sequence[str], config: KListConfig, rng: random.Random) -> KList:
     """ranked: ids of the first stage, best first. An outcome `dropped` is not to be trained on."""
-    head = list(ranked[: config.depth or config.top_k])
+    size = list_length(config.min_k, config.top_k, rng)
+    head = list(ranked[: config.depth or size])
     found = [did for did in head if did in query.grades]
     kept = {rng.choice(found)} if found else set()  # one is sure; others come along as often as they would be drawn
     others = [did for did in head if did not in kept]
-    kept |= set(rng.sample(others, min(config.top_k - len(kept), len(others))))
+    kept |= set(rng.sample(others, min(size - len(kept), len(others))))
     chosen = [did for did in head if did in kept]
     outcome = Outcome.PRESENT if found else Outcome.NONE
     if not found and config.missing is Missing.DROP:

@@ -15,9 +15,9 @@ from retrv_r1_retriever.errors import InputError, OptionsError, explain
 from retrv_r1_retriever.evaluation.mbeir import Dataset, JudgedQuery, Limits, Pool, Qrels, Queries, RunFile
 from retrv_r1_retriever.evaluation.offsets import LineFormat, Skipped
 from retrv_r1_retriever.types import MAX_CANDIDATES, Candidate, Document, Query
+from retrv_r1_training.klists import list_length
 
 Missing = Literal["none", "inject", "drop"]
-SHORT = 0.5  # of the lists, where `min_k` is given
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +155,7 @@ class MbeirLists:
             self.counts["without a first-stage list"] += 1
             return None
         rng = random.Random(f"{options.seed}:{id}")
-        if options.min_k and rng.random() < SHORT:
-            ranked = ranked[: rng.randint(options.min_k, options.top_k)]
+        ranked = ranked[: list_length(options.min_k, options.top_k, rng)]
         if not set(ranked) & set(positives):
             if options.missing == "drop" or (options.missing == "inject" and not positives):
                 self.counts["dropped: no right answer in the list"] += 1

@@ -64,7 +64,7 @@ class Folder:
         self, reader: CandidateReader, shuffle: float, missing: str, only: frozenset[str] | None = None
     ) -> Tasks:
         """only: ids of the queries to take, None = all"""
-        config = KListConfig(self.config.top_k, shuffle=shuffle, missing=Missing(missing))
+        config = KListConfig(self.config.top_k, shuffle=shuffle, missing=Missing(missing), min_k=self.config.min_k or 0)
 
         def make(lists: KLists, number: int) -> KList | None:
             if only is not None and lists.data.queries[number].id not in only:

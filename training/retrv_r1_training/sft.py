@@ -60,7 +60,7 @@ class SftLoss:
 
     answer: of the thought's answer, as a mean of its own: one token among a hundred would lose to the direct read, which ends
         in the same token
-    ranknet: of the weighted RankNet loss on the direct read; FIRST's is 10, 0 = none
+    ranknet: of the weighted RankNet loss on the direct read, beside `direct`; FIRST's is 10, 0 = none
     """
 
     tokens: TokenWeights = field(default_factory=TokenWeights)
@@ -121,7 +121,7 @@ def example_of(
     """`turn` over `prompt`; the direct read is to answer as `thought` does."""
     head = processor.chunk(prompt.segments, prompt)
     tail = processor.chunk(turn, prompt, head.next_position)
-    verdicts = tuple(v.text for v in thought.verdicts)
+    verdicts = tuple(v.text for v in sorted(thought.verdicts, key=lambda v: v.index))
     slot = len(prompt.candidates) if thought.answer in (None, NONE_INDEX) else thought.answer
     assert slot is not None
     ranks = teacher_ranks(len(prompt.slots), thought.verdicts, (slot, *also))
@@ -195,18 +195,17 @@ def relation_loss(
 
 
 def direct_read_loss(
-    model: RetrvR1ForConditionalGeneration, processor: Processor, branch: Tensor, examples: Sequence[Example],
-    ranknet_weight: float = 0.0,
+    model: RetrvR1ForConditionalGeneration, processor: Processor, branch: Tensor, examples: Sequence[Example], weights: SftLoss
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Sum of -log p(a right slot) over exactly the slots of each prompt, and whether the arg-max is right (B,)."""
+    """Weighted sum of -log p(a right slot) over exactly the slots of each prompt and of RankNet, and whether the arg-max is right (B,)."""
     logits = model.lm_head(branch).float()
     losses, hits = [], []
     for row, example in zip(logits, examples, strict=True):
         slots = torch.tensor([processor.token_id(s) for s in example.slots], device=row.device)
         right = [example.target, *example.also]
-        loss = -torch.logsumexp(F.log_softmax(row[slots], dim=0)[right], dim=0)
-        if ranknet_weight:
-            loss = loss + ranknet_weight * ranknet(row[slots], example.ranks)
+        loss = -weights.direct * torch.logsumexp(F.log_softmax(row[slots], dim=0)[right], dim=0)
+        if weights.ranknet:
+            loss = loss + weights.ranknet * ranknet(row[slots], example.ranks)
         losses.append(loss * example.direct)
         hits.append(torch.isin(row[slots].argmax(), torch.tensor(right, device=row.device)))
     return torch.stack(losses).sum(), torch.stack(hits)
@@ -282,9 +281,9 @@ def losses(
     loss = by_token.sum() / totals.tokens
     if totals.answers:
         loss = loss + weights.answer * (by_token * of_answer).sum() / totals.answers
-    direct, hits = direct_read_loss(model, processor, branch, examples, weights.ranknet)
+    direct, hits = direct_read_loss(model, processor, branch, examples, weights)
     if totals.direct:
-        loss = loss + weights.direct * direct / totals.direct
+        loss = loss + direct / totals.direct
     role, roles = token_weights(batch, processor, TokenWeights())[:, 1:][picked], TokenWeights()
     masks = {"words": role == roles.default, "verdicts": role == roles.verdict, "inspect": role == roles.inspect,
              "marks": role == roles.mark, "conclusion": role == roles.conclusion, "answer": of_answer}  # fmt: skip

@@ -6,6 +6,7 @@ Saving, resuming and stopping are those of the SFT trainer; transformers' Traine
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,6 +55,7 @@ class StageTrainer(OnTrl):
     ) -> None:
         super().__init__(work.processor, model=work.model, **kwargs)
         self.stage, self._work = stage, work
+        self.skipped: Counter[str] = Counter()
         self.loss_is_scaled_for_ga = False  # a mean over the examples at hand
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> None:
@@ -69,6 +71,7 @@ class StageTrainer(OnTrl):
         loss: Tensor
         loss, metrics = model(objective=lambda net: self._work.objective(net, inputs["examples"]))
         self.observe(loss, metrics, inputs["numbers"])
+        self.skipped.update(inputs["skipped"])
         return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Figures:  # transformers' signature
@@ -103,14 +106,15 @@ def train(recipe: StageRecipe, run: Path, work: Work, per_device: int | None = N
     )  # fmt: skip
     RunLog(run / "log.jsonl", recipe.stage).watch(trainer)
     trainer.train(resume_from_checkpoint=last_state(run))
-    for reason, count in work.draws.skipped.items():
+    for reason, count in trainer.skipped.items():
         log.info("skipped %d x %s", count, reason)
     return trained_state(trainer.model)
 
 
 def _collate(draws: Draws[Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     places = [row["number"] for row in rows]
-    return {"examples": [draws[n] for n in places], "numbers": places}
+    draws.skipped.clear()  # told batch by batch: a process that reads ahead has counts of its own
+    return {"examples": [draws[n] for n in places], "numbers": places, "skipped": dict(draws.skipped)}
 
 
 def load_start(start: Start, dtype: str, device: str | None = None) -> Checkpoint:

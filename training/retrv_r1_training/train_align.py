@@ -32,6 +32,7 @@ from retrv_r1_training.trl_sft import SftModel
 from retrv_r1_training.unreadable import Chosen
 
 SAMPLE = 8  #: lists whose candidates show how long the full tokens are
+SCALE = "model.icm.tag_scale"  #: chosen by `prepare`, not trained
 
 
 class AlignModel(SftModel):
@@ -46,7 +47,7 @@ def train_align(recipe: AlignRecipe, run: Path) -> Path:
     start = load_start(recipe.start, recipe.run.dtype)
     files, processor = Opened(recipe.data), start.processor
     made = _contrasts(recipe, files.train)
-    draws = made.draws(recipe.optim.steps * recipe.optim.batch_size, recipe.seed)
+    draws = made.draws(recipe.optim.steps * recipe.optim.batch_size, recipe.seed, recipe.data.max_bad_share)
     said = Descriptions(start, recipe.frame, recipe.tokens, run / "descriptions.sqlite")
     objective = Objective(processor, said, recipe.frame, recipe.by_word)
     model = prepare(AlignModel.of(start.model), processor, recipe.by_word, draws)
@@ -55,6 +56,7 @@ def train_align(recipe: AlignRecipe, run: Path) -> Path:
         held_out = _contrasts(recipe, files.validation).draws(files.validated, 0).readable(recipe.data.max_bad_share)
         measure = Measure(objective, held_out, recipe.optim.per_device)
     state = train(recipe, run, Work(processor, model, draws, objective, measure))
+    state[SCALE] = model.get_parameter(SCALE).detach().cpu()
     out = run / "checkpoint"
     if is_first():
         finish(out, lambda aside: export(recipe, state, aside))
@@ -88,6 +90,7 @@ def export(recipe: AlignRecipe, state: dict[str, Tensor], out: Path) -> Manifest
     """The start with the trained module, and its embedder as it is."""
     start = load_start(recipe.start, "float32", "cpu")
     _train_module(start.model)
+    start.model.get_parameter(SCALE).requires_grad_(True)  # `load_trained` fills exactly what is trainable
     load_trained(start.model, {name: value for name, value in state.items() if not name.startswith("reading.")})
     saved = save_checkpoint(out, start.model, start.processor, start.manifest, dtype=dtype_of(recipe))
     return keep_embedder(Path(recipe.start.path), out, saved) if is_checkpoint(recipe.start) else saved

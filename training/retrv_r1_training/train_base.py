@@ -40,7 +40,8 @@ def train_base(recipe: BaseRecipe, run: Path) -> Path:
     """Train or resume in folder `run`; returns the checkpoint, whose compression module is fresh."""
     torch.manual_seed(recipe.seed)
     files = Opened(recipe.data)
-    draws = Captioned(files.train).draws(recipe.optim.steps * recipe.optim.batch_size, recipe.seed)
+    count = recipe.optim.steps * recipe.optim.batch_size
+    draws = Captioned(files.train).draws(count, recipe.seed, recipe.data.max_bad_share)
     start = _start(recipe, run / "start", files.train)
     measure = None
     if files.validated:

@@ -6,6 +6,7 @@ are made again in the backward pass (gradient caching, Gao et al. 2021, arXiv 21
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.distributed.nn.functional import all_gather
 from torch.utils.checkpoint import checkpoint
 
+from retrv_r1_retriever.errors import ImageError
 from retrv_r1_retriever.evaluation.mbeir import MODALITIES, modality_of
 from retrv_r1_retriever.model.checkpoint import Manifest, save_checkpoint
 from retrv_r1_retriever.model.embedding import BackboneEmbedder, embed_chunks, embedding_chunk
@@ -36,6 +38,8 @@ from retrv_r1_training.stage_run import Figures, Work, dtype_of, load_start, tra
 from retrv_r1_training.trl_sft import SftModel
 from retrv_r1_training.unreadable import Chosen
 
+log = logging.getLogger(__name__)
+
 
 def train_embedder(recipe: EmbedderRecipe, run: Path) -> Path:
     """Train or resume in folder `run`; returns the checkpoint: the start's, with the trained embedder inside."""
@@ -48,7 +52,8 @@ def train_embedder(recipe: EmbedderRecipe, run: Path) -> Path:
     if files.validated:
         held_out = _contrasts(recipe, files.validation).draws(files.validated, 0).readable(recipe.data.max_bad_share)
         measure = Measure(recipe, start.processor, dim, files.validation, held_out)
-    draws = _contrasts(recipe, files.train).draws(recipe.optim.steps * recipe.optim.batch_size, recipe.seed)
+    count = recipe.optim.steps * recipe.optim.batch_size
+    draws = _contrasts(recipe, files.train).draws(count, recipe.seed, recipe.data.max_bad_share)
     work = Work(start.processor, model, draws, objective, measure)
     state = train(recipe, run, work, per_device=recipe.optim.batch_size // world())
     out = run / "checkpoint"
@@ -170,8 +175,12 @@ class Measure:
         for n in range(self.recipe.pool - len(items)):
             source = self.sources[n % len(self.sources)]
             document = source.data.pool[rng.randrange(len(source.data.pool))]
-            if document.id not in items:
+            if document.id in items:
+                continue
+            try:
                 items[document.id] = (modality_of(document), source.load([document.content])[0])
+            except ImageError as error:  # one candidate fewer: `candidates` says how many there were
+                log.warning("validation: left out of the pool: %s", error)
         embedder = BackboneEmbedder(net.model, self.processor, self.dim, self.recipe.optim.per_device)
         queries = embedder.embed([e.query for e in examples])
         candidates = embedder.embed([content for _, content in items.values()])
