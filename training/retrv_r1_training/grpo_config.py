@@ -61,20 +61,24 @@ class GrpoConfig:
                 "more than 0": "temperature epsilon max_grad_norm",
             },
         )
-        if self.batch_size * self.group_size % (self.micro_batch * world()):
-            got = f"{self.batch_size} * {self.group_size} over {self.micro_batch} * {world()} ranks"
-            fix = "Change micro_batch."
-            raise OptionsError(explain("batch_size * group_size", expected="whole micro-batches", got=got, fix=fix))
-        if self.std_floor and self.batch_size % world():
-            got = f"{self.batch_size} over {world()} ranks"
-            fix = "Change batch_size, or set std_floor to 0."
-            raise OptionsError(explain("batch_size", expected="whole groups on each GPU", got=got, fix=fix))
+        self.check_world(world())
         if self.save_every % self.iterations:
             fix = "Make it one, or a resumed run would differ from an uninterrupted one."
             raise OptionsError(explain("save_every", expected="a multiple of iterations", got=self.save_every, fix=fix))
         if self.penalty != "progress" and not (isinstance(self.penalty, int | float) and 0 <= self.penalty <= 1):
             expected = '"progress" or a number, 0 to 1'
             raise OptionsError(explain("penalty", expected=expected, got=repr(self.penalty), fix="Fix the recipe."))
+
+    def check_world(self, world: int) -> None:
+        """Raises `OptionsError` if so many processes cannot share the batch evenly."""
+        if self.batch_size * self.group_size % (self.micro_batch * world):
+            got = f"{self.batch_size} * {self.group_size} over {self.micro_batch} * {world} ranks"
+            fix = "Change micro_batch."
+            raise OptionsError(explain("batch_size * group_size", expected="whole micro-batches", got=got, fix=fix))
+        if self.std_floor and self.batch_size % world:
+            got = f"{self.batch_size} over {world} ranks"
+            fix = "Change batch_size, or set std_floor to 0."
+            raise OptionsError(explain("batch_size", expected="whole groups on each GPU", got=got, fix=fix))
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +93,7 @@ class GrpoRecipe:
     checkpoint: str
     data: DataConfig
     grpo: GrpoConfig
+    stage: Literal["grpo"] = "grpo"
     seed: int = 0
     hard: str | None = None
     shuffle: float = 0.0
@@ -96,3 +101,8 @@ class GrpoRecipe:
     backbone: str = ""
     length: int = 2048
     thought: int = 600
+
+    def __post_init__(self) -> None:
+        check_ranges(self, {"1 or more": "length thought", "a share, 0 to 1": "shuffle"})
+        # in a recipe of the miniature 0 leaves the stage out; here it would leave nothing
+        check_ranges(self.grpo, {"1 or more": "steps"})
