@@ -181,6 +181,18 @@ def test_export_carries_the_licences_of_base_and_teachers(tmp_path, capsys):
     assert before.keys() == after.keys()
 
 
+def test_recipes_of_folders_of_one_name_are_all_in_the_card(tmp_path):
+    start, out = copy_of_the_miniature(tmp_path)
+    runs = [tmp_path / name for name in ("a/sft", "b/sft", "b/grpo")]
+    for number, run in enumerate(runs):
+        run.mkdir(parents=True)
+        (run / "recipe.yaml").write_text(f"seed: {number}\n")
+    assert export(start, "--out", out, *(word for run in runs for word in ("--run", run))) == 0
+    card = (out / "README.md").read_text()
+    at = [card.index(f"### {name}\n\n```yaml\nseed: {n}\n") for n, name in enumerate(("a/sft", "b/sft", "b/grpo"))]
+    assert at == sorted(at)
+
+
 @pytest.mark.parametrize(
     ("changes", "arguments", "message"),
     [

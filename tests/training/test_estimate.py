@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from retrv_r1_training.cli import RECIPES, main
 from retrv_r1_training.estimate import estimate
+from retrv_r1_training.grpo_config import GrpoRecipe
+from retrv_r1_training.overrides import load
 from retrv_r1_training.sft_command import load_any
 from retrv_r1_training.sizes import size_of
 
@@ -37,10 +39,51 @@ def test_recipes_fit_one_gpu_and_eight_and_the_page_says_what_they_cost(stage, b
     result = estimate(recipe(f"{stage}-{backbone}", f"hardware.gpus={gpus}"))
     assert result.fits
     row = next(line for line in PAGE.splitlines() if line.startswith(f"| `{stage}-{backbone}.yaml`"))
-    _, one, eight, hours = (cell.strip() for cell in row.strip("|").split("|"))
+    _, one, eight, hours, hours_of_eight = (cell.strip() for cell in row.strip("|").split("|"))
     assert f"{max(result.total_gb, result.job.before):.0f}" == {1: one, 8: eight}[gpus]
-    if gpus == 1:
-        assert f"{result.gpu_hours:.0f}" == hours
+    assert f"{result.gpu_hours:.0f}" == {1: hours, 8: hours_of_eight}[gpus]
+
+
+@pytest.mark.parametrize(
+    ("name", "sets", "message"),
+    [
+        (
+            "sft-7b",
+            ["optim.batch_size=4", "optim.per_device=3", "hardware.gpus=1"],
+            "per_device x processes = 3 x 1, got 4",
+        ),
+        ("sft-7b", ["optim.batch_size=4", "hardware.gpus=7"], "per_device x processes = 1 x 7, got 4"),
+        ("distill-7b", ["hardware.gpus=7"], "per_device x processes = 1 x 7, got 64"),
+        ("align-7b", ["hardware.gpus=7"], "x 7, got 64"),
+        ("embedder-7b", ["hardware.gpus=7"], "per_device x processes = 137 x 7, got 960"),
+        ("embedder-7b", ["hardware.gpus=961"], "per_device: expected 1 or more, got 0"),
+        ("grpo-7b", ["hardware.gpus=128"], "expected whole micro-batches, got 8 [*] 8 over 2 [*] 128 ranks"),
+        ("grpo-7b", ["hardware.gpus=16"], "expected whole groups on each GPU, got 8 over 16 ranks"),
+        *(
+            (f"{stage}-7b", [f"{key}=-5000"], f"{key}: expected 1 or more, got -5000")
+            for stage in STAGES
+            for key in ("length", "thought")
+            if key == "length" or stage in ("sft", "grpo", "distill")
+        ),
+        ("embedder-7b", ["hard_negatives=-1"], "hard_negatives: expected 0 or more"),
+        ("align-7b", ["tokens=0"], "tokens: expected 1 or more"),
+        ("base", ["max_text_tokens=-3"], "max_text_tokens: expected 1 or more"),
+        ("base", ["backbone.heads=0"], "backbone: heads: expected 1 or more"),
+        ("grpo-7b", ["grpo.steps=0"], "steps: expected 1 or more, got 0"),
+    ],
+)
+def test_what_the_stage_would_refuse_is_not_estimated(name, sets, message):
+    with pytest.raises(OptionsError, match=message):
+        estimate(recipe(name, *sets))
+
+
+def test_rollouts_of_more_gpus_cost_more_hours_never_none():
+    """`std_floor` aside, which wants whole groups on each GPU."""
+    hours = [
+        estimate(recipe("grpo-7b", "grpo.std_floor=0", "grpo.micro_batch=1", f"hardware.gpus={n}")).hours["rollouts"]
+        for n in (1, 8, 64)
+    ]
+    assert 0 < hours[0] < hours[1] < hours[2]
 
 
 def test_zero_shards_what_it_says():
@@ -102,3 +145,10 @@ def test_what_cannot_be_estimated_is_named(tmp_path, capsys):
     (tmp_path / "x.yaml").write_text("steps: 3\n")
     assert main(["estimate", str(tmp_path / "x.yaml")]) == 1
     assert "expected stage: one of base, embedder, align, sft, grpo, distill, got none" in capsys.readouterr().err
+
+
+def test_the_stage_may_be_named_in_every_recipe():
+    for name in STAGES:
+        assert recipe(f"{name}-7b", f"stage={name}").stage == name
+    with pytest.raises(OptionsError, match="stage: expected Literal"):
+        load(GrpoRecipe, RECIPES / "grpo-7b.yaml", ["stage=sft"])

@@ -119,7 +119,8 @@ def test_passrate_names_the_solvable_hard_queries(recipe, capsys, caplog):
     grpo = ["grpo", str(recipe), "--run", str(recipe.parent / "no"), "--threads", "1", "--set", f"hard={out}"]
     for hard, message in (
         (False, "expected queries solved sometimes, not always, got none among 5"),
-        (True, "expected queries with candidates"),
+        (True, f"hard {out}: expected ids of the training queries, got none of its 1 hard ids among them"),
+        ("no", "expected rows of `retrv-r1-train passrate`, got a row without id, or without hard: true or false: {"),
     ):
         out.write_text("".join(json.dumps(r | {"hard": hard, "id": "90:gone"}) + "\n" for r in rows))
         assert cli.main(grpo) == 1
@@ -131,6 +132,38 @@ def test_passrate_names_the_solvable_hard_queries(recipe, capsys, caplog):
     assert cli.main(grpo) == 1
     assert "the rates are those of checkpoint other, training starts at " in caplog.text
     assert "expected rows of `retrv-r1-train passrate`" in capsys.readouterr().err
+
+
+def test_pass_rates_of_other_lists_are_refused_and_more_queries_may_be_asked(recipe, tmp_path, capsys):
+    values, out = yaml.safe_load(recipe.read_text()), tmp_path / "rates.jsonl"
+    lists = tmp_path / "train.trec"
+    shutil.copy(values["data"]["train"][0]["lists"], lists)
+    values["data"]["train"][0]["lists"] = str(lists)
+    values["hard"] = str(out)
+    own = tmp_path / "own.yaml"
+    own.write_text(yaml.safe_dump(values))
+
+    def asked(limit, *sets):
+        argv = ["passrate", str(own), "--samples", "1", "--limit", str(limit), "--threads", "1", "--out", str(out)]
+        return cli.main([*argv, *sets]), [json.loads(line)["id"] for line in out.read_text().splitlines()]
+
+    rc, first = asked(1)
+    assert (rc, len(first)) == (0, 1)
+    rc, more = asked(3, "--set", "hardware.gpus=4")
+    assert (rc, more[:1], len(set(more))) == (0, first, 3)
+    lists.write_text("".join(lists.read_text().splitlines(keepends=True)[1:]))
+    assert asked(3) == (1, more)
+    assert "train.trec was " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--max-cost", "-5"), ("--max-cost", "nan"), ("--max-false-none", "7"), ("--max-cost", "x"), ("--threads", "0")],
+)
+def test_calibrate_takes_shares_only(recipe, capsys, option, value):
+    with pytest.raises(SystemExit):
+        cli.main(["calibrate", str(recipe), "--checkpoint", "nowhere", f"{option}={value}"])
+    assert f"argument {option}: expected a" in capsys.readouterr().err
 
 
 def test_pass_rates_of_other_weights_are_refused(recipe, tmp_path, capsys):

@@ -14,6 +14,17 @@ SFT_RECIPES = ("sft-3b", "sft-7b", "sft-7b-full")
 BASE = RECIPES / "sft-7b.yaml"
 
 
+def test_recipes_of_one_pipeline_read_one_folder_and_grpo_keeps_inspecting():
+    recipes = {file.stem: read_yaml(file) for file in RECIPES.glob("*.yaml")}
+    roots = {name: made["data"]["root"] for name, made in recipes.items() if "data" in made and "miniature" not in name}
+    assert len(roots) == 12
+    assert set(roots.values()) == {"data"}
+    floors = [
+        made["grpo"]["std_floor"] for made in (*recipes.values(), recipes["miniature"]["stages"]) if "grpo" in made
+    ]
+    assert floors == [0.15] * 4
+
+
 @pytest.mark.parametrize("name", SFT_RECIPES)
 def test_shipped_recipes_read_back_what_they_resolve_to(name, tmp_path):
     recipe = load(SftRecipe, RECIPES / f"{name}.yaml")
@@ -96,6 +107,26 @@ def test_a_key_that_comes_twice_is_an_error(tmp_path):
     file.write_text("seed: 1\nstages:\n  align: {steps: 1}\n  align: {steps: 2}\n")
     with pytest.raises(OptionsError, match="expected YAML, got 'align' a second time"):
         read_yaml(file)
+
+
+@pytest.mark.parametrize("text", ["? [a, b]\n: 1\n", "seed: 1\n? {a: b}\n: 1\n"])
+def test_a_key_that_is_no_text_is_an_error(tmp_path, text):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(OptionsError, match=r"expected YAML, got a (sequence|mapping) for a key"):
+        read_yaml(tmp_path / "recipe.yaml")
+    (tmp_path / "recipe.yaml").write_text("3: 1\nsed: 2\n")
+    with pytest.raises(OptionsError, match=r"expected keys .*, got 3"):
+        load(SftRecipe, tmp_path / "recipe.yaml")
+
+
+def test_keys_set_aside_may_differ(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    before = "hardware: {gpus: 1}\nlength: 3\nseed: 1\n"
+    file.write_text(before)
+    same_as_before(file, "hardware: {gpus: 8}\nseed: 1\n", "this", "Fix it.", ("hardware", "length"))
+    assert file.read_text() == before
+    with pytest.raises(OptionsError, match=r"another one: seed was 1, is 2\. Fix"):
+        same_as_before(file, "hardware: {gpus: 8}\nseed: 2\n", "this", "Fix it.", ("hardware", "length"))
 
 
 def test_what_differs_from_before_is_named(tmp_path):

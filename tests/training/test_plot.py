@@ -57,12 +57,15 @@ def test_one_panel_for_each_quantity_that_was_logged(tmp_path, monkeypatch):
         (None, "expected a run's log.jsonl, got no such file"),
         ("{}\n", "rows with a loss, got none"),
         ("x\n{}\n", "log.jsonl:1: expected JSON"),
+        ('{"stage": "gr\xfcn"}\n{}\n', "log.jsonl:1: expected JSON"),
+        ('{"step": 1, "loss": 1}\n{"step": "x"}\n', "log.jsonl:2: step: expected a whole number, got 'x'"),
+        ('{"step": null}\n', "log.jsonl:1: step: expected a whole number, got None"),
     ],
 )
 def test_what_is_no_log_is_named(tmp_path, capsys, lines, message):
     run = write(tmp_path / "run", [])
     (run / "log.jsonl").unlink()
     if lines:
-        (run / "log.jsonl").write_text(lines)
+        (run / "log.jsonl").write_text(lines, encoding="latin-1")
     assert main(["plot", str(run)]) == 1
     assert message in capsys.readouterr().err

@@ -11,9 +11,11 @@ from dataclasses import replace
 import pytest
 from retrv_r1_training import inputs, run_folder
 from retrv_r1_training.cli import RECIPES
+from retrv_r1_training.estimate import only_estimated
 from retrv_r1_training.overrides import load
 from retrv_r1_training.run_folder import finish, last_state, locked, open_run
 from retrv_r1_training.sft_recipe import SftRecipe
+from retrv_r1_training.stage_recipe import BaseRecipe
 
 from retrv_r1_retriever.errors import OptionsError, RetrvR1Error
 from retrv_r1_retriever.model.checkpoint import Manifest
@@ -107,6 +109,44 @@ def test_a_folder_with_results_keeps_its_recipe(recipe, tmp_path, result):
         pass
     with open_run(recipe, tmp_path) as unfinished:
         assert unfinished
+
+
+def test_a_recipe_of_ones_own_in_the_folder_is_not_written_over(recipe, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    own = (RECIPES / "sft-7b.yaml").read_text()
+    for text in (own, "x: 1\n", "x: [\n"):
+        file.write_text(text)
+        message = r"recipe\.yaml: expected none, or the resolved recipe that this stage keeps there, got another file"
+        with pytest.raises(OptionsError, match=message), open_run(recipe, tmp_path):
+            pass
+        assert file.read_text() == text
+        assert not (tmp_path / "inputs.yaml").exists()
+    file.unlink()
+    for one in (recipe, load(SftRecipe, RECIPES / "sft-7b.yaml", ["checkpoint=miniature", "seed=2"])):
+        with open_run(one, tmp_path):
+            assert load(SftRecipe, file) == one, "the resolved one is written anew"
+
+
+def test_what_only_the_estimate_reads_does_not_stop_a_resume(recipe, tmp_path):
+    with open_run(recipe, tmp_path):
+        state(tmp_path, 1)
+    other = replace(recipe, hardware=replace(recipe.hardware, gpus=1), length=9, thought=3, backbone="Qwen2.5-VL-3B")
+    with open_run(other, tmp_path) as unfinished:
+        assert unfinished
+    sized = load(BaseRecipe, RECIPES / "base.yaml")
+    assert "backbone" not in only_estimated(sized), "it is what `base` makes"
+
+
+def test_a_changed_table_of_instructions_is_noticed(recipe, tmp_path):
+    table = tmp_path / "data" / "instructions" / "query_instructions.tsv"
+    table.parent.mkdir(parents=True)
+    table.write_text("head\ntext\timage\tshop\t90\tFind it.\n")
+    recipe = replace(recipe, data=replace(recipe.data, root=str(tmp_path / "data")))
+    with open_run(recipe, tmp_path / "run"):
+        state(tmp_path / "run", 1)
+    table.write_text("head\ntext\timage\tshop\t90\tLook for it.\n")
+    with pytest.raises(OptionsError, match=r"query_instructions\.tsv was 33 bytes"), open_run(recipe, tmp_path / "run"):
+        pass
 
 
 def test_a_fingerprint_sees_what_is_cut_added_or_moved(tmp_path, monkeypatch):

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from retrv_r1_retriever.cli.terminal import at_least_one
 from retrv_r1_retriever.errors import OptionsError, explain
 from retrv_r1_training.ablation import Row, Study
+from retrv_r1_training.arguments import add_threads
 from retrv_r1_training.miniature_cli import RECIPES
 
 log = logging.getLogger(__name__)
@@ -29,12 +28,11 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help="only these (default: each row's own)")
     parser.add_argument("--steps", type=at_least_one, help="cut every stage to this many steps: a smoke test")
     parser.add_argument("--table", action="store_true", help="train nothing: table and plot of what is finished")
-    parser.add_argument("--threads", type=int, default=2)
+    add_threads(parser)
     parser.set_defaults(main=_main)
 
 
 def _main(args: argparse.Namespace) -> int:
-    torch.set_num_threads(args.threads)
     study = Study(args.recipe, args.out, args.work, args.steps)
     page = importlib.import_module("retrv_r1_training.ablation_page")  # matplotlib: before anything is trained
     for row, seed in () if args.table else _chosen(study.ablation.only(args.rows), args.seeds):

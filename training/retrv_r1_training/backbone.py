@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -13,6 +13,7 @@ from retrv_r1_retriever.model.configuration import IcmConfig, RetrvR1Config
 from retrv_r1_retriever.model.modeling import RetrvR1ForConditionalGeneration
 from retrv_r1_retriever.model.processing import Processor
 from retrv_r1_retriever.prompt import ADDED_TOKENS
+from retrv_r1_training.checks import check_ranges
 
 QWEN_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
@@ -35,6 +36,9 @@ class BackboneSize:
     patch: int = 8
     image_pixels: int = 64 * 64
     max_positions: int = 4096
+
+    def __post_init__(self) -> None:
+        check_ranges(self, {"1 or more": " ".join(f.name for f in fields(self))})
 
 
 def build_tokenizer(texts: Iterable[str], vocab: int = 8192) -> PreTrainedTokenizerFast:

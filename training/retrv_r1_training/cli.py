@@ -6,6 +6,8 @@ import argparse
 import logging
 import sys
 
+import torch
+
 from retrv_r1_retriever.errors import RetrvR1Error
 from retrv_r1_training import (
     ablation_cli,
@@ -42,6 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     export.add_parser(commands)
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if "threads" in args:
+        torch.set_num_threads(args.threads)
     try:
         return int(args.main(args))
     except (RetrvR1Error, OSError) as error:  # the latter name the file

@@ -7,12 +7,12 @@ for that of a trained weight, and for each time that it is done again (activatio
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from retrv_r1_retriever.prompt import ADDED_TOKENS
 from retrv_r1_training.grpo_config import GrpoRecipe
 from retrv_r1_training.rollout import TOGETHER
-from retrv_r1_training.sft_recipe import DistillRecipe, Hardware, LoraSettings, SftRecipe
+from retrv_r1_training.sft_recipe import DistillRecipe, Hardware, LoraSettings, SftRecipe, accumulation
 from retrv_r1_training.sizes import Size, size_of
 from retrv_r1_training.stage_recipe import AlignRecipe, BaseRecipe, EmbedderRecipe
 
@@ -71,6 +71,8 @@ class Estimate:
 
 
 def estimate(recipe: AnyRecipe) -> Estimate:
+    """Raises `OptionsError` for a backbone that is not known, and for what the stage would refuse on so many GPUs."""
+    _check_batch(recipe, recipe.hardware.gpus)
     size = size_of(recipe)
     if isinstance(recipe, SftRecipe):
         job = _sft(recipe, size)
@@ -84,6 +86,21 @@ def estimate(recipe: AnyRecipe) -> Estimate:
         job = _base(recipe, size)
     gb = _states(job) | _activations(job) | dict(job.gb) | {"context": CONTEXT_GB}
     return Estimate(job, gb, {name: seconds / 3600 for name, seconds in job.seconds.items()})
+
+
+def only_estimated(recipe: AnyRecipe) -> tuple[str, ...]:
+    """Keys of a recipe that nothing but the estimate reads: a run may go on with others."""
+    return ("hardware", "length", "thought", *(() if isinstance(recipe, BaseRecipe) else ("backbone",)))
+
+
+def _check_batch(recipe: AnyRecipe, gpus: int) -> None:
+    if isinstance(recipe, GrpoRecipe):
+        recipe.grpo.check_world(gpus)
+        return
+    optim = recipe.optim
+    if isinstance(recipe, EmbedderRecipe):  # a GPU's share of the batch is one call, read in parts
+        optim = replace(optim, per_device=optim.batch_size // gpus)
+    accumulation(optim, gpus)
 
 
 # -- stages ------------------------------------------------------------------------------------------------------------
@@ -119,7 +136,7 @@ def _sft(recipe: SftRecipe, size: Size) -> Job:
 def _grpo(recipe: GrpoRecipe, size: Size) -> Job:
     config, speed, width = recipe.grpo, _Speed(size, recipe.hardware), _width(recipe.grpo.dtype or "bfloat16")
     lora, thoughts = config.lora_rank > 0, config.batch_size * config.group_size
-    own = thoughts // recipe.hardware.gpus  # on one GPU
+    own = thoughts // recipe.hardware.gpus  # on one GPU; comes out even, see `_check_batch`
     passes = (2 if lora else 3) + config.gradient_checkpointing + bool(config.beta)  # the reference reads once
     scoring = config.iterations * passes * speed.read(recipe.length, recipe.length, recipe.thought)
     rolling = speed.think(own, min(TOGETHER, own), recipe.length, recipe.thought) * recipe.hardware.gpus
@@ -289,7 +306,7 @@ def table(recipe: AnyRecipe, result: Estimate) -> str:
     hours = "\n".join(f"  {name:<12}{value:8.1f}" for name, value in result.hours.items())
     assumed = "\n".join(f"  {line}" for line in job.assumed)
     zero = f"ZeRO-{job.zero}" if job.zero else "no ZeRO"
-    return f"""stage {getattr(recipe, "stage", "grpo")}, {zero}, {hardware.gpus} GPU(s) of {hardware.gpu_gb:.0f} GB
+    return f"""stage {recipe.stage}, {zero}, {hardware.gpus} GPU(s) of {hardware.gpu_gb:.0f} GB
 parameters: {job.size.total / 1e9:.2f} B, trained {job.trained / 1e6:.1f} M
 GB per rank:
 {gb}

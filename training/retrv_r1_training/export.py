@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ _RULES = "words"
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """What the model card says beyond the manifest. recipes: stage -> YAML; notes: Markdown, put at the end."""
+    """What the model card says beyond the manifest. recipes: run -> YAML; notes: Markdown, put at the end."""
 
     name: str
     recipes: Mapping[str, str]
@@ -49,8 +50,7 @@ def main(args: argparse.Namespace) -> int:
     manifest = read_manifest(args.checkpoint)
     licensed = with_licences(manifest, args.base_licence, args.teacher_licence)
     notes = args.notes.read_text(encoding="utf-8") if args.notes else ""
-    recipes = {run.name: _recipe(run) for run in args.run}
-    saved = export(args.checkpoint, args.out, licensed, Card(args.name or args.out.name, recipes, notes))
+    saved = export(args.checkpoint, args.out, licensed, Card(args.name or args.out.name, _recipes_of(args.run), notes))
     size = sum(f.stat().st_size for f in args.out.rglob("*") if f.is_file())
     sys.stdout.write(f"wrote {args.out}, {size / 1e6:,.1f} MB, checkpoint {saved.checkpoint_digest}\n")
     for name in _unknown_teachers(saved):
@@ -179,6 +179,16 @@ def _recipes(recipes: Mapping[str, str]) -> list[str]:
 
 def _unknown_teachers(manifest: Manifest) -> list[str]:
     return [name for name, licence in manifest.teachers.items() if not licence and name != _RULES]
+
+
+def _recipes_of(runs: Sequence[Path]) -> dict[str, str]:
+    """By the folder's name; where two have the same, by their paths below the folder that has them all."""
+    paths = [run.resolve() for run in runs]
+    names = [path.name for path in paths]
+    if len(set(names)) < len(names):
+        shared = os.path.commonpath([path.parent for path in paths])
+        names = [path.relative_to(shared).as_posix() for path in paths]
+    return {name: _recipe(run) for name, run in zip(names, runs, strict=True)}
 
 
 def _recipe(run: Path) -> str:

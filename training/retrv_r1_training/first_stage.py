@@ -12,6 +12,7 @@ from typing import IO, Any
 
 from retrv_r1_retriever import _sync
 from retrv_r1_retriever import config as settings
+from retrv_r1_retriever.cli.terminal import at_least_one
 from retrv_r1_retriever.errors import ImageError, InputError
 from retrv_r1_retriever.evaluation.mbeir import Dataset, Limits, RunFile
 from retrv_r1_retriever.evaluation.offsets import MAX_BAD_SHARE, Skipped
@@ -30,8 +31,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--pool", required=True, metavar="FILE", help="below DATA; the index must hold its ids")
     parser.add_argument("--config", type=Path, default=Path(settings.FILE_NAME), help="names index and checkpoint")
     parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="the TREC run to write")
-    parser.add_argument("--top-k", type=int, default=100, metavar="K")
-    parser.add_argument("--batch", type=int, default=16, help="queries searched at a time")
+    parser.add_argument("--top-k", type=at_least_one, default=100, metavar="K")
+    parser.add_argument("--batch", type=at_least_one, default=16, help="queries searched at a time")
     parser.add_argument("--max-bad-share", type=float, default=MAX_BAD_SHARE, metavar="SHARE")
     parser.add_argument("--seed", type=int, default=0, help="draws the paraphrase of each query's instruction")
 

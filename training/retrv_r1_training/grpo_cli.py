@@ -8,10 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from retrv_r1_retriever.cli.terminal import at_least_one
 from retrv_r1_retriever.errors import missing_extra
+from retrv_r1_training.arguments import add_threads, share
 
 
 def add_parser(commands: Any) -> None:
@@ -24,7 +23,7 @@ def add_parser(commands: Any) -> None:
 def add_passrate_parser(commands: Any) -> None:
     parser = _parser(commands, "passrate", "how often a checkpoint solves each training query, as JSONL")
     parser.add_argument("--samples", type=at_least_one, default=8, help="thoughts per query")
-    parser.add_argument("--limit", type=at_least_one, help="queries, drawn at random")
+    parser.add_argument("--limit", type=at_least_one, help="queries, drawn at random; a larger one asks further ones")
     parser.add_argument("--out", type=Path, required=True)
 
 
@@ -33,9 +32,9 @@ def add_calibrate_parser(commands: Any) -> None:
         commands, "calibrate", "choose the thresholds of thinking and of none on validation data, write them into the manifest"
     )  # fmt: skip
     parser.add_argument("--checkpoint", type=Path, help="folder to calibrate (default: the recipe's)")
-    parser.add_argument("--max-cost", type=float, default=0.01, help="R@1 that skipping thoughts may cost")
+    parser.add_argument("--max-cost", type=share, default=0.01, help="R@1 that skipping thoughts may cost")
     parser.add_argument(
-        "--max-false-none", type=float, default=0.02, help="share of answerable lists that may be answered with none"
+        "--max-false-none", type=share, default=0.02, help="share of answerable lists that may be answered with none"
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write what was found as JSON")
 
@@ -46,14 +45,13 @@ def _parser(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--set", dest="overrides", metavar="KEY=VALUE", action="append", default=[], help="e.g. --set grpo.steps=2"
     )
-    parser.add_argument("--threads", type=int, default=2)
+    add_threads(parser)
     parser.set_defaults(main=_later(f"run_{name}"))
     return parser
 
 
 def _later(name: str) -> Callable[[argparse.Namespace], int]:
     def main(args: argparse.Namespace) -> int:
-        torch.set_num_threads(args.threads)
         try:
             commands = importlib.import_module("retrv_r1_training.grpo_commands")
         except ModuleNotFoundError as error:

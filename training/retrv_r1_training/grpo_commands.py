@@ -12,14 +12,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 import retrv_r1_retriever
 from retrv_r1_retriever.errors import InputError, OptionsError, explain
 from retrv_r1_retriever.model.checkpoint import Checkpoint, load_checkpoint
 from retrv_r1_training.adapters import onto
 from retrv_r1_training.calibrate import calibrate, measurements, table, write_thresholds
 from retrv_r1_training.candidate_reader import CandidateReader
+from retrv_r1_training.estimate import only_estimated
 from retrv_r1_training.grpo import dtype_of, sampling_of, train_grpo
 from retrv_r1_training.grpo_config import GrpoRecipe
+from retrv_r1_training.inputs import inputs_of
 from retrv_r1_training.mbeir_tasks import Folder, checkpoint_folder
 from retrv_r1_training.overrides import dump, load, read_yaml, same_as_before
 from retrv_r1_training.processes import device, from_all, is_first
@@ -58,6 +62,10 @@ def run_grpo(args: argparse.Namespace) -> None:
 def _train(recipe: GrpoRecipe, run: Path, out: Path) -> None:
     opened = _Opened.of(recipe, checkpoint_folder(recipe.checkpoint))
     only = hard_queries(Path(recipe.hard), opened.checkpoint.manifest.checkpoint_digest) if recipe.hard else None
+    if only is not None and not any(id in only for id in opened.data.query_ids()):
+        fix = "Name a file that `passrate` made from these data."
+        got = f"none of its {len(only)} hard ids among them"
+        raise InputError(explain(f"hard {recipe.hard}", expected="ids of the training queries", got=got, fix=fix))
     tasks = opened.data.training(opened.reader, recipe.shuffle, recipe.grpo.missing, only)
     held_out = opened.data.validation(opened.reader)
     log.info("grpo: %d training lists, %d for validation", len(tasks), len(held_out))
@@ -82,7 +90,7 @@ def _passrate(args: argparse.Namespace) -> None:
     opened = _Opened.of(recipe, checkpoint_folder(recipe.checkpoint))
     tasks = opened.data.training(opened.reader, recipe.shuffle, recipe.grpo.missing)
     if args.limit:
-        tasks = tasks.sample(min(args.limit, len(tasks)), recipe.seed)
+        tasks = tasks.sample(args.limit, recipe.seed)
     rows = known_rates(args, opened.checkpoint.manifest.checkpoint_digest, recipe)
     args.out.write_text(
         "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
@@ -100,14 +108,19 @@ def _passrate(args: argparse.Namespace) -> None:
 
 
 def known_rates(args: argparse.Namespace, checkpoint: str, recipe: GrpoRecipe) -> list[dict[str, Any]]:
-    """What --out has already. Raises `OptionsError` unless these weights made it, with this recipe and these arguments."""
+    """What --out has already. Raises `OptionsError` unless these weights made it, from these data, with this recipe and --samples.
+
+    --limit may be another: a larger one draws the same queries and further ones.
+    """
     started = args.out.with_suffix(".yaml")
     expected, fix = "what this file was started with", "Choose another --out, or remove both files."
     rows = read_rates(args.out) if args.out.exists() else []
     if rows and not started.exists():
         raise OptionsError(explain(str(started), expected=expected, got="no such file", fix=fix))
-    text = f"checkpoint_digest: {checkpoint}\nsamples: {args.samples}\nlimit: {args.limit}\n{dump(recipe)}"
-    same_as_before(started, text, expected, fix)
+    recipe = replace(recipe, hard=None)  # not read here, and often this very file
+    inputs = yaml.safe_dump({"inputs": inputs_of(recipe)}, sort_keys=False, allow_unicode=True, width=1000)
+    text = f"checkpoint_digest: {checkpoint}\nsamples: {args.samples}\n{dump(recipe)}{inputs}"
+    same_as_before(started, text, expected, fix, only_estimated(recipe))
     return rows
 
 
@@ -144,17 +157,18 @@ def hard_queries(file: Path, checkpoint: str) -> frozenset[str]:
 
 
 def read_rates(file: Path) -> list[dict[str, Any]]:
-    """The rows of a file of `passrate`; a last one that a kill cut off is left out."""
+    """The rows of a file of `passrate`; a last one that a kill cut off is left out. Raises `InputError` for any other file."""
     rows = []
     try:
         for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
             if line.endswith("\n"):
-                rows.append(json.loads(line))
-                assert {"id", "hard"} <= rows[-1].keys()
-    except (OSError, ValueError, AttributeError, AssertionError) as error:
-        got = str(error) or "rows without id and hard"
+                row = json.loads(line)
+                if not (isinstance(row, dict) and isinstance(row.get("id"), str) and isinstance(row.get("hard"), bool)):
+                    raise ValueError(f"a row without id, or without hard: true or false: {line.strip()[:80]}")
+                rows.append(row)
+    except (OSError, ValueError) as error:
         raise InputError(
-            explain(str(file), expected="rows of `retrv-r1-train passrate`", got=got, fix="Run it, or fix the path.")
+            explain(str(file), expected="rows of `retrv-r1-train passrate`", got=error, fix="Run it, or fix the path.")
         ) from error
     return rows
 

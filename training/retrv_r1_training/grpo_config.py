@@ -61,13 +61,7 @@ class GrpoConfig:
                 "more than 0": "temperature epsilon max_grad_norm",
             },
         )
-        if self.batch_size * self.group_size % (self.micro_batch * world()):
-            got = f"{self.batch_size} * {self.group_size} over {self.micro_batch} * {world()} ranks"
-            fix = "Change micro_batch."
-            raise OptionsError(explain("batch_size * group_size", expected="whole micro-batches", got=got, fix=fix))
-        if self.batch_size % world():
-            got, fix = f"{self.batch_size} over {world()} ranks", "Change batch_size."
-            raise OptionsError(explain("batch_size", expected="whole groups on each GPU", got=got, fix=fix))
+        self.check_world(world())
         if self.std_floor and self.scale_rewards != "group":
             got = f"scale_rewards {self.scale_rewards!r} beside std_floor {self.std_floor}"
             fix = "Set std_floor to 0, or leave scale_rewards out."
@@ -78,6 +72,16 @@ class GrpoConfig:
         if self.penalty != "progress" and not (isinstance(self.penalty, int | float) and 0 <= self.penalty <= 1):
             expected = '"progress" or a number, 0 to 1'
             raise OptionsError(explain("penalty", expected=expected, got=repr(self.penalty), fix="Fix the recipe."))
+
+    def check_world(self, world: int) -> None:
+        """Raises `OptionsError` if so many processes cannot share the batch evenly."""
+        if self.batch_size * self.group_size % (self.micro_batch * world):
+            got = f"{self.batch_size} * {self.group_size} over {self.micro_batch} * {world} ranks"
+            fix = "Change micro_batch."
+            raise OptionsError(explain("batch_size * group_size", expected="whole micro-batches", got=got, fix=fix))
+        if self.batch_size % world:
+            got, fix = f"{self.batch_size} over {world} ranks", "Change batch_size."
+            raise OptionsError(explain("batch_size", expected="whole groups on each GPU", got=got, fix=fix))
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +96,7 @@ class GrpoRecipe:
     checkpoint: str
     data: DataConfig
     grpo: GrpoConfig
+    stage: Literal["grpo"] = "grpo"
     seed: int = 0
     hard: str | None = None
     shuffle: float = 0.0
@@ -99,3 +104,8 @@ class GrpoRecipe:
     backbone: str = ""
     length: int = 2048
     thought: int = 600
+
+    def __post_init__(self) -> None:
+        check_ranges(self, {"1 or more": "length thought", "a share, 0 to 1": "shuffle"})
+        # in a recipe of the miniature 0 leaves the stage out; here it would leave nothing
+        check_ranges(self.grpo, {"1 or more": "steps"})

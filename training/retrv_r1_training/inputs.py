@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
 
+from retrv_r1_retriever.evaluation.mbeir import INSTRUCTIONS
 from retrv_r1_retriever.model.checkpoint import read_manifest
 from retrv_r1_training.estimate import AnyRecipe
 from retrv_r1_training.grpo_config import GrpoRecipe
@@ -17,7 +18,9 @@ _PIECES, _PIECE = 1024, 1 << 16  # up to 64 MiB a file is read as a whole
 
 
 def inputs_of(recipe: AnyRecipe) -> dict[str, str]:
-    """Every file that the recipe names and the checkpoint it starts from -> what is in there. Pictures are not looked at."""
+    """Every file that the recipe names, the table of instructions and the checkpoint it starts from -> what is in there. Pictures are
+    not looked at.
+    """
     named = {str(file): fingerprint(file) for file in _files(recipe)}
     if isinstance(recipe, (SftRecipe, GrpoRecipe)):
         folder = checkpoint_folder(recipe.checkpoint)
@@ -47,6 +50,7 @@ def _files(recipe: AnyRecipe) -> Iterator[Path]:
     for part in (*data.train, *(data.validation if data.validation_queries else ())):
         yield from (root / name for name in (part.queries, part.pool, part.qrels) if name)
         yield from (Path(name) for name in (part.lists, part.traces) if name)
+    yield root / INSTRUCTIONS  # it words the prompts
     if data.captions:
         yield root / data.captions
     if isinstance(recipe, GrpoRecipe) and recipe.hard:

@@ -60,6 +60,12 @@ class Folder:
             run = EmbeddedLists(self._embedder, data, self.images, self.config.top_k, self._seed)
         return KLists(data, run, self._seed)
 
+    def query_ids(self) -> Iterator[str]:
+        """Of the training queries."""
+        for part in self.config.train:
+            queries = self.dataset(part).queries
+            yield from (queries[number].id for number in range(len(queries)))
+
     def training(
         self, reader: CandidateReader, shuffle: float, missing: str, only: frozenset[str] | None = None
     ) -> Tasks:
@@ -141,7 +147,10 @@ class Tasks(Sequence[Task]):
         return self.only([self._where[n * len(self) // count] for n in range(count)])
 
     def sample(self, count: int, seed: int) -> Tasks:
-        return self.only(random.Random(seed).sample(list(self._where), count))
+        """At most `count` of them at random; a larger count has those of a smaller one."""
+        where = list(self._where)
+        random.Random(seed).shuffle(where)
+        return self.only(where[:count])
 
     def others(self, known: Collection[str]) -> Tasks:
         """The first of each query whose id is not known. Reads no picture."""

@@ -8,9 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from retrv_r1_retriever.cli.terminal import at_least_one
+from retrv_r1_training.arguments import add_threads
 from retrv_r1_training.miniature import Miniature, with_fewer_steps
 from retrv_r1_training.overrides import dump, load
 from retrv_r1_training.recipe import Recipe
@@ -34,11 +33,10 @@ def add_parser(commands: Any) -> None:
 def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=at_least_one, help="cut every stage to this many steps: a smoke test")
     parser.add_argument("--set", dest="overrides", metavar="KEY=VALUE", action="append", default=[])
-    parser.add_argument("--threads", type=int, default=2)
+    add_threads(parser)
 
 
 def _main(args: argparse.Namespace) -> int:
-    torch.set_num_threads(args.threads)
     recipe = load(Recipe, args.recipe, args.overrides)
     if args.steps is not None:
         recipe = with_fewer_steps(recipe, args.steps)

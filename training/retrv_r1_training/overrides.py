@@ -5,7 +5,7 @@ Every key is checked: an unknown one, or a value of the wrong type, is an error 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -42,6 +42,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, f"a {key.id} for a key", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} a second time", key.start_mark)
             seen.add(key.value)
@@ -79,24 +81,26 @@ def dump(recipe: Any) -> str:
     return yaml.safe_dump(_plain(asdict(recipe)), sort_keys=False, allow_unicode=True)
 
 
-def same_as_before(file: Path, text: str, expected: str, fix: str) -> None:
-    """Write `text` (YAML or JSON), or raise `OptionsError` if something else is there."""
+def same_as_before(file: Path, text: str, expected: str, fix: str, aside: Collection[str] = ()) -> None:
+    """Write `text` (YAML or JSON), or raise `OptionsError` if something else is there. aside: top-level keys that may differ"""
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")
     elif (old := file.read_text(encoding="utf-8")) != text:
-        got = f"another one: {_differences(old, text)}"
-        raise OptionsError(explain(str(file), expected=expected, got=got, fix=fix))
+        found = _differences(old, text, aside)
+        if found or not aside:
+            raise OptionsError(explain(str(file), expected=expected, got=f"another one: {found}", fix=fix))
 
 
-def _differences(old: str, new: str) -> str:
+def _differences(old: str, new: str, aside: Collection[str]) -> str:
     """The first few keys that differ."""
     try:
         was, now = (dict(_flat(yaml.safe_load(text))) for text in (old, new))
     except yaml.YAMLError:
         return "it cannot be read"
     said = [f"{key} was {was.get(key, 'absent')}, is {now.get(key, 'absent')}"
-            for key in {**was, **now} if key not in was or key not in now or was[key] != now[key]]  # fmt: skip
+            for key in {**was, **now} if key.partition(".")[0] not in aside
+            and (key not in was or key not in now or was[key] != now[key])]  # fmt: skip
     return "; ".join([*said[:5], *([f"and {len(said) - 5} more"] if said[5:] else [])])
 
 

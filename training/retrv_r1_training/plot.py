@@ -75,11 +75,11 @@ def draw(run: Path, out: Path | None = None) -> Path:
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """Rows with a step. A last line that a kill cut off is left out."""
+    """Rows with a step. A last line that a kill cut off is left out. Raises `InputError` for what is no log."""
     if not file.is_file():
         raise InputError(explain(str(file), expected="a run's log.jsonl", got="no such file", fix="Fix the path."))
     rows = []
-    lines = file.read_text(encoding="utf-8").splitlines()
+    lines = file.read_bytes().splitlines()  # a kill may cut within a character
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
@@ -88,6 +88,11 @@ def read(file: Path) -> list[dict[str, Any]]:
                 break
             raise InputError(explain(f"{file}:{number}", expected="JSON", got=error, fix="Remove the line.")) from error
         if isinstance(row, dict) and "step" in row:
+            if not isinstance(row["step"], int):
+                got = repr(row["step"])
+                raise InputError(
+                    explain(f"{file}:{number}: step", expected="a whole number", got=got, fix="Remove the line.")
+                )
             rows.append(row)
     return rows
 

@@ -71,7 +71,7 @@ def build(kind: type[T], data: dict[str, Any], where: str) -> T:
     """A nested frozen dataclass from nested dictionaries."""
     hints = get_type_hints(kind)
     known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
-    unknown = sorted(set(data) - known)
+    unknown = sorted(set(data) - known, key=str)  # YAML has numbers for keys, too
     if unknown:
         raise OptionsError(
             explain(where, expected=f"keys {sorted(known)}", got=unknown[0], fix="Fix or remove the key.")

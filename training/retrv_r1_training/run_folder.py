@@ -14,9 +14,9 @@ import yaml
 from retrv_r1_retriever._lock import FolderLock
 from retrv_r1_retriever.errors import OptionsError, RetrvR1Error, explain
 from retrv_r1_retriever.model.checkpoint import Manifest
-from retrv_r1_training.estimate import AnyRecipe
+from retrv_r1_training.estimate import AnyRecipe, only_estimated
 from retrv_r1_training.inputs import inputs_of
-from retrv_r1_training.overrides import dump, same_as_before
+from retrv_r1_training.overrides import dump, load, same_as_before
 from retrv_r1_training.processes import is_first
 
 log = logging.getLogger(__name__)
@@ -89,11 +89,29 @@ def _keep(recipe: AnyRecipe, run: Path) -> None:
     """RUN/recipe.yaml and RUN/inputs.yaml: what this folder was started with. Once it has results, others are refused."""
     inputs = yaml.safe_dump(inputs_of(recipe), sort_keys=False, allow_unicode=True, width=1000)
     fresh = not _has_results(run)
+    if fresh:
+        _refuse_foreign(run / "recipe.yaml", type(recipe))
+    aside = only_estimated(recipe)
     for name, text, what in (("recipe.yaml", dump(recipe), "recipe"), ("inputs.yaml", inputs, "data")):
         if fresh:
             (run / name).unlink(missing_ok=True)
         same_as_before(run / name, text, f"the {what} this folder was started with",
-                       f"Go on with that {what}, choose another --run folder, or remove this one.")  # fmt: skip
+                       f"Go on with that {what}, choose another --run folder, or remove this one.",
+                       aside if what == "recipe" else ())  # fmt: skip
+
+
+def _refuse_foreign(file: Path, kind: type[AnyRecipe]) -> None:
+    """A file that a person wrote, with comments and defaults left out, is not written over: it may be the only one."""
+    if not file.exists():
+        return
+    try:
+        ours = file.read_text(encoding="utf-8") == dump(load(kind, file))
+    except (OptionsError, UnicodeDecodeError):
+        ours = False
+    if not ours:
+        expected = "none, or the resolved recipe that this stage keeps there"
+        fix = "Move it out of the --run folder, or choose another one."
+        raise OptionsError(explain(str(file), expected=expected, got="another file", fix=fix))
 
 
 def _has_results(run: Path) -> bool:

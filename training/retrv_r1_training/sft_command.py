@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from retrv_r1_retriever.errors import OptionsError, explain, missing_extra
+from retrv_r1_training.arguments import add_threads
 from retrv_r1_training.estimate import AnyRecipe, estimate, table
 from retrv_r1_training.grpo_config import GrpoRecipe
 from retrv_r1_training.overrides import load, override, read_yaml
@@ -29,6 +30,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     sft.add_argument(
         "--run", "--folder", type=Path, required=True, help="folder of the run; the same command resumes it"
     )
+    add_threads(sft)
     sft.set_defaults(main=_sft)
     distill = commands.add_parser("distill", help="teach the direct read the order that the model's own thoughts give")
     _recipe_arguments(distill)
@@ -38,6 +40,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     distill.add_argument(
         "--think-only", action="store_true", help="write the thoughts and stop, before a launch of many"
     )
+    add_threads(distill)
     distill.set_defaults(main=_distill)
     size = commands.add_parser("estimate", help="GB per GPU and GPU-hours of a recipe, with the assumptions")
     _recipe_arguments(size)
@@ -49,7 +52,6 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", dest="overrides", metavar="KEY=VALUE", action="append", default=[], help="e.g. --set optim.lr=2e-5"
     )
-    parser.add_argument("--threads", type=int, default=2)
 
 
 def _sft(args: argparse.Namespace) -> int:

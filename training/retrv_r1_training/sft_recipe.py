@@ -126,6 +126,7 @@ class SftRecipe:
     thought: int = 600
 
     def __post_init__(self) -> None:
+        check_ranges(self, {"1 or more": "length thought"})
         if self.stage == "distill":
             raise OptionsError(
                 explain("stage", expected="'sft'", got="'distill'", fix="Call `retrv-r1-train distill`.")
@@ -159,6 +160,7 @@ class DistillRecipe(SftRecipe):
     loss: SftLoss = field(default_factory=lambda: SftLoss(answer=0.0, direct=1.0, relation=0.0, ranknet=FACTOR))
 
     def __post_init__(self) -> None:
+        check_ranges(self, {"1 or more": "length thought"})
         if self.loss.relation:
             fix = "Set loss.relation to 0."
             raise OptionsError(
@@ -168,11 +170,14 @@ class DistillRecipe(SftRecipe):
 
 
 def accumulation(optim: Optimisation, world: int) -> int:
-    """Micro-batches per optimiser step, so that the trajectory does not depend on the number of GPUs."""
+    """Micro-batches per optimiser step, so that the trajectory does not depend on the number of GPUs. Raises `OptionsError` if they do
+    not come out even.
+    """
     steps, rest = divmod(optim.batch_size, optim.per_device * world)
     if rest or not steps:
         raise OptionsError(
             explain("optim.batch_size", expected=f"a multiple of per_device x processes = {optim.per_device} x {world}",
-                    got=optim.batch_size, fix="Change batch_size or per_device.")
+                    got=optim.batch_size,
+                    fix="Change batch_size, per_device or the number of processes (of `estimate`: hardware.gpus).")
         )  # fmt: skip
     return steps

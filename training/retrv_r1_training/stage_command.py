@@ -7,9 +7,8 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from retrv_r1_retriever.errors import missing_extra
+from retrv_r1_training.arguments import add_threads
 from retrv_r1_training.overrides import load
 from retrv_r1_training.run_folder import open_run
 from retrv_r1_training.stage_recipe import AlignRecipe, BaseRecipe, EmbedderRecipe
@@ -28,13 +27,12 @@ def add_parser(commands: Any) -> None:
         parser.add_argument("--set", dest="overrides", metavar="KEY=VALUE", action="append", default=[])
         # the second name is for torchrun, which takes --run for an abbreviation of its own --run-path
         parser.add_argument("--run", "--folder", type=Path, required=True, help="the same command resumes it")
-        parser.add_argument("--threads", type=int, default=2)
+        add_threads(parser)
         parser.set_defaults(main=_main, stage=stage, kind=kind)
 
 
 def _main(args: argparse.Namespace) -> int:
     recipe = load(args.kind, args.recipe, args.overrides)
-    torch.set_num_threads(args.threads)
     try:
         module = importlib.import_module(f"retrv_r1_training.train_{args.stage}")
     except ModuleNotFoundError as error:

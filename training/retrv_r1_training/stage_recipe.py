@@ -9,6 +9,7 @@ from retrv_r1_retriever.errors import OptionsError, explain
 from retrv_r1_retriever.model.configuration import IcmConfig
 from retrv_r1_training.align import Frame
 from retrv_r1_training.backbone import BackboneSize
+from retrv_r1_training.checks import check_ranges
 from retrv_r1_training.data_config import DataConfig
 from retrv_r1_training.sft_recipe import Hardware, LoraSettings, Optimisation, Running
 
@@ -59,6 +60,7 @@ class EmbedderRecipe:
     length: int = 512
 
     def __post_init__(self) -> None:
+        check_ranges(self, {"0 or more": "dim hard_negatives pool", "1 or more": "depth length"})
         if not self.temperature > 0:
             raise _bad("temperature", "a number above 0", self.temperature)
         for part in self.data.train:
@@ -101,6 +103,7 @@ class AlignRecipe:
         return self.data.top_k
 
     def __post_init__(self) -> None:
+        check_ranges(self, {"0 or more": "by_word", "1 or more": "depth tokens length"})
         if self.top_k < 2:
             raise _bad("data.top_k", "at least 2", self.top_k)
         if not 1 <= self.described <= self.top_k:
@@ -126,6 +129,7 @@ class BaseRecipe:
     hardware: Hardware = field(default_factory=lambda: Hardware(gpus=1))
 
     def __post_init__(self) -> None:
+        check_ranges(self, {"1 or more": "vocab max_text_tokens"})
         # A process whose batch is all texts comes by the tower's gradients at another moment than one with pictures, and ZeRO adds
         # up what comes at the same moment: the sums would be of different weights. DDP waits for each by its name.
         if self.run.deepspeed is not None:
