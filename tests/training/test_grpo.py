@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("trl")
 
 import torch
-from retrv_r1_training import grpo, grpo_config, trl_private
+from retrv_r1_training import grpo, trl_private
 from retrv_r1_training.grpo import make_trainer, measure, train_grpo
 from retrv_r1_training.grpo_config import GrpoConfig
 from retrv_r1_training.rollout import RolloutRunner, Sampling
@@ -330,11 +330,17 @@ def test_bad_settings_are_refused(change, message):
         replace(CONFIG, **change)
 
 
-def test_groups_are_not_cut_between_processes(monkeypatch):
-    monkeypatch.setattr(grpo_config, "world", lambda: 2)
-    assert replace(CONFIG, batch_size=4)
-    with pytest.raises(OptionsError, match="whole groups on each GPU, got 3 over 2 ranks"):
-        replace(CONFIG, batch_size=3, micro_batch=2)
+def test_groups_that_are_cut_between_processes_are_not_reported(monkeypatch, loaded):
+    def told(processes):
+        monkeypatch.setattr(grpo, "world", lambda: processes)
+        seen: dict[str, float] = {}
+        rollouts = RolloutRunner(miniature()).run(list(loaded[1][:1]) * 2, [0, 1], Sampling(1.0, 2, 40))
+        grpo._reward_function(CONFIG)(
+            row=rollouts, trainer_state=SimpleNamespace(global_step=0), log_metric=seen.__setitem__
+        )
+        return set(seen)
+
+    assert told(1) - told(4) == {"groups_equal", "groups_all_right", "groups_all_wrong"}
 
 
 def test_a_floor_keeps_small_differences_small():

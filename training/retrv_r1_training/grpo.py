@@ -197,7 +197,9 @@ def _reward_function(config: GrpoConfig) -> Callable[..., list[float]]:
         penalty = penalty_at(config.penalty, progress(trainer_state.global_step, config.steps))
         parts = [reward(r.outcome, r.task.right, r.task.top_k, penalty, config.format_weight) for r in row]
         metrics = {"lambda": penalty, "format": float(np.mean([p.format > 0 for p in parts]))}
-        metrics |= summary(row) | groups(row, [p.total for p in parts])
+        metrics |= summary(row)
+        if config.batch_size % world() == 0:  # else groups are cut between processes, and none sees a whole one
+            metrics |= groups(row, [p.total for p in parts])
         start.see(trainer_state.global_step, metrics)
         for name, value in metrics.items():
             log_metric(name, value)

@@ -79,8 +79,9 @@ class GrpoConfig:
             got = f"{self.batch_size} * {self.group_size} over {self.micro_batch} * {world} ranks"
             fix = "Change micro_batch."
             raise OptionsError(explain("batch_size * group_size", expected="whole micro-batches", got=got, fix=fix))
-        if self.batch_size % world:
-            got, fix = f"{self.batch_size} over {world} ranks", "Change batch_size."
+        if self.std_floor and self.batch_size % world:
+            got = f"{self.batch_size} over {world} ranks"
+            fix = "Change batch_size, or set std_floor to 0."
             raise OptionsError(explain("batch_size", expected="whole groups on each GPU", got=got, fix=fix))
 
 
