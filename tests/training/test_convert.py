@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from retrv_r1_training import cli
-from retrv_r1_training.convert import Table, Target, convert_candidates, convert_queries
+from retrv_r1_training.convert import Table, convert_candidates, convert_queries
+from retrv_r1_training.convert_output import Target
 from retrv_r1_training.pictures import Pictures
 
 from retrv_r1_retriever.errors import InputError, OptionsError

@@ -9,18 +9,18 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from retrv_r1_retriever.errors import InputError, OptionsError, RetrvR1Error, explain
 from retrv_r1_retriever.evaluation.mbeir import INSTRUCTIONS, MODALITIES, TASKS, Limits, Pool, modality_of
-from retrv_r1_retriever.evaluation.offsets import MAX_BAD_SHARE, Skipped, scratch_table
+from retrv_r1_retriever.evaluation.offsets import scratch_table
 from retrv_r1_retriever.types import Content
+from retrv_r1_training.convert_output import Report, Skips, Target, output
 from retrv_r1_training.pictures import Pictures
 from retrv_r1_training.sources import SourceRow, read_rows
 from retrv_r1_training.waiting import counted
@@ -28,7 +28,7 @@ from retrv_r1_training.waiting import counted
 CANDIDATE_FIELDS = ("id", "text", "image")
 QUERY_FIELDS = ("id", "text", "image", "instruction", "positives", "grades", "negatives")
 JUDGEMENT_FIELDS = ("query", "candidate", "grade")
-_EXAMPLES, _WINDOW = 5, 64
+_WINDOW = 64
 _COLUMN = re.compile(r"\{([^{}]+)\}")
 T = TypeVar("T")
 
@@ -95,44 +95,6 @@ class Table:
         return [value]
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
-    """name, dataset_id: how the data set is called in files and ids; M-BEIR's own ids are 0 to 9."""
-
-    out: Path
-    name: str
-    dataset_id: int = 100
-    overwrite: bool = False
-    max_bad_share: float = MAX_BAD_SHARE
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
-            raise OptionsError(explain("--name", expected="letters, digits, - and _", got=self.name, fix="Rename it."))
-
-    @property
-    def pool(self) -> Path:
-        return self.out / "cand_pool" / "local" / f"mbeir_{self.name}_cand_pool.jsonl"
-
-    def queries(self, split: str) -> Path:
-        return self.out / "query" / split / f"mbeir_{self.name}_{split}.jsonl"
-
-    def qrels(self, split: str) -> Path:
-        return self.out / "qrels" / split / f"mbeir_{self.name}_{split}_qrels.txt"
-
-    def id(self, id: str) -> str:
-        return f"{self.dataset_id}:{id}"
-
-
-@dataclass
-class Report:
-    """What a conversion wrote and left out. notes: counts of things that are no errors but worth knowing."""
-
-    files: list[Path] = field(default_factory=list)
-    written: int = 0
-    notes: Counter[str] = field(default_factory=Counter)
-    skipped: Skipped = field(default_factory=Skipped)
-
-
 def convert_candidates(
     table: Table, target: Target, pictures: Pictures | None = None, keep: Sequence[str] = (), workers: int = 8
 ) -> Report:
@@ -151,7 +113,7 @@ def convert_candidates(
             "src_content": json.dumps(kept, ensure_ascii=False, default=str) if keep else None,
         }
 
-    with _output(target, [target.pool]) as (files, skip, report), scratch_table("") as seen:
+    with output(target, [target.pool]) as (files, skip, report), scratch_table("") as seen:
         seen.execute("CREATE TABLE ids(id TEXT PRIMARY KEY)")
         for row, made in _converted(table.rows(keep), make, skip, workers):
             if not _is_new(seen, made["did"]):
@@ -176,7 +138,7 @@ def convert_queries(
         raise InputError(explain(str(target.pool), expected="the pool", got="no such file", fix=fix))
     pool = Pool(target.pool, Limits(max_bad_share=target.max_bad_share))
     paths = [target.queries(split), target.qrels(split)]
-    with _output(target, paths) as (files, skip, report), scratch_table("") as scratch:
+    with output(target, paths) as (files, skip, report), scratch_table("") as scratch:
         scratch.execute("CREATE TABLE ids(id TEXT PRIMARY KEY)")
         if judgements is not None:
             _load_judgements(judgements, scratch, skip)
@@ -234,56 +196,8 @@ def write_instructions(target: Target, prompts: Mapping[tuple[str, str], Sequenc
 # -- parts -------------------------------------------------------------------------------------------------------------
 
 
-class _Skips:
-    """Counts rows; the ones left out are written to a file and never kept."""
-
-    def __init__(self, listed: IO[str]) -> None:
-        self._listed = listed
-        self.total = self.count = 0
-        self.examples: list[str] = []
-
-    def __call__(self, row: SourceRow, reason: str) -> None:
-        self.count += 1
-        self._listed.write(f"{row.where}: {reason}\n")
-        if len(self.examples) < _EXAMPLES:
-            self.examples.append(f"{row.where}: {reason}")
-
-
-@contextmanager
-def _output(target: Target, paths: Sequence[Path]) -> Iterator[tuple[list[IO[str]], _Skips, Report]]:
-    """Files that appear under their names only if all went well, with a list of skipped rows beside them."""
-    for path in paths:
-        if path.exists() and not target.overwrite:
-            raise InputError(explain(str(path), expected="no such file yet", got="one", fix="Pass --overwrite."))
-    skipped_path = target.out / "skipped" / f"{paths[0].stem}.txt"
-    for path in (*paths, skipped_path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    report = Report()
-    parts = [path.with_name(f".{path.name}.part") for path in paths]
-    files: list[IO[str]] = [part.open("w", encoding="utf-8") for part in parts]
-    with skipped_path.open("w", encoding="utf-8") as listed:
-        skip = _Skips(listed)
-        try:
-            yield files, skip, report
-            report.skipped = Skipped(skip.count, skip.total, tuple(skip.examples))
-            report.skipped.check(str(target.out), target.max_bad_share)
-            for file, part, path in zip(files, parts, paths, strict=True):
-                file.close()
-                part.replace(path)
-                report.files.append(path)
-        finally:
-            for file, part in zip(files, parts, strict=True):
-                file.close()
-                part.unlink(missing_ok=True)
-    report.notes = +report.notes
-    if report.skipped.count:
-        report.files.append(skipped_path)
-    else:
-        skipped_path.unlink()
-
-
 def _converted(
-    rows: Iterable[SourceRow], make: Callable[[SourceRow], T], skip: _Skips, workers: int
+    rows: Iterable[SourceRow], make: Callable[[SourceRow], T], skip: Skips, workers: int
 ) -> Iterator[tuple[SourceRow, T]]:
     """`make` of every row in a few threads (it reads pictures), in the rows' order, never more than a window ahead."""
     waiting: deque[tuple[SourceRow, Future[T]]] = deque()
@@ -323,7 +237,7 @@ def _grades(table: Table, row: SourceRow) -> dict[str, int]:
     return dict(zip(ids, grades, strict=True))
 
 
-def _load_judgements(judgements: Table, scratch: sqlite3.Connection, skip: _Skips) -> None:
+def _load_judgements(judgements: Table, scratch: sqlite3.Connection, skip: Skips) -> None:
     scratch.execute("CREATE TABLE judged(query TEXT, candidate TEXT, grade INTEGER)")
     for row in counted(judgements.rows(), "judgements"):
         skip.total += 1

@@ -11,14 +11,13 @@ from typing import Any
 from retrv_r1_retriever.errors import OptionsError, explain
 from retrv_r1_retriever.evaluation.offsets import MAX_BAD_SHARE
 from retrv_r1_training.convert import (
-    Report,
     Table,
-    Target,
     convert_candidates,
     convert_queries,
     parse_instructions,
     write_instructions,
 )
+from retrv_r1_training.convert_output import Report, Target
 from retrv_r1_training.pictures import Pictures
 from retrv_r1_training.sources import FORMATS
 
