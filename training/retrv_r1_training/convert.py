@@ -12,7 +12,8 @@ import sqlite3
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -20,7 +21,7 @@ from retrv_r1_retriever.errors import InputError, OptionsError, RetrvR1Error, ex
 from retrv_r1_retriever.evaluation.mbeir import INSTRUCTIONS, MODALITIES, TASKS, Limits, Pool, modality_of
 from retrv_r1_retriever.evaluation.offsets import scratch_table
 from retrv_r1_retriever.types import Content
-from retrv_r1_training.convert_output import Report, Skips, Target, output
+from retrv_r1_training.convert_output import Report, Skips, Target, check_name, output
 from retrv_r1_training.pictures import Pictures
 from retrv_r1_training.sources import SourceRow, read_rows
 from retrv_r1_training.waiting import counted
@@ -129,7 +130,11 @@ def convert_queries(
     table: Table, target: Target, split: str, pictures: Pictures | None = None, judgements: Table | None = None,
     workers: int = 8,
 ) -> Report:  # fmt: skip
-    """judgements: a table of query, candidate and grade instead of a column `positives`. The candidates come first."""
+    """judgements: a table of query, candidate and grade instead of a column `positives`, of the queries of this table only
+
+    The candidates come first. Raises `InputError` if more rows of either table are bad than `target` lets pass.
+    """
+    check_name("--split", split)
     table.check(QUERY_FIELDS, ["id"] if judgements else ["id", "positives"])
     if judgements is not None:
         judgements.check(JUDGEMENT_FIELDS, ["query", "candidate"])
@@ -141,7 +146,10 @@ def convert_queries(
     with output(target, paths) as (files, skip, report), scratch_table("") as scratch:
         scratch.execute("CREATE TABLE ids(id TEXT PRIMARY KEY)")
         if judgements is not None:
-            _load_judgements(judgements, scratch, skip)
+            other = skip.of_another_table()
+            _load_judgements(judgements, table, scratch, other)
+            report.judgements = other.skipped
+            report.judgements.check(judgements.source, target.max_bad_share)
 
         def make(row: SourceRow) -> tuple[dict[str, Any], Content]:
             id = table.id(table.value(row, "id"))
@@ -211,9 +219,7 @@ def _converted(
 
     with ThreadPoolExecutor(workers) as pool:
         for row in counted(rows, "rows"):
-            skip.total += 1
-            if row.problem is not None:
-                skip(row, row.problem)
+            if skip.broken(row):
                 continue
             waiting.append((row, pool.submit(make, row)))
             if len(waiting) >= _WINDOW:
@@ -237,16 +243,23 @@ def _grades(table: Table, row: SourceRow) -> dict[str, int]:
     return dict(zip(ids, grades, strict=True))
 
 
-def _load_judgements(judgements: Table, scratch: sqlite3.Connection, skip: Skips) -> None:
+def _load_judgements(judgements: Table, queries: Table, scratch: sqlite3.Connection, skip: Skips) -> None:
+    """Of a query that is not in its table nothing is kept: if that were let pass, ids of another kind would train all on `<|none|>`."""
+    scratch.execute("CREATE TABLE asked(query TEXT PRIMARY KEY)")
+    for row in counted(replace(queries, mapping={"id": queries.mapping["id"]}).rows(), "query ids"):
+        with suppress(InputError):  # its row is skipped when it is converted
+            scratch.execute("INSERT OR IGNORE INTO asked VALUES (?)", (queries.id(queries.value(row, "id")),))
     scratch.execute("CREATE TABLE judged(query TEXT, candidate TEXT, grade INTEGER)")
     for row in counted(judgements.rows(), "judgements"):
-        skip.total += 1
+        if skip.broken(row):
+            continue
         try:
-            if row.problem is not None:
-                raise InputError(row.problem)
             grade = _grade(judgements.value(row, "grade")) if "grade" in judgements.mapping else 1
-            ids = [judgements.id(judgements.value(row, name)) for name in ("query", "candidate")]
-            scratch.execute("INSERT INTO judged VALUES (?, ?, ?)", (*ids, grade))
+            query, candidate = (judgements.id(judgements.value(row, name)) for name in ("query", "candidate"))
+            if scratch.execute("SELECT 1 FROM asked WHERE query = ?", (query,)).fetchone() is None:
+                fix = "Fix the ids, or leave out other queries."
+                raise InputError(explain("query", expected=f"an id of {queries.source}", got=repr(query), fix=fix))
+            scratch.execute("INSERT INTO judged VALUES (?, ?, ?)", (query, candidate, grade))
         except InputError as error:
             skip(row, str(error))
     scratch.execute("CREATE INDEX by_query ON judged(query)")
@@ -259,11 +272,12 @@ def _judged(scratch: sqlite3.Connection, qid: str) -> dict[str, int]:
 def _grade(value: object) -> int:
     try:
         number = float(value)  # type: ignore[arg-type]
-        if number == int(number):
+        if number == int(number) and abs(number) < 1e15:  # a float keeps no more digits, and SQLite hardly more
             return int(number)
     except (TypeError, ValueError, OverflowError):
         pass
-    raise InputError(explain("grade", expected="a whole number", got=repr(value), fix="Convert the column."))
+    expected = "a whole number of up to 15 digits"
+    raise InputError(explain("grade", expected=expected, got=repr(value), fix="Convert the column."))
 
 
 def _in_pool(grades: Mapping[str, int], pool: Pool, report: Report) -> dict[str, int]:
