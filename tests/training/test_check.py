@@ -90,6 +90,31 @@ def test_everything_wrong_is_named(root, capsys):
     assert "p.jsonl: expected at most 1.0% bad rows, got 1 of 7" in capsys.readouterr().err
 
 
+def test_pictures_are_decoded_so_one_that_was_cut_off_is_named(root, capsys):
+    rng = np.random.default_rng(0)
+    for name in ("green.png", "black.png"):
+        Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8)).save(root / name)
+    data = (root / "green.png").read_bytes()
+    (root / "green.png").write_bytes(data[: len(data) // 2])
+    assert cli.main(["check", str(root), "--pictures", "all"]) == 1
+    problem = "PROBLEM   1 of 6 pictures cannot be opened: green.png (OSError: image file is truncated"
+    assert problem in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [("--pictures=-3", "pictures: expected 0 or more, got -3"), ("--samples=-1", "samples: expected 0 or more, got -1"),
+     ("--pictures=abc", "--pictures: expected a whole number or all, got 'abc'")],
+)  # fmt: skip
+def test_counts_out_of_range_are_named(root, capsys, wrong, message):
+    try:
+        code = cli.main(["check", str(root), wrong])
+    except SystemExit as error:  # of the parser
+        code = error.code
+    assert code
+    assert message in capsys.readouterr().err
+
+
 def test_only_the_files_named(root, capsys):
     put(root / "query/val/other.jsonl", ["broken"])
     assert cli.main(["check", str(root), "--queries", QUERIES, "--pool", POOL, "--pictures", "1"]) == 0

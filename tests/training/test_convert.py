@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from retrv_r1_training import cli
-from retrv_r1_training.convert import Table, Target, convert_candidates, convert_queries
+from retrv_r1_training.convert import Table, convert_candidates, convert_queries
+from retrv_r1_training.convert_output import Target
 from retrv_r1_training.pictures import Pictures
 
 from retrv_r1_retriever.errors import InputError, OptionsError
@@ -177,6 +178,67 @@ def test_a_csv_that_is_damaged_in_places(tmp_path):
     assert [line.split(": ")[0] for line in report.skipped.examples] == ["x.csv:3", "x.csv:4", "x.csv:5"]
 
 
+TEXT = {"id": "id", "text": "text"}
+
+
+@pytest.mark.parametrize(
+    ("quotes", "bad", "reason"),
+    [
+        ([200], 201, "unexpected end of data after 201 lines"),
+        ([200, 300], 101, "',' expected after '\"' after 101 lines"),
+    ],
+    ids=["never closed", "closed by another stray one"],
+)
+def test_rows_that_a_stray_quote_swallows_are_bad_rows(tmp_path, quotes, bad, reason):
+    path = tmp_path / "x.csv"
+    path.write_text("id,text\n" + "".join(f'{n},"{n} inch\n' if n + 1 in quotes else f"{n},t\n" for n in range(400)))
+    target = Target(tmp_path / "out", "x")
+    with pytest.raises(InputError, match=rf"got {bad} of 400; x\.csv:201: row: expected CSV, got {reason}"):
+        convert_candidates(Table(str(path), TEXT), target)
+    assert not target.pool.exists()
+
+
+def test_cells_too_many_over_several_lines_count_as_so_many_rows(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text('id,text,more\n1,a,b\n2,c,"d\n3,e,f\n4,"g",h\n5,i,"j\nk"\n')
+    target = Target(tmp_path / "out", "x", max_bad_share=0.9)
+    report = convert_candidates(Table(str(path), TEXT), target)
+    assert [row["did"] for row in read(target.pool)] == ["100:1", "100:5"]
+    assert (report.skipped.count, report.skipped.total) == (3, 5)
+
+
+def test_a_csv_header_whose_quote_is_never_closed_is_named(tmp_path):
+    (tmp_path / "x.csv").write_text('id,"text\n1,a\n')
+    with pytest.raises(InputError, match=r"x\.csv:1: expected names of columns, got unexpected end of data"):
+        convert_candidates(Table(str(tmp_path / "x.csv"), TEXT), Target(tmp_path / "out", "x"))
+
+
+@pytest.mark.parametrize("format", ["csv", "parquet", "jsonl"])
+def test_a_table_without_rows_makes_no_pool(tmp_path, format):
+    path = tmp_path / f"x.{format}"
+    if format == "parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.table({"id": [], "text": []}), path)
+    else:
+        path.write_text("id,text\n" if format == "csv" else "")
+    target = Target(tmp_path / "out", "x", max_bad_share=1.0)
+    with pytest.raises(InputError, match=r"expected rows, got none|expected one of \[\], got none"):
+        convert_candidates(Table(str(path), TEXT), target)
+    assert not target.pool.exists()
+
+
+def test_half_a_surrogate_pair_is_a_bad_row(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"id": 1, "text": "ok"}\n{"id": 2, "text": "\\ud800"}\n{"id": 3, "text": "\\ud83d\\ude00"}\n')
+    target = Target(tmp_path / "out", "x", max_bad_share=0.9)
+    report = convert_candidates(Table(str(path), TEXT), target)
+    assert [row["txt"] for row in read(target.pool)] == ["ok", "\N{GRINNING FACE}"]
+    assert "x.jsonl:2: " in report.skipped.examples[0]
+    assert "surrogates not allowed" in report.skipped.examples[0]
+
+
 @pytest.mark.parametrize("format", ["csv", "jsonl", "parquet"])
 def test_a_column_that_is_not_there_is_an_error_not_a_guess(tmp_path, format):
     source = Table(table(tmp_path, format), {"id": "sku", "text": "Title"})
@@ -222,6 +284,13 @@ def test_mistakes_in_the_call_are_named(tmp_path):
     candidates(tmp_path)
     with pytest.raises(InputError, match=r"expected no such file yet, got one\. Pass --overwrite"):
         candidates(tmp_path)
+    for wrong, message in (({"max_bad_share": -1.0}, "a share, 0 to 1, got -1"), ({"max_bad_share": float("nan")}, "got nan"),
+                           ({"dataset_id": -5}, "0 or more, got -5"), ({"name": "../x"}, "got '../x'")):  # fmt: skip
+        with pytest.raises(OptionsError, match=message):
+            Target(**{"out": tmp_path, "name": "x", **wrong})
+    for split in ("../../x", "..", ".", "", "a/b"):
+        with pytest.raises(OptionsError, match="--split: expected letters, digits, - and _"):
+            convert_queries(Table(path, {"id": "sku", "positives": "brand"}), Target(tmp_path / "out", "shop"), split)
     (tmp_path / "x.tar").write_bytes(b"\x1f\x8b nonsense")
     with pytest.raises(InputError, match="expected a tar file"):
         Pictures(str(tmp_path / "x.tar"), tmp_path, "x")
@@ -271,6 +340,49 @@ def test_judgements_in_a_table_of_their_own(tmp_path):
     ]  # fmt: skip
 
 
+def judged(tmp_path, words: list, judgements: list, share=0.01):
+    """Queries of these ids and words, judged by a table of (query, candidate, grade)."""
+    candidates(tmp_path)
+    target = Target(tmp_path / "out", "shop", max_bad_share=share)
+    queries = Table(table(tmp_path, "csv", ("id", "words"), words, "q"), {"id": "id", "text": "words"})
+    source = table(tmp_path, "csv", ("q", "d", "g"), judgements, "judged")
+    return target, convert_queries(
+        queries, target, "test", judgements=Table(source, {"query": "q", "candidate": "d", "grade": "g"})
+    )
+
+
+def test_many_judgements_do_not_hide_bad_queries(tmp_path):
+    with pytest.raises(InputError, match=r"got 9 of 10; q\.csv:3"):
+        judged(tmp_path, [(n, "" if n else "red") for n in range(10)], [(n % 10, "a1", 1) for n in range(2000)])
+
+
+def test_judgements_of_unknown_queries_are_bad_rows(tmp_path):
+    words = [(f"q{n}", "red") for n in range(10)]
+    with pytest.raises(
+        InputError, match=r"judged\.csv: .* got 10 of 10; judged\.csv:2: query: expected an id of .*q\.csv, got '0'"
+    ):
+        judged(tmp_path, words, [(n, "a1", 1) for n in range(10)])
+    assert not (tmp_path / "out/query/test/mbeir_shop_test.jsonl").exists()
+
+
+def test_judgements_of_a_query_that_is_left_out_are_no_bad_rows(tmp_path):
+    words = [("q0", ""), *((f"q{n}", "red") for n in range(1, 100))]
+    _, report = judged(tmp_path, words, [("q0" if n % 2 else f"q{n}", "a1", 1) for n in range(2, 100)])
+    assert (report.skipped.count, report.skipped.total) == (1, 100)
+    assert (report.judgements.count, report.judgements.total) == (0, 98)
+
+
+def test_a_bad_judgement_is_counted_apart_and_listed(tmp_path):
+    rows = [("1", "a1", "1"), ("1", "a2", "123456789012345678901"), ("1", "a3", "good"), ("2", "a3", "1")]
+    target, report = judged(tmp_path, [(1, "red")], rows, share=0.9)
+    assert (report.skipped.count, report.skipped.total) == (0, 1)
+    assert (report.judgements.count, report.judgements.total) == (3, 4)
+    listed = (target.out / "skipped/mbeir_shop_test.txt").read_text().splitlines()
+    assert [line.split(": ")[0] for line in listed] == ["judged.csv:3", "judged.csv:4", "judged.csv:5"]
+    assert "grade: expected a whole number of up to 15 digits, got '123456789012345678901'" in listed[0]
+    assert report.files[-1].name == "mbeir_shop_test.txt"
+
+
 def test_command_line(tmp_path, capsys):
     where = pictures(tmp_path, "folder")
     common = ["--out", str(tmp_path / "out"), "--name", "shop", "--dataset-id", "55"]
@@ -294,3 +406,6 @@ def test_command_line(tmp_path, capsys):
     ):
         assert cli.main([*wrong, "--overwrite"]) == 1
         assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main([*items, "--workers", "0"])
+    assert "--workers: expected a whole number of at least 1, got '0'" in capsys.readouterr().err

@@ -191,6 +191,17 @@ def test_other_lists_cannot_continue_a_run(data):
         assert len(server.requests) == 2
 
 
+def test_a_run_of_other_queries_is_an_error(data):
+    write_run(data / "run.trec", {"other": ["9:0"]}, "first")
+    message = r"run\.trec: expected lists of the queries, such as q11, got lists of others, such as other"
+    with pytest.raises(InputError, match=message):
+        main(arguments(data, "--teacher", "words"))
+    with teacher_server() as server:
+        with pytest.raises(InputError, match=message):
+            main(arguments(data, *chat(server.url, "--yes")))
+        assert not server.requests
+
+
 def test_a_hint_is_given_and_must_not_be_mentioned(data):
     with teacher_server() as server:
         assert main(arguments(data, *chat(server.url, "--yes", "--hint", "--limit", "1"))) == 0
@@ -207,8 +218,9 @@ def test_bad_arguments(data):
         main(arguments(data, *chat("http://localhost/v1", "--concurrency", "0")))
     with pytest.raises(OptionsError, match="retries: expected 0 or more"):
         main(arguments(data, *chat("http://localhost/v1", "--retries", "-1")))
-    with pytest.raises(SystemExit):
-        main(arguments(data, "--teacher", "words", "--qrels", "nowhere"))
+    for wrong in (["--qrels", "nowhere"], ["--price-in", "-1"], ["--price-out", "nan"], ["--price-in", "inf"]):
+        with pytest.raises(SystemExit):
+            main(arguments(data, "--teacher", "words", *wrong))
 
 
 def test_the_words_teacher_needs_no_server_and_repeats_itself(data):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image
-
-from retrv_r1_retriever.errors import InputError, explain
+from retrv_r1_retriever import _sync
+from retrv_r1_retriever.errors import ImageError, InputError, explain
 from retrv_r1_retriever.evaluation.mbeir import (
     INSTRUCTIONS,
     Instructions,
@@ -24,8 +24,9 @@ from retrv_r1_retriever.evaluation.mbeir import (
     modality_of,
 )
 from retrv_r1_retriever.evaluation.offsets import LineIndex, Skipped
-from retrv_r1_retriever.images import FORMATS
+from retrv_r1_retriever.images import LocalImages
 from retrv_r1_retriever.types import Content, Document
+from retrv_r1_training.checks import check_ranges
 from retrv_r1_training.waiting import counted
 
 _SEED = 0
@@ -35,7 +36,8 @@ _EXAMPLES = 3
 @dataclass(frozen=True, slots=True)
 class CheckConfig:
     """queries, pools: files relative to the folder; () = all of them
-    pictures: how many pictures per file are opened (their headers read), drawn at random; None = all
+    pictures: how many pictures per file are opened (decoded, as in training), drawn at random; None = all
+    samples: rows shown per file
     """
 
     queries: tuple[str, ...] = ()
@@ -43,6 +45,10 @@ class CheckConfig:
     pictures: int | None = 1000
     samples: int = 2
     limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        counts = "samples" if self.pictures is None else "pictures samples"
+        check_ranges(self, {"0 or more": counts}, fix="Pass such a number.")
 
 
 @dataclass
@@ -214,7 +220,8 @@ class _Pictures:
     """Counts pictures and opens a sample of them (reservoir sampling: the number is not known beforehand)."""
 
     def __init__(self, root: Path, limit: int | None) -> None:
-        self.root, self.limit, self.count = root, limit, 0
+        self.limit, self.count = limit, 0
+        self._images = LocalImages(root)
         self.opened = 0
         self.missing = _Tally()
         self._sample: list[str] = []
@@ -241,13 +248,13 @@ class _Pictures:
             report.problems.append(f"{self.missing.count:,} of {self.opened:,} pictures cannot be opened: {examples}")
 
     def _open(self, image: str) -> None:
+        """As training will: decoded, for a file that was cut off has a sound header."""
         self.opened += 1
         try:
-            with Image.open(self.root / image, formats=FORMATS):
-                pass
-        except Exception as error:  # Pillow raises many types on broken files
-            reason = "no such file" if isinstance(error, FileNotFoundError) else type(error).__name__
-            self.missing.add(f"{image} ({reason})")
+            _sync.run(self._images.load(image))
+        except ImageError as error:
+            found = re.search(r", got (.*)\. ", str(error))  # what `explain` puts there; the rest goes without saying
+            self.missing.add(f"{image} ({found[1] if found else error})")
 
 
 def _started(file: str, lines: LineIndex) -> FileReport:

@@ -21,17 +21,26 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("data", type=Path, help="folder of M-BEIR files")
     parser.add_argument("--queries", action="append", default=[], metavar="FILE", help="only this one; below DATA")
     parser.add_argument("--pool", action="append", default=[], metavar="FILE", help="only this one; below DATA")
-    parser.add_argument("--pictures", default="1000", metavar="N", help="pictures opened per file, or: all")
+    parser.add_argument(
+        "--pictures", type=_pictures, default=1000, metavar="N", help="pictures opened per file, or: all"
+    )
     parser.add_argument("--samples", type=int, default=2, metavar="N", help="rows shown per file")
     parser.add_argument("--max-bad-share", type=float, default=MAX_BAD_SHARE, metavar="SHARE")
     parser.add_argument("--index-dir", type=Path, help="where to keep line indexes (default: .retrv beside each file)")
 
 
+def _pictures(text: str) -> int | None:
+    """None = all."""
+    try:
+        return None if text == "all" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number or all, got {text!r}") from None
+
+
 def main(args: argparse.Namespace) -> int:
     """1 if something must be repaired."""
-    pictures = None if args.pictures == "all" else int(args.pictures)
     limits = Limits(args.index_dir, args.max_bad_share)
-    config = CheckConfig(tuple(args.queries), tuple(args.pool), pictures, args.samples, limits)
+    config = CheckConfig(tuple(args.queries), tuple(args.pool), args.pictures, args.samples, limits)
     problems = skipped = 0
     for report in check(args.data, config):
         sys.stdout.write(describe(report))

@@ -1,4 +1,4 @@
-"""Ranges of a recipe's values: the first that is out of its own is an `OptionsError` that says which, and what it may be."""
+"""Ranges of values, a recipe's above all: the first that is out of its own is an `OptionsError` that says which, and what it may be."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _RANGES = {
 }
 
 
-def check_ranges(of: Any, ranges: Mapping[str, str]) -> None:
+def check_ranges(of: Any, ranges: Mapping[str, str], fix: str = "Fix the recipe.") -> None:
     """The fields of the dataclass `of` are to lie in their ranges: `check_ranges(self, {"1 or more": "steps batch_size"})`."""
     for expected, names in ranges.items():
         for name in names.split():
             value = getattr(of, name)
             if not (math.isfinite(value) and _RANGES[expected](value)):
-                raise OptionsError(explain(name, expected=expected, got=value, fix="Fix the recipe."))
+                raise OptionsError(explain(name, expected=expected, got=value, fix=fix))

@@ -9,18 +9,19 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from retrv_r1_retriever.errors import InputError, OptionsError, RetrvR1Error, explain
 from retrv_r1_retriever.evaluation.mbeir import INSTRUCTIONS, MODALITIES, TASKS, Limits, Pool, modality_of
-from retrv_r1_retriever.evaluation.offsets import MAX_BAD_SHARE, Skipped, scratch_table
+from retrv_r1_retriever.evaluation.offsets import scratch_table
 from retrv_r1_retriever.types import Content
+from retrv_r1_training.convert_output import Report, Skips, Target, check_name, output
 from retrv_r1_training.pictures import Pictures
 from retrv_r1_training.sources import SourceRow, read_rows
 from retrv_r1_training.waiting import counted
@@ -28,7 +29,7 @@ from retrv_r1_training.waiting import counted
 CANDIDATE_FIELDS = ("id", "text", "image")
 QUERY_FIELDS = ("id", "text", "image", "instruction", "positives", "grades", "negatives")
 JUDGEMENT_FIELDS = ("query", "candidate", "grade")
-_EXAMPLES, _WINDOW = 5, 64
+_WINDOW = 64
 _COLUMN = re.compile(r"\{([^{}]+)\}")
 T = TypeVar("T")
 
@@ -95,44 +96,6 @@ class Table:
         return [value]
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
-    """name, dataset_id: how the data set is called in files and ids; M-BEIR's own ids are 0 to 9."""
-
-    out: Path
-    name: str
-    dataset_id: int = 100
-    overwrite: bool = False
-    max_bad_share: float = MAX_BAD_SHARE
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
-            raise OptionsError(explain("--name", expected="letters, digits, - and _", got=self.name, fix="Rename it."))
-
-    @property
-    def pool(self) -> Path:
-        return self.out / "cand_pool" / "local" / f"mbeir_{self.name}_cand_pool.jsonl"
-
-    def queries(self, split: str) -> Path:
-        return self.out / "query" / split / f"mbeir_{self.name}_{split}.jsonl"
-
-    def qrels(self, split: str) -> Path:
-        return self.out / "qrels" / split / f"mbeir_{self.name}_{split}_qrels.txt"
-
-    def id(self, id: str) -> str:
-        return f"{self.dataset_id}:{id}"
-
-
-@dataclass
-class Report:
-    """What a conversion wrote and left out. notes: counts of things that are no errors but worth knowing."""
-
-    files: list[Path] = field(default_factory=list)
-    written: int = 0
-    notes: Counter[str] = field(default_factory=Counter)
-    skipped: Skipped = field(default_factory=Skipped)
-
-
 def convert_candidates(
     table: Table, target: Target, pictures: Pictures | None = None, keep: Sequence[str] = (), workers: int = 8
 ) -> Report:
@@ -151,7 +114,7 @@ def convert_candidates(
             "src_content": json.dumps(kept, ensure_ascii=False, default=str) if keep else None,
         }
 
-    with _output(target, [target.pool]) as (files, skip, report), scratch_table("") as seen:
+    with output(target, [target.pool]) as (files, skip, report), scratch_table("") as seen:
         seen.execute("CREATE TABLE ids(id TEXT PRIMARY KEY)")
         for row, made in _converted(table.rows(keep), make, skip, workers):
             if not _is_new(seen, made["did"]):
@@ -167,7 +130,11 @@ def convert_queries(
     table: Table, target: Target, split: str, pictures: Pictures | None = None, judgements: Table | None = None,
     workers: int = 8,
 ) -> Report:  # fmt: skip
-    """judgements: a table of query, candidate and grade instead of a column `positives`. The candidates come first."""
+    """judgements: a table of query, candidate and grade instead of a column `positives`, of the queries of this table only
+
+    The candidates come first. Raises `InputError` if more rows of either table are bad than `target` lets pass.
+    """
+    check_name("--split", split)
     table.check(QUERY_FIELDS, ["id"] if judgements else ["id", "positives"])
     if judgements is not None:
         judgements.check(JUDGEMENT_FIELDS, ["query", "candidate"])
@@ -176,10 +143,13 @@ def convert_queries(
         raise InputError(explain(str(target.pool), expected="the pool", got="no such file", fix=fix))
     pool = Pool(target.pool, Limits(max_bad_share=target.max_bad_share))
     paths = [target.queries(split), target.qrels(split)]
-    with _output(target, paths) as (files, skip, report), scratch_table("") as scratch:
+    with output(target, paths) as (files, skip, report), scratch_table("") as scratch:
         scratch.execute("CREATE TABLE ids(id TEXT PRIMARY KEY)")
         if judgements is not None:
-            _load_judgements(judgements, scratch, skip)
+            other = skip.of_another_table()
+            _load_judgements(judgements, table, scratch, other)
+            report.judgements = other.skipped
+            report.judgements.check(judgements.source, target.max_bad_share)
 
         def make(row: SourceRow) -> tuple[dict[str, Any], Content]:
             id = table.id(table.value(row, "id"))
@@ -234,56 +204,8 @@ def write_instructions(target: Target, prompts: Mapping[tuple[str, str], Sequenc
 # -- parts -------------------------------------------------------------------------------------------------------------
 
 
-class _Skips:
-    """Counts rows; the ones left out are written to a file and never kept."""
-
-    def __init__(self, listed: IO[str]) -> None:
-        self._listed = listed
-        self.total = self.count = 0
-        self.examples: list[str] = []
-
-    def __call__(self, row: SourceRow, reason: str) -> None:
-        self.count += 1
-        self._listed.write(f"{row.where}: {reason}\n")
-        if len(self.examples) < _EXAMPLES:
-            self.examples.append(f"{row.where}: {reason}")
-
-
-@contextmanager
-def _output(target: Target, paths: Sequence[Path]) -> Iterator[tuple[list[IO[str]], _Skips, Report]]:
-    """Files that appear under their names only if all went well, with a list of skipped rows beside them."""
-    for path in paths:
-        if path.exists() and not target.overwrite:
-            raise InputError(explain(str(path), expected="no such file yet", got="one", fix="Pass --overwrite."))
-    skipped_path = target.out / "skipped" / f"{paths[0].stem}.txt"
-    for path in (*paths, skipped_path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    report = Report()
-    parts = [path.with_name(f".{path.name}.part") for path in paths]
-    files: list[IO[str]] = [part.open("w", encoding="utf-8") for part in parts]
-    with skipped_path.open("w", encoding="utf-8") as listed:
-        skip = _Skips(listed)
-        try:
-            yield files, skip, report
-            report.skipped = Skipped(skip.count, skip.total, tuple(skip.examples))
-            report.skipped.check(str(target.out), target.max_bad_share)
-            for file, part, path in zip(files, parts, paths, strict=True):
-                file.close()
-                part.replace(path)
-                report.files.append(path)
-        finally:
-            for file, part in zip(files, parts, strict=True):
-                file.close()
-                part.unlink(missing_ok=True)
-    report.notes = +report.notes
-    if report.skipped.count:
-        report.files.append(skipped_path)
-    else:
-        skipped_path.unlink()
-
-
 def _converted(
-    rows: Iterable[SourceRow], make: Callable[[SourceRow], T], skip: _Skips, workers: int
+    rows: Iterable[SourceRow], make: Callable[[SourceRow], T], skip: Skips, workers: int
 ) -> Iterator[tuple[SourceRow, T]]:
     """`make` of every row in a few threads (it reads pictures), in the rows' order, never more than a window ahead."""
     waiting: deque[tuple[SourceRow, Future[T]]] = deque()
@@ -297,9 +219,7 @@ def _converted(
 
     with ThreadPoolExecutor(workers) as pool:
         for row in counted(rows, "rows"):
-            skip.total += 1
-            if row.problem is not None:
-                skip(row, row.problem)
+            if skip.broken(row):
                 continue
             waiting.append((row, pool.submit(make, row)))
             if len(waiting) >= _WINDOW:
@@ -323,16 +243,23 @@ def _grades(table: Table, row: SourceRow) -> dict[str, int]:
     return dict(zip(ids, grades, strict=True))
 
 
-def _load_judgements(judgements: Table, scratch: sqlite3.Connection, skip: _Skips) -> None:
+def _load_judgements(judgements: Table, queries: Table, scratch: sqlite3.Connection, skip: Skips) -> None:
+    """Of a query that is not in its table nothing is kept: if that were let pass, ids of another kind would train all on `<|none|>`."""
+    scratch.execute("CREATE TABLE asked(query TEXT PRIMARY KEY)")
+    for row in counted(replace(queries, mapping={"id": queries.mapping["id"]}).rows(), "query ids"):
+        with suppress(InputError):  # its row is skipped when it is converted
+            scratch.execute("INSERT OR IGNORE INTO asked VALUES (?)", (queries.id(queries.value(row, "id")),))
     scratch.execute("CREATE TABLE judged(query TEXT, candidate TEXT, grade INTEGER)")
     for row in counted(judgements.rows(), "judgements"):
-        skip.total += 1
+        if skip.broken(row):
+            continue
         try:
-            if row.problem is not None:
-                raise InputError(row.problem)
             grade = _grade(judgements.value(row, "grade")) if "grade" in judgements.mapping else 1
-            ids = [judgements.id(judgements.value(row, name)) for name in ("query", "candidate")]
-            scratch.execute("INSERT INTO judged VALUES (?, ?, ?)", (*ids, grade))
+            query, candidate = (judgements.id(judgements.value(row, name)) for name in ("query", "candidate"))
+            if scratch.execute("SELECT 1 FROM asked WHERE query = ?", (query,)).fetchone() is None:
+                fix = "Fix the ids, or leave out other queries."
+                raise InputError(explain("query", expected=f"an id of {queries.source}", got=repr(query), fix=fix))
+            scratch.execute("INSERT INTO judged VALUES (?, ?, ?)", (query, candidate, grade))
         except InputError as error:
             skip(row, str(error))
     scratch.execute("CREATE INDEX by_query ON judged(query)")
@@ -345,11 +272,12 @@ def _judged(scratch: sqlite3.Connection, qid: str) -> dict[str, int]:
 def _grade(value: object) -> int:
     try:
         number = float(value)  # type: ignore[arg-type]
-        if number == int(number):
+        if number == int(number) and abs(number) < 1e15:  # a float keeps no more digits, and SQLite hardly more
             return int(number)
     except (TypeError, ValueError, OverflowError):
         pass
-    raise InputError(explain("grade", expected="a whole number", got=repr(value), fix="Convert the column."))
+    expected = "a whole number of up to 15 digits"
+    raise InputError(explain("grade", expected=expected, got=repr(value), fix="Convert the column."))
 
 
 def _in_pool(grades: Mapping[str, int], pool: Pool, report: Report) -> dict[str, int]:

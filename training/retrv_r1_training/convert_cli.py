@@ -8,17 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from retrv_r1_retriever.cli.terminal import at_least_one
 from retrv_r1_retriever.errors import OptionsError, explain
 from retrv_r1_retriever.evaluation.offsets import MAX_BAD_SHARE
 from retrv_r1_training.convert import (
-    Report,
     Table,
-    Target,
     convert_candidates,
     convert_queries,
     parse_instructions,
     write_instructions,
 )
+from retrv_r1_training.convert_output import Report, Target
 from retrv_r1_training.pictures import Pictures
 from retrv_r1_training.sources import FORMATS
 
@@ -43,7 +43,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--instruction", action="append", default=[], metavar='"text -> image: words"')
     parser.add_argument("--format", choices=FORMATS, help="of SOURCE, where its suffix does not say it")
     parser.add_argument("--max-bad-share", type=float, default=MAX_BAD_SHARE, metavar="SHARE")
-    parser.add_argument("--workers", type=int, default=8, help="threads that read pictures")
+    parser.add_argument("--workers", type=at_least_one, default=8, help="threads that read pictures")
     parser.add_argument("--overwrite", action="store_true")
 
 
@@ -76,11 +76,12 @@ def main(args: argparse.Namespace) -> int:
 
 
 def describe(report: Report) -> str:
-    lines = [
-        f"{report.written:,} rows written, {report.skipped.count:,} of {report.skipped.total:,} input rows skipped"
-    ]
+    rows, judgements = report.skipped, report.judgements
+    lines = [f"{report.written:,} rows written, {rows.count:,} of {rows.total:,} input rows skipped"]
+    if judgements is not None:
+        lines.append(f"{judgements.count:,} of {judgements.total:,} judgements skipped")
     lines += [f"  {count:,} {note}" for note, count in report.notes.items()]
-    lines += [f"  skipped {example}" for example in report.skipped.examples]
+    lines += [f"  skipped {example}" for example in (*rows.examples, *(judgements.examples if judgements else ()))]
     lines += [f"wrote {path}" for path in report.files]
     return "\n".join(lines) + "\n"
 

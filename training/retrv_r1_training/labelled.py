@@ -130,21 +130,29 @@ class MbeirLists:
     counts: Counter[str] = field(default_factory=Counter)
 
     def __iter__(self) -> Iterator[LabelledList]:
-        """Raises `InputError` at the end if more of the run than `limits.max_bad_share` is not in the pools."""
+        """Raises `InputError` at the end if the run has no list for any query, or more of it than `limits.max_bad_share` is not in the
+        pools."""
         self.counts.clear()
-        listed, outside, examples = 0, 0, list[str]()
+        wanted, listed, outside, examples = "none", 0, 0, list[str]()
         for data in self._data:
             for number in range(len(data)):
                 judged = data.query(
                     number, random.Random(f"{self.options.seed}:{data.queries.lines.path.name}:{number}")
                 )
-                ranked = self._run.ranked(judged.id)[: self.options.top_k]
+                wanted = judged.id
+                ranked = self._run.ranked(wanted)[: self.options.top_k]
                 lost = [did for did in ranked if did not in data.pool]
                 listed, outside = listed + len(ranked), outside + len(lost)
                 examples += [f"query {judged.id}: candidate {did} is in no pool" for did in lost[: 3 - len(examples)]]
                 made = self._list(data, judged, [did for did in ranked if did not in lost])
                 if made is not None:
                     yield made
+        if not listed:
+            found = next(self._run.lines.distinct_keys(), "none")
+            got = f"lists of others, such as {found}"
+            fix = "Fix the ids: those that convert wrote begin with the data set's (100:...)."
+            expected = f"lists of the queries, such as {wanted}"
+            raise InputError(explain(str(self.first_stage), expected=expected, got=got, fix=fix))
         self.counts.update({"candidates outside the pool": outside} if outside else {})
         Skipped(outside, listed, tuple(examples)).check(str(self.first_stage), self.limits.max_bad_share)
 

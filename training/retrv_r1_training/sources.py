@@ -19,28 +19,38 @@ _PARQUET_BATCH = 256
 
 @dataclass(frozen=True, slots=True)
 class SourceRow:
-    """where: file and line (Parquet: file and row); problem: why it is no row, with `values` empty then."""
+    """where: file and line (Parquet: file and row); problem: why it is no row, with `values` empty then
+
+    lines: of the file that the problem takes: a stray quote in CSV swallows every row up to the next quote
+    """
 
     where: str
     values: Mapping[str, Any]
     problem: str | None = None
+    lines: int = 1
 
 
 def read_rows(source: str, columns: Sequence[str], format: str | None = None) -> Iterator[SourceRow]:
-    """source: a path, or a URL that fsspec knows. Raises `InputError` for an unknown format, and for a column that is not there."""
+    """source: a path, or a URL that fsspec knows. Raises `InputError` for an unknown format, a column that is not there, and no rows."""
     suffix = Path(source).suffix.lstrip(".").lower()
     kind = format or ("jsonl" if suffix == "ndjson" else suffix)
     if kind not in FORMATS:
         fix = "Pass --format."
         raise InputError(explain(f"format of {source}", expected=f"one of {', '.join(FORMATS)}", got=kind, fix=fix))
     name = Path(source).name
+    empty = True
     with _opened(source) as file:
         if kind == "parquet":
-            yield from _parquet(file, name, columns)
+            rows = _parquet(file, name, columns)
         elif kind == "jsonl":
-            yield from _jsonl(file, name, columns)
+            rows = _jsonl(file, name, columns)
         else:
-            yield from _csv(file, name, columns, "," if kind == "csv" else "\t")
+            rows = _csv(file, name, columns, "," if kind == "csv" else "\t")
+        for row in rows:
+            empty = False
+            yield row
+    if empty:
+        raise InputError(explain(source, expected="rows", got="none", fix="Fill the table, or name another."))
 
 
 def _parquet(file: IO[bytes], name: str, columns: Sequence[str]) -> Iterator[SourceRow]:
@@ -62,27 +72,37 @@ def _parquet(file: IO[bytes], name: str, columns: Sequence[str]) -> Iterator[Sou
 
 
 def _csv(file: IO[bytes], name: str, columns: Sequence[str], delimiter: str) -> Iterator[SourceRow]:
-    """An empty cell is no value. Bytes that are no UTF-8 make a bad row, not the end of the file."""
+    """An empty cell is no value. Bytes that are no UTF-8 make a bad row, not the end of the file. Raises `InputError` for a header
+    that cannot be read."""
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
     reader = csv.reader(text, delimiter=delimiter, strict=True)
-    header = next(reader, [])
+    try:
+        header = next(reader, [])
+    except csv.Error as error:
+        raise InputError(
+            explain(f"{name}:1", expected="names of columns", got=error, fix="Close the quote.")
+        ) from error
     check_columns(name, columns, header)
     while True:
-        start = reader.line_num + 1
+        before = reader.line_num
+        where = f"{name}:{before + 1}"
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            yield SourceRow(f"{name}:{start}", {}, str(error))
+            lines = reader.line_num - before
+            got = f"{error} after {lines:,} lines"
+            yield SourceRow(where, {}, explain("row", expected="CSV", got=got, fix="Close or double the quote."), lines)
             continue
         if cells is None:
             return
         if cells:
-            yield _csv_row(f"{name}:{start}", header, cells)
+            yield _csv_row(where, header, cells, reader.line_num - before)
 
 
-def _csv_row(where: str, header: Sequence[str], cells: Sequence[str]) -> SourceRow:
+def _csv_row(where: str, header: Sequence[str], cells: Sequence[str], lines: int) -> SourceRow:
     if len(cells) != len(header):
-        return SourceRow(where, {}, explain("row", expected=f"{len(header)} cells", got=len(cells), fix="Quote it."))
+        got = f"{len(cells)} in {lines:,} lines"
+        return SourceRow(where, {}, explain("row", expected=f"{len(header)} cells", got=got, fix="Quote it."), lines)
     if not all(cell.isascii() or _is_utf8(cell) for cell in cells):
         return SourceRow(where, {}, explain("row", expected="UTF-8", got="other bytes", fix="Convert the file."))
     return SourceRow(where, {key: cell or None for key, cell in zip(header, cells, strict=True)})
@@ -97,6 +117,7 @@ def _jsonl(file: IO[bytes], name: str, columns: Sequence[str]) -> Iterator[Sourc
             where = f"{name}:{number}"
             try:
                 values = json.loads(line)
+                json.dumps(values, ensure_ascii=False).encode()  # half a surrogate pair: JSON has it, UTF-8 has not
             except (ValueError, RecursionError) as error:
                 yield SourceRow(where, {}, str(error))
                 continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -83,8 +84,8 @@ def _add_run_arguments(run: argparse._ArgumentGroup) -> None:
     run.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="resumable: run the same command again")
     run.add_argument("--dry-run", action="store_true", help="print what it will cost, ask nothing")
     run.add_argument("--yes", action="store_true", help="go on after the estimate without a question")
-    run.add_argument("--price-in", type=float, metavar="P", help="per million tokens sent")
-    run.add_argument("--price-out", type=float, metavar="P", help="per million tokens received")
+    run.add_argument("--price-in", type=_price, metavar="P", help="per million tokens sent")
+    run.add_argument("--price-out", type=_price, metavar="P", help="per million tokens received")
     run.add_argument("--attempts", type=int, default=2, help="answers per query until one is admitted")
     run.add_argument("--concurrency", type=int, default=8, help="requests at a time")
     run.add_argument("--timeout", type=float, default=180.0, metavar="SECONDS", help="for one answer")
@@ -98,6 +99,15 @@ def _file(text: str) -> Path:
     if not Path(text).is_file():
         raise argparse.ArgumentTypeError(f"no such file: {text}")
     return Path(text)
+
+
+def _price(text: str) -> float:
+    try:
+        if 0 <= float(text) < math.inf:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected 0 or more, got {text!r}")
 
 
 def _folder(text: str) -> Path:
