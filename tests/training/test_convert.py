@@ -356,13 +356,17 @@ def test_many_judgements_do_not_hide_bad_queries(tmp_path):
         judged(tmp_path, [(n, "" if n else "red") for n in range(10)], [(n % 10, "a1", 1) for n in range(2000)])
 
 
-def test_judgements_of_unknown_queries_are_bad_rows(tmp_path):
+def test_judgements_of_other_queries_are_counted_and_must_not_be_all(tmp_path):
     words = [(f"q{n}", "red") for n in range(10)]
-    with pytest.raises(
-        InputError, match=r"judged\.csv: .* got 10 of 10; judged\.csv:2: query: expected an id of .*q\.csv, got '0'"
-    ):
-        judged(tmp_path, words, [(n, "a1", 1) for n in range(10)])
+    others = [(n, "a1", 1) for n in range(10)]
+    with pytest.raises(InputError, match=r"judged\.csv: expected .*q\.csv, got 10 of others, such as '9'"):
+        judged(tmp_path, words, others)
     assert not (tmp_path / "out/query/test/mbeir_shop_test.jsonl").exists()
+    (tmp_path / "again").mkdir()
+    _, report = judged(tmp_path / "again", words, [*others, ("q0", "a1", 1)])
+    assert report.notes["judgements of other queries (left out)"] == 10
+    assert report.notes["queries without a positive (they train <|none|>)"] == 9
+    assert report.judgements.count == 0
 
 
 def test_judgements_of_a_query_that_is_left_out_are_no_bad_rows(tmp_path):
@@ -376,9 +380,9 @@ def test_a_bad_judgement_is_counted_apart_and_listed(tmp_path):
     rows = [("1", "a1", "1"), ("1", "a2", "123456789012345678901"), ("1", "a3", "good"), ("2", "a3", "1")]
     target, report = judged(tmp_path, [(1, "red")], rows, share=0.9)
     assert (report.skipped.count, report.skipped.total) == (0, 1)
-    assert (report.judgements.count, report.judgements.total) == (3, 4)
+    assert (report.judgements.count, report.judgements.total) == (2, 4)
     listed = (target.out / "skipped/mbeir_shop_test.txt").read_text().splitlines()
-    assert [line.split(": ")[0] for line in listed] == ["judged.csv:3", "judged.csv:4", "judged.csv:5"]
+    assert [line.split(": ")[0] for line in listed] == ["judged.csv:3", "judged.csv:4"]
     assert "grade: expected a whole number of up to 15 digits, got '123456789012345678901'" in listed[0]
     assert report.files[-1].name == "mbeir_shop_test.txt"
 

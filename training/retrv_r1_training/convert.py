@@ -130,9 +130,11 @@ def convert_queries(
     table: Table, target: Target, split: str, pictures: Pictures | None = None, judgements: Table | None = None,
     workers: int = 8,
 ) -> Report:  # fmt: skip
-    """judgements: a table of query, candidate and grade instead of a column `positives`, of the queries of this table only
+    """judgements: a table of query, candidate and grade instead of a column `positives`; those of other queries, say of another
+        split, are left out and counted
 
-    The candidates come first. Raises `InputError` if more rows of either table are bad than `target` lets pass.
+    The candidates come first. Raises `InputError` if more rows of either table are bad than `target` lets pass, or no judgement is of
+    one of these queries.
     """
     check_name("--split", split)
     table.check(QUERY_FIELDS, ["id"] if judgements else ["id", "positives"])
@@ -147,9 +149,10 @@ def convert_queries(
         scratch.execute("CREATE TABLE ids(id TEXT PRIMARY KEY)")
         if judgements is not None:
             other = skip.of_another_table()
-            _load_judgements(judgements, table, scratch, other)
+            strange = _load_judgements(judgements, table, scratch, other)
             report.judgements = other.skipped
             report.judgements.check(judgements.source, target.max_bad_share)
+            report.notes["judgements of other queries (left out)"] = strange
 
         def make(row: SourceRow) -> tuple[dict[str, Any], Content]:
             id = table.id(table.value(row, "id"))
@@ -243,13 +246,17 @@ def _grades(table: Table, row: SourceRow) -> dict[str, int]:
     return dict(zip(ids, grades, strict=True))
 
 
-def _load_judgements(judgements: Table, queries: Table, scratch: sqlite3.Connection, skip: Skips) -> None:
-    """Of a query that is not in its table nothing is kept: if that were let pass, ids of another kind would train all on `<|none|>`."""
+def _load_judgements(judgements: Table, queries: Table, scratch: sqlite3.Connection, skip: Skips) -> int:
+    """How many are of queries that are not in their table.
+
+    Raises `InputError` if all are: ids of another kind would train every query on `<|none|>`.
+    """
     scratch.execute("CREATE TABLE asked(query TEXT PRIMARY KEY)")
     for row in counted(replace(queries, mapping={"id": queries.mapping["id"]}).rows(), "query ids"):
         with suppress(InputError):  # its row is skipped when it is converted
             scratch.execute("INSERT OR IGNORE INTO asked VALUES (?)", (queries.id(queries.value(row, "id")),))
     scratch.execute("CREATE TABLE judged(query TEXT, candidate TEXT, grade INTEGER)")
+    kept, strange, example = 0, 0, ""
     for row in counted(judgements.rows(), "judgements"):
         if skip.broken(row):
             continue
@@ -257,12 +264,20 @@ def _load_judgements(judgements: Table, queries: Table, scratch: sqlite3.Connect
             grade = _grade(judgements.value(row, "grade")) if "grade" in judgements.mapping else 1
             query, candidate = (judgements.id(judgements.value(row, name)) for name in ("query", "candidate"))
             if scratch.execute("SELECT 1 FROM asked WHERE query = ?", (query,)).fetchone() is None:
-                fix = "Fix the ids, or leave out other queries."
-                raise InputError(explain("query", expected=f"an id of {queries.source}", got=repr(query), fix=fix))
+                strange += 1
+                example = query
+                continue
             scratch.execute("INSERT INTO judged VALUES (?, ?, ?)", (query, candidate, grade))
+            kept += 1
         except InputError as error:
             skip(row, str(error))
+    if strange and not kept:
+        got, fix = f"{strange} of others, such as {example!r}", "Fix the ids."
+        raise InputError(
+            explain(judgements.source, expected=f"judgements of the queries of {queries.source}", got=got, fix=fix)
+        )
     scratch.execute("CREATE INDEX by_query ON judged(query)")
+    return strange
 
 
 def _judged(scratch: sqlite3.Connection, qid: str) -> dict[str, int]:
