@@ -42,7 +42,7 @@ from retrv_r1_training.trl_sft import deepspeed_config
 log = logging.getLogger(__name__)
 
 #: Refused requests per opened candidate, over the first updates, above which a run is warned of. Ours: all three miniatures that began
-#: with more stopped opening, whatever the price; of eight with less, one did (docs/experiments.md).
+#: with more stopped opening, whatever the price; of nine with less, two did (docs/experiments.md).
 TOO_MANY_REFUSED, FIRST_UPDATES = 1.5, 5
 
 
