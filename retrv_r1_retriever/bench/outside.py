@@ -5,7 +5,7 @@
 One thread; the median of several rounds over one query of each task of the demo catalogue, through the embedded index with the
 memory of each candidate, as `retrieve` does it. Only forward passes do not count as outside; what goes before and after each of them
 (batching, sampling the tokens of a thought) does, and is also told apart. The query's vector is remembered: embedding it is the
-model's time, like the passes.
+model's time, like the passes. Loading pictures (the query's own, and those of opened candidates) is outside the model, and told apart, too.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ import torch
 from retrv_r1_retriever.bench.__main__ import Row, command, fetch_seconds, machine, say, table
 from retrv_r1_retriever.bench.catalogue import Catalogue, Remembering, opened
 from retrv_r1_retriever.demo.catalogue import TASKS, LabelledQuery, read_queries
+from retrv_r1_retriever.images import ImageData, ImageSource
 from retrv_r1_retriever.options import RerankOptions
 from retrv_r1_retriever.retriever import RetrvR1Retriever
 from retrv_r1_retriever.store import Equals, Filter
+from retrv_r1_retriever.types import ImageInput
 
 OPTIONS = {
     "logits, think=never": RerankOptions(think="never", ranking="logits", timeout_s=None),
@@ -78,21 +80,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def calls(catalogue: Catalogue, asked: LabelledQuery, top_k: int, rounds: int) -> list[Row]:
-    retriever, engine = _retriever(catalogue), catalogue.engine
+    images = Timed(catalogue.images)
+    retriever, engine = _retriever(catalogue, images), catalogue.engine
     only = Filter(must=(Equals("modality", asked.target_modality),))
     out: list[Row] = []
     for name, options in OPTIONS.items():
         seconds = []
         for _ in range(rounds + 1):
             forward, step, started = engine.forward_seconds, engine.step_seconds, time.perf_counter()
+            images.seconds = 0.0
             results = retriever.retrieve(asked.query, filter=only, options=replace(options, top_k=top_k))
             whole = time.perf_counter() - started
             assert len(results.results) == top_k, results.reason
             forward, step = engine.forward_seconds - forward, engine.step_seconds - step
-            seconds.append((whole - forward, step - forward, whole))
-        outside, sampling, whole = (1e3 * median(one) for one in zip(*seconds[1:], strict=True))
+            seconds.append((whole - forward, step - forward, images.seconds, whole))
+        outside, sampling, pictures, whole = (1e3 * median(one) for one in zip(*seconds[1:], strict=True))
         row: Row = {"task": asked.task, "K": str(top_k), "mode": name}
-        out.append(row | {"outside the model ms": outside, "of it sampling ms": sampling, "whole call ms": whole})
+        told = {"outside the model ms": outside, "of it sampling ms": sampling, "of it pictures ms": pictures}
+        out.append(row | told | {"whole call ms": whole})
     return out
 
 
@@ -100,7 +105,7 @@ def profile(catalogue: Catalogue, asked: LabelledQuery, top_k: int) -> None:
     """The event loop's own work for ten direct reads; the threads it waits for are not in it."""
     import asyncio
 
-    retriever, watch = _retriever(catalogue), cProfile.Profile()
+    retriever, watch = _retriever(catalogue, catalogue.images), cProfile.Profile()
     only = Filter(must=(Equals("modality", asked.target_modality),))
     options = replace(OPTIONS["logits, think=never"], top_k=top_k)
 
@@ -114,12 +119,26 @@ def profile(catalogue: Catalogue, asked: LabelledQuery, top_k: int) -> None:
     pstats.Stats(watch, stream=sys.stdout).sort_stats("tottime").print_stats(25)
 
 
-def _retriever(catalogue: Catalogue) -> RetrvR1Retriever:
+class Timed:
+    """An image source that adds up how long its callers waited."""
+
+    def __init__(self, images: ImageSource) -> None:
+        self._images, self.seconds = images, 0.0
+
+    async def load(self, image: ImageInput) -> ImageData:
+        started = time.perf_counter()
+        try:
+            return await self._images.load(image)
+        finally:
+            self.seconds += time.perf_counter() - started
+
+
+def _retriever(catalogue: Catalogue, images: ImageSource) -> RetrvR1Retriever:
     return RetrvR1Retriever(
         store=catalogue.store,
         embedder=Remembering(catalogue.embedder),
         engine=catalogue.engine,
-        images=catalogue.images,
+        images=images,
     )
 
 

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
+from retrv_r1_retriever import memory
 from retrv_r1_retriever.engines.base import CompressedContent
 from retrv_r1_retriever.errors import EngineError, InputError, StaleMemoryError
 from retrv_r1_retriever.images import LocalImages, content_hash, image_hash
@@ -39,6 +43,32 @@ async def test_fitting_memory_is_used_as_it_is() -> None:
     readable = await resolve(found, compressor, IMAGES, RerankOptions(on_stale="raise"))
     assert all(a is b for a, b in zip(readable.candidates, found, strict=True))
     assert compressor.seen == []
+
+
+@pytest.mark.parametrize(
+    ("content", "in_thread"),
+    [
+        (Content("a title", "pictures/one.png"), False),
+        (Content(None, Path("pictures/one.png")), False),
+        (Content(None, b"0" * 200_000), True),
+        (Content("x" * 200_000), True),
+        (Content(None, Image.new("RGB", (2, 2))), True),
+    ],
+)
+async def test_only_much_is_hashed_in_a_thread(
+    content: Content, in_thread: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread takes longer to begin than fifty paths to hash; a large picture would hold up everybody's event loop."""
+    seen = []
+
+    def hashed(content: Content) -> str:
+        seen.append(threading.current_thread())
+        return content_hash(content)
+
+    monkeypatch.setattr(memory, "content_hash", hashed)
+    found = [Candidate(Document("1", content), 0.5, 1, None)]
+    await resolve(found, FakeCompressor(), IMAGES, RerankOptions(on_stale="first_stage"))
+    assert [thread is not threading.main_thread() for thread in seen] == [in_thread]
 
 
 @pytest.mark.parametrize("kind", "mdc")
