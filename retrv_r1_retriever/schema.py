@@ -21,6 +21,8 @@ RESERVED = "_retrv"
 
 _FIELD = re.compile(r"\{([^{}]+)\}")
 _PATH = re.compile(r"[^\s{}.!:\[\]]+(?:\.[^\s{}.!:\[\]]+)*")
+_NESTED = dict | Mapping  # dict first: Mapping asks slowly. Not made anew for each of fifty documents a query
+_PLAIN = str | int | float | None
 _CLOSING = re.compile(r"""^[)\]}"'”’»%]+""")
 
 
@@ -178,13 +180,15 @@ def lookup(payload: Mapping[str, Any], path: str) -> Any:
     if path in payload:
         return payload[path]
     head, dot, rest = path.partition(".")
+    if not dot:
+        return None
     inner = payload.get(head)
-    if dot and isinstance(inner, str) and inner.startswith("{"):
+    if isinstance(inner, str) and inner.startswith("{"):
         try:
             inner = json.loads(inner)
         except ValueError:
             return None
-    return lookup(inner, rest) if dot and isinstance(inner, dict | Mapping) else None  # dict: Mapping asks slowly
+    return lookup(inner, rest) if isinstance(inner, _NESTED) else None
 
 
 def found_fields(payloads: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -234,7 +238,7 @@ def _shown(value: object) -> str:
 
 def _copied(value: Any) -> Any:
     """A deep copy; of JSON in a tenth of the time that `copy.deepcopy` takes, which counts for fifty documents a query."""
-    if isinstance(value, str | int | float | None):
+    if isinstance(value, _PLAIN):
         return value
     if type(value) is dict:
         return {key: _copied(inner) for key, inner in value.items()}

@@ -3,9 +3,10 @@
     python -m retrv_r1_retriever.bench.outside --out outside.json
 
 One thread; the median of several rounds over one query of each task of the demo catalogue, through the embedded index with the
-memory of each candidate, as `retrieve` does it. Only forward passes do not count as outside; what goes before and after each of them
-(batching, sampling the tokens of a thought) does, and is also told apart. The query's vector is remembered: embedding it is the
-model's time, like the passes. Loading pictures (the query's own, and those of opened candidates) is outside the model, and told apart, too.
+memory of each candidate, as `retrieve` does it. Only forward passes do not count as outside. What does is told apart: fetch (search and
+memory), prompt (memory checked, prompt built and made ids), batching and sampling (before and after each pass), pictures (the query's own
+and those of opened candidates, from file to pixels), and the rest (parsing, ranking, the result, and waking one thread from another). The
+query's vector is remembered: embedding it is the model's time, like the passes.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from retrv_r1_retriever.images import ImageData, ImageSource
 from retrv_r1_retriever.options import RerankOptions
 from retrv_r1_retriever.retriever import RetrvR1Retriever
 from retrv_r1_retriever.store import Equals, Filter
-from retrv_r1_retriever.types import ImageInput
+from retrv_r1_retriever.types import ImageInput, RankedResults
 
 OPTIONS = {
     "logits, think=never": RerankOptions(think="never", ranking="logits", timeout_s=None),
@@ -85,20 +86,35 @@ def calls(catalogue: Catalogue, asked: LabelledQuery, top_k: int, rounds: int) -
     only = Filter(must=(Equals("modality", asked.target_modality),))
     out: list[Row] = []
     for name, options in OPTIONS.items():
-        seconds = []
+        rows = []
         for _ in range(rounds + 1):
+            images.seconds.clear()
             forward, step, started = engine.forward_seconds, engine.step_seconds, time.perf_counter()
-            images.seconds = 0.0
             results = retriever.retrieve(asked.query, filter=only, options=replace(options, top_k=top_k))
             whole = time.perf_counter() - started
             assert len(results.results) == top_k, results.reason
             forward, step = engine.forward_seconds - forward, engine.step_seconds - step
-            seconds.append((whole - forward, step - forward, images.seconds, whole))
-        outside, sampling, pictures, whole = (1e3 * median(one) for one in zip(*seconds[1:], strict=True))
-        row: Row = {"task": asked.task, "K": str(top_k), "mode": name}
-        told = {"outside the model ms": outside, "of it sampling ms": sampling, "of it pictures ms": pictures}
-        out.append(row | told | {"whole call ms": whole})
+            rows.append(_parts(results, images.seconds, whole, forward, step))
+        medians = {part: 1e3 * median(row[part] for row in rows[1:]) for part in rows[0]}
+        out.append({"task": asked.task, "K": str(top_k), "mode": name, **medians})
     return out
+
+
+def _parts(
+    results: RankedResults, pictures: Sequence[float], whole: float, forward: float, step: float
+) -> dict[str, float]:
+    """Of one call, in seconds. pictures: how long each took, the query's first; step: forward passes with what is around them"""
+    assert results.trace is not None
+    timings = results.trace.timings
+    of_query = pictures[0] if results.query.content.image is not None else 0.0
+    parts = {
+        "fetch ms": timings["first_stage"] - of_query,
+        "prompt ms": timings["memory"] + timings["open"],
+        "batching and sampling ms": step - forward,
+        "pictures ms": sum(pictures),
+    }
+    outside = whole - forward
+    return {"outside the model ms": outside, **parts, "rest ms": outside - sum(parts.values()), "whole call ms": whole}
 
 
 def profile(catalogue: Catalogue, asked: LabelledQuery, top_k: int) -> None:
@@ -120,17 +136,17 @@ def profile(catalogue: Catalogue, asked: LabelledQuery, top_k: int) -> None:
 
 
 class Timed:
-    """An image source that adds up how long its callers waited."""
+    """An image source that notes how long its callers waited for each picture."""
 
     def __init__(self, images: ImageSource) -> None:
-        self._images, self.seconds = images, 0.0
+        self._images, self.seconds = images, list[float]()
 
     async def load(self, image: ImageInput) -> ImageData:
         started = time.perf_counter()
         try:
             return await self._images.load(image)
         finally:
-            self.seconds += time.perf_counter() - started
+            self.seconds.append(time.perf_counter() - started)
 
 
 def _retriever(catalogue: Catalogue, images: ImageSource) -> RetrvR1Retriever:

@@ -113,15 +113,23 @@ def _stage(stage: dict[str, Any]) -> Row:
 def _outside(report: dict[str, Any]) -> list[str]:
     goals = []
     for mode in dict.fromkeys(row["mode"] for row in report["calls"]):
-        worst = max(row["outside the model ms"] for row in report["calls"] if row["mode"] == mode)
-        verdict = "met" if worst <= OUTSIDE_MS else f"missed by {worst - OUTSIDE_MS:.1f}"
-        goals.append(f"{mode}: at most {worst:.1f} ms outside the model, goal {OUTSIDE_MS} ({verdict}).\n")
+        rows = [row for row in report["calls"] if row["mode"] == mode]
+        everything = max(row["outside the model ms"] for row in rows)
+        named = max(row["fetch ms"] + row["prompt ms"] + row["rest ms"] for row in rows)
+        goals.append(
+            f"{mode}: everything outside the model takes at most {everything:.1f} ms, {_verdict(everything)}; fetch, prompt "
+            f"and rest together at most {named:.1f}, {_verdict(named)}.\n"
+        )
     return [
         table(report["calls"]),
         *goals,
         "One search for K with memory, among 2,000 points:\n",
         table(report["fetch"]),
     ]
+
+
+def _verdict(ms: float) -> str:
+    return f"goal {OUTSIDE_MS} ({'met' if ms <= OUTSIDE_MS else f'missed by {ms - OUTSIDE_MS:.1f}'})"
 
 
 def _first_stage(report: dict[str, Any]) -> list[str]:
@@ -157,8 +165,10 @@ SECTIONS = (
     ),
     Section(
         "Time outside the model", "outside.json", f"{_BENCH}.outside --out docs/bench/outside.json",
-        "Whole `retrieve` calls of the miniature, less its forward passes and the embedding of the query; medians. A thought is sampled "
-        "token by token, and that is outside the passes, too. Not shown: pictures that have to be fetched, a Qdrant server.", _outside,
+        "Whole `retrieve` calls of the miniature, less its forward passes and the embedding of the query; medians, also of the parts. "
+        "Fetch: search and memory. Prompt: memory checked, prompt built and made ids. Batching and sampling: around each pass, and a "
+        "thought has one for every token. Pictures: of the query and of opened candidates, from file to pixels. Rest: parsing, ranking, "
+        "the result, and waking one thread from another. Not shown: pictures that have to be fetched, a Qdrant server.", _outside,
     ),
     *(
         Section(

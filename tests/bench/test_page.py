@@ -29,9 +29,16 @@ def test_what_has_no_file_is_not_measured_and_a_missed_goal_is_said(tmp_path):
     assert "U/F without thought: 20.0, goal 8.0 (met)." in text
     assert "With the same caches, U'/F: 9.0." in text
     calls = [
-        {"task": "t2i", "mode": mode, "outside the model ms": ms} for mode, ms in (("a", 4.0), ("b", 4.9), ("b", 7.5))
+        {"task": "t2i", "mode": mode, "outside the model ms": ms, "fetch ms": ms / 2, "prompt ms": 0.5, "rest ms": 0.5}
+        for mode, ms in (("a", 4.0), ("b", 4.9), ("b", 7.5), ("c", 9.0))
     ]
     (tmp_path / "outside.json").write_text(json.dumps({"command": "python -m y", "calls": calls, "fetch": calls}))
     text = page.page(tmp_path, tmp_path)
-    assert "a: at most 4.0 ms outside the model, goal 5.0 (met)." in text
-    assert "b: at most 7.5 ms outside the model, goal 5.0 (missed by 2.5)." in text
+    assert (
+        "a: everything outside the model takes at most 4.0 ms, goal 5.0 (met); fetch, prompt and rest together at most 3.0, "
+        "goal 5.0 (met)." in text
+    )
+    assert (
+        "at most 7.5 ms, goal 5.0 (missed by 2.5); fetch, prompt and rest together at most 4.8, goal 5.0 (met)." in text
+    )
+    assert "fetch, prompt and rest together at most 5.5, goal 5.0 (missed by 0.5)." in text
