@@ -21,7 +21,7 @@ RESERVED = "_retrv"
 
 _FIELD = re.compile(r"\{([^{}]+)\}")
 _PATH = re.compile(r"[^\s{}.!:\[\]]+(?:\.[^\s{}.!:\[\]]+)*")
-_NESTED = dict | Mapping  # dict first: Mapping asks slowly. Not made anew for each of fifty documents a query
+_NESTED = (dict, Mapping)  # dict first: Mapping asks slowly. Not made anew for each of fifty documents a query
 _PLAIN = str | int | float | None
 _CLOSING = re.compile(r"""^[)\]}"'”’»%]+""")
 
