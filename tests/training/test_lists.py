@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,8 +14,8 @@ from retrv_r1_training.lists import Contrast, Lists, contrast, largest_list, pro
 from retrv_r1_training.teacher import Caption
 
 from retrv_r1_retriever.demo.catalogue import ATTRIBUTES, LabelledQuery
-from retrv_r1_retriever.prompt import build_prompt, label
-from retrv_r1_retriever.trace import Compressed, Text
+from retrv_r1_retriever.prompt import build_prompt, label, query_segments
+from retrv_r1_retriever.trace import Compressed, Full, Text
 from retrv_r1_retriever.types import Candidate, Content, Document, Memory, Query
 
 
@@ -41,6 +42,21 @@ def test_labels_in_order_are_the_prompt_as_served(lists):
         [Candidate(Document(x.id, x.content), None, r, lists.memories[0]) for r, x in enumerate(items, 1)],
     )
     assert prompt_of(lists, 0, chosen, [0, 1, 2]) == served
+
+
+def test_in_full_the_query_stands_before_the_candidates(lists):
+    """Behind them their tokens cannot be compared with it as they are read."""
+    query, chosen = lists.pool.queries[0].query, [4, 7, 9]
+    prompt = prompt_of(replace(lists, full=True), 0, chosen, [0, 3, 5])
+    shown = [at for at, segment in enumerate(prompt.segments) if isinstance(segment, Full)]
+    asked = [at for at, segment in enumerate(prompt.segments) if segment in query_segments(query)]
+    assert asked
+    assert max(asked) < min(shown)
+    assert [prompt.segments[at].content for at in shown] == [lists.pool.items[i].content for i in chosen]
+    assert [prompt.segments[at - 1] for at in shown] == [Text(label(i)) for i in (0, 3, 5)]
+    words = "".join(s.text for s in prompt.segments if isinstance(s, Text))
+    compressed = "".join(s.text for s in prompt_of(lists, 0, chosen, [0, 3, 5]).segments if isinstance(s, Text))
+    assert sorted(words) == sorted(compressed), "the same words in another order"
 
 
 def test_spread_labels_show_their_candidates_and_nothing_else(lists):

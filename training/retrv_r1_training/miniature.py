@@ -10,7 +10,6 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -58,7 +57,6 @@ READS: dict[str, tuple[str, ...]] = {
     "grpo": (),
 }
 STAGES = tuple(READS)
-GROWTH_IN_FULL = ((0.15, 1), (0.35, 2), (0.5, 4), (0.7, 8))  # of the lists of `in_full`, see `sft.train_sft`
 
 
 class Miniature:
@@ -186,12 +184,9 @@ class Miniature:
         return self._sft("sft", "polish", _polished(self.recipe), TokenWeights(list_label=1.0), seed=8)
 
     def in_full(self) -> RetrvR1ForConditionalGeneration:
-        """A peer for the benchmarks: the same thoughts over candidates in full, from weights that know how to think.
-
-        Lists grow from one candidate. On whole lists from the start nothing tells which pictures a label is of, not even in lists of two.
-        """
+        """A peer for the benchmarks: the same thoughts over candidates in full, from weights that know how to think."""
         self.lists = [replace(part, full=True) for part in self.lists]
-        return self._sft("polish", "in_full", _polished(self.recipe), TokenWeights(list_label=1.0), 9, GROWTH_IN_FULL)
+        return self._sft("polish", "in_full", _polished(self.recipe), TokenWeights(list_label=1.0), seed=9)
 
     def grpo(self) -> RetrvR1ForConditionalGeneration:
         config, top_k = self.recipe.stages.grpo, self.recipe.top_k
@@ -285,13 +280,12 @@ class Miniature:
         style: TeacherStyle | None,
         tokens: TokenWeights = TokenWeights(),
         seed: int = 6,
-        growth: Sequence[tuple[float, int]] = (),
     ) -> RetrvR1ForConditionalGeneration:
         model, recipe = self._start(start), self.recipe
         schedule = getattr(recipe.stages, name)
         sft.train_sft(
             model, self.processor, self.lists[:-1], self.lists[-1], ListConfig(recipe.top_k), style, schedule,
-            recipe.rehearsal, recipe.direct_weight, recipe.seed + seed, self.log_file, name, tokens, growth,
+            recipe.rehearsal, recipe.direct_weight, recipe.seed + seed, self.log_file, name, tokens,
         )  # fmt: skip
         return model
 

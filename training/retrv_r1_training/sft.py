@@ -26,14 +26,12 @@ from retrv_r1_retriever.prompt import ADDED_TOKENS, ANSWER_START, CHECK_CUE, NON
 from retrv_r1_retriever.trace import Full, Sampled, Segment
 from retrv_r1_training.base import comparison_loss
 from retrv_r1_training.checks import check_ranges
-from retrv_r1_training.lists import ListConfig, Lists, candidate_list, largest_list, prompt_of, spread_labels
+from retrv_r1_training.lists import ListConfig, Lists, candidate_list, prompt_of, spread_labels
 from retrv_r1_training.loop import Schedule, train
 from retrv_r1_training.loss import TokenWeights, token_weights
 from retrv_r1_training.memory_training import learns_memory
 from retrv_r1_training.ranknet import ranknet, teacher_ranks
 from retrv_r1_training.teacher import TeacherStyle, wanted, write_thought
-
-MAX_LISTS = 8  #: times the batch size, while lists are short
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,12 +212,9 @@ def direct_read_loss(
 def train_sft(
     model: RetrvR1ForConditionalGeneration, processor: Processor, lists: Sequence[Lists], held_out: Lists,
     config: ListConfig, style: TeacherStyle | None, schedule: Schedule, rehearsal: int, direct_weight: float, seed: int,
-    log_file: Path, name: str, tokens: TokenWeights = TokenWeights(), growth: Sequence[tuple[float, int]] = (),
+    log_file: Path, name: str, tokens: TokenWeights = TokenWeights(),
 ) -> None:  # fmt: skip
-    """rehearsal: text-only comparison sequences beside every batch, or the comparison is forgotten.
-
-    growth: see `largest_list`; steps of shorter lists take more of them
-    """
+    """rehearsal: text-only comparison sequences beside every batch, or the comparison is forgotten."""
     rng = random.Random(seed)
     captions = [item.caption for part in lists for item in part.pool.items]
     weights = SftLoss(tokens, direct=direct_weight, relation=0.0 if held_out.full else 1.0)
@@ -227,11 +222,9 @@ def train_sft(
 
     def loss_fn(step: int) -> tuple[Tensor, dict[str, float]]:
         examples = []
-        largest = largest_list(growth, step / schedule.steps, config.top_k)
-        for _ in range(schedule.batch_size * min(MAX_LISTS, config.top_k // largest)):
+        for _ in range(schedule.batch_size):
             part = rng.choice(lists)
-            number = rng.randrange(len(part.pool.queries))
-            examples.append(make_example(processor, part, number, replace(config, top_k=largest), style, rng))
+            examples.append(make_example(processor, part, rng.randrange(len(part.pool.queries)), config, style, rng))
         loss, metrics, _ = losses(model, processor, examples, weights)
         drill, more = comparison_loss(model, processor, captions, rehearsal, rng)
         return loss + drill, metrics | {"length": float(len(examples[0].turn) + len(examples[0].prompt))} | more
