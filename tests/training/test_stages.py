@@ -27,7 +27,7 @@ from retrv_r1_retriever.errors import OptionsError, RetrvR1Error
 from retrv_r1_retriever.model.checkpoint import Checkpoint, Manifest, load_checkpoint, memory_digest
 from retrv_r1_retriever.model.embedding import BackboneEmbedder
 from retrv_r1_retriever.model.processing import collate
-from retrv_r1_retriever.prompt import ADDED_TOKENS, ANSWER_START, build_prompt
+from retrv_r1_retriever.prompt import ADDED_TOKENS, ANSWER_START, ASSISTANT, build_prompt
 from retrv_r1_retriever.types import Candidate, Document, Memory
 
 RECIPE = cli.RECIPES / "miniature.yaml"
@@ -156,6 +156,40 @@ def test_direct_read_branch_is_the_engines_probe(run):
     for b, chunk in enumerate(chunks):
         torch.testing.assert_close(hidden[b, : len(chunk)], plain[b, : len(chunk)], atol=1e-3, rtol=1e-3)
     assert batch.sampled.any()
+
+
+def test_candidates_in_full_are_read_at_their_last_tokens(run, monkeypatch):
+    """The loss on each verdict is taken where a candidate ends, of every candidate once, in order."""
+    loaded = load_checkpoint(run / "checkpoint", device="cpu")
+    model, processor = loaded.model, loaded.processor
+    miniature = Miniature(with_fewer_steps(load(Recipe, RECIPE), 2), run)
+    miniature.__dict__["processor"] = processor
+    lists = replace(miniature.lists[-1], full=True)
+    examples = [
+        sft.make_example(processor, lists, n, ListConfig(6), TeacherStyle(), random.Random(n))
+        for n in range(0, len(lists.pool.queries), 5)
+    ]
+    seen = []
+    monkeypatch.setattr(sft, "_verdict_loss", lambda model, processor, read, examples: seen.append(read))
+    columns = torch.arange(max(len(e.prompt) for e in examples))
+    rows = torch.arange(len(examples))
+    sft.reading_loss(model, processor, torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1), examples)
+    at = iter(seen[0].tolist())
+    end, slots = processor.tokenise(ASSISTANT), set(processor.slot_ids)
+    for row, example in enumerate(examples):
+        ids = example.prompt.ids.tolist()
+        for number in range(len(example.verdicts)):
+            where, column = next(at)
+            assert where == row
+            assert ids[column] not in slots
+            last = number == len(example.verdicts) - 1
+            assert ids[column + 1 :] == end if last else ids[column + 1] in slots
+    assert next(at, None) is None
+    monkeypatch.undo()
+    loss, metrics, _ = sft.losses(model, processor, examples, sft.SftLoss())
+    without, _, _ = sft.losses(model, processor, examples, sft.SftLoss(relation=0.0))
+    assert loss > without
+    assert 0 <= metrics["relation"] <= 1
 
 
 def test_weights_follow_the_role_of_a_token(run):

@@ -16,7 +16,17 @@ from torch import Tensor
 from retrv_r1_retriever.model.modeling import RetrvR1ForConditionalGeneration
 from retrv_r1_retriever.model.processing import Batch, Chunk, Processor
 from retrv_r1_retriever.parser import Check, Thought, Verdict, render
-from retrv_r1_retriever.prompt import CHECK_CUE, KEEP, LABELS, NONE_INDEX, SYSTEM, Prompt, query_segments
+from retrv_r1_retriever.prompt import (
+    ASSISTANT,
+    CHECK_CUE,
+    KEEP,
+    LABELS,
+    NONE_INDEX,
+    OPENING,
+    SYSTEM,
+    Prompt,
+    query_segments,
+)
 from retrv_r1_retriever.trace import Full, Sampled, Segment, Text
 from retrv_r1_retriever.types import Content, Query
 from retrv_r1_training.data import Pool
@@ -25,8 +35,6 @@ from retrv_r1_training.loss import TokenWeights, accuracy, hidden_states, of_eac
 from retrv_r1_training.teacher import Caption, agrees, check_text, wanted
 
 DESCRIBE = Text("\nDescribe:")
-HEAD = Text(f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n")
-ASSISTANT = Text("<|im_end|>\n<|im_start|>assistant\n")
 #: The words of prompt and thought that are in no caption.
 FRAME = frozenset(
     (" same diff match differs keep but", f"system\n{SYSTEM}", "user\nCandidates:\n", "assistant\n", "\nQuery:")
@@ -88,7 +96,7 @@ def episode(processor: Processor, query: Query, want: Caption, opened: Sequence[
     turn = render(Thought(str(want), (), tuple(checks), None))[:-1]
     contents = dict(zip(labels, (content for content, _ in opened), strict=True))
     turn = tuple(Full(s.index, contents[s.index]) if isinstance(s, Full) else s for s in turn)
-    prompt = Prompt(query, (), (HEAD, *query_segments(query), ASSISTANT))
+    prompt = Prompt(query, (), (Text(OPENING), *query_segments(query), Text(ASSISTANT)))
     content, caption = opened[-1]
     described = (Full(labels[-1], content), DESCRIBE, Sampled(f" {caption}"))
     return processor.chunk((*prompt.segments, *turn, *described), prompt)
@@ -133,7 +141,7 @@ def comparison(processor: Processor, rng: random.Random, captions: Sequence[str]
             break
     turn = render(Thought(str(want), verdicts, tuple(checks), answer))
     filled = tuple(Full(s.index, contents[s.index]) if isinstance(s, Full) else s for s in turn)
-    prompt = Prompt(Query.of(str(want)), (), (HEAD, *query_segments(Query.of(str(want))), ASSISTANT))
+    prompt = Prompt(Query.of(str(want)), (), (Text(OPENING), *query_segments(Query.of(str(want))), Text(ASSISTANT)))
     return processor.chunk((*prompt.segments, *filled), prompt)
 
 

@@ -22,7 +22,7 @@ from retrv_r1_retriever.model.embedding import encode_pictures
 from retrv_r1_retriever.model.modeling import RetrvR1ForConditionalGeneration
 from retrv_r1_retriever.model.processing import Batch, Chunk, Processor, collate
 from retrv_r1_retriever.parser import Thought, render
-from retrv_r1_retriever.prompt import ADDED_TOKENS, ANSWER_START, CHECK_CUE, NONE_INDEX, Prompt
+from retrv_r1_retriever.prompt import ADDED_TOKENS, ANSWER_START, ASSISTANT, CHECK_CUE, NONE_INDEX, Prompt
 from retrv_r1_retriever.trace import Full, Sampled, Segment
 from retrv_r1_training.base import comparison_loss
 from retrv_r1_training.checks import check_ranges
@@ -186,9 +186,32 @@ def relation_loss(
     rows = torch.cat([pairs, cue.expand(len(pairs), -1, -1)], dim=1)
     positions = torch.arange(rows.shape[1], device=flat.device).expand(3, len(rows), -1)
     hidden = model.model.language_model(inputs_embeds=rows, position_ids=positions, use_cache=False).last_hidden_state
+    return _verdict_loss(model, processor, hidden[:, -1], examples)
+
+
+def reading_loss(
+    model: RetrvR1ForConditionalGeneration, processor: Processor, hidden: Tensor, examples: Sequence[Example]
+) -> tuple[Tensor, float]:
+    """The same of candidates in full: what has been read at a candidate's last token says its verdict. hidden (B, L, H)
+
+    Without this a thought over such a list learns its verdicts late, if at all (docs/experiments.md).
+    """
+    slots, closing = processor.slot_ids, len(processor.tokenise(ASSISTANT))
+    rows, columns = [], []
+    for row, example in enumerate(examples):
+        starts = np.flatnonzero(np.isin(example.prompt.ids, slots))  # labels: no foreign text has one
+        columns += [*(starts[1:] - 1), len(example.prompt) - closing - 1]
+        rows += [row] * len(starts)
+    return _verdict_loss(model, processor, hidden[rows, columns], examples)
+
+
+def _verdict_loss(
+    model: RetrvR1ForConditionalGeneration, processor: Processor, read: Tensor, examples: Sequence[Example]
+) -> tuple[Tensor, float]:
+    """read (candidates, H): the sum of -log p(first token of each one's verdict), and how often that is the arg-max."""
     words = [processor.tokenise(f" {v}")[0] for e in examples for v in e.verdicts]
-    target = torch.tensor(words, device=flat.device)
-    logits = model.lm_head(hidden[:, -1]).float()
+    target = torch.tensor(words, device=read.device)
+    logits = model.lm_head(read).float()
     return F.cross_entropy(logits, target, reduction="sum"), (logits.argmax(-1) == target).float().mean().item()
 
 
@@ -217,7 +240,7 @@ def train_sft(
     """rehearsal: text-only comparison sequences beside every batch, or the comparison is forgotten."""
     rng = random.Random(seed)
     captions = [item.caption for part in lists for item in part.pool.items]
-    weights = SftLoss(tokens, direct=direct_weight, relation=0.0 if held_out.full else 1.0)
+    weights = SftLoss(tokens, direct=direct_weight)
     freeze_for_sft(model)
 
     def loss_fn(step: int) -> tuple[Tensor, dict[str, float]]:
@@ -282,7 +305,10 @@ def losses(
              "marks": role == roles.mark, "conclusion": role == roles.conclusion, "answer": of_answer}  # fmt: skip
     metrics = {k: right[mask].mean().item() for k, mask in masks.items()} | {"direct": hits.float().mean().item()}
     if weights.relation:
-        relation, metrics["relation"] = relation_loss(model, processor, embeds, batch, examples)
+        if len(batch.compressed.content_at):
+            relation, metrics["relation"] = relation_loss(model, processor, embeds, batch, examples)
+        else:
+            relation, metrics["relation"] = reading_loss(model, processor, hidden, examples)
         loss = loss + weights.relation * relation / totals.candidates
     return loss, metrics, hits
 
