@@ -25,7 +25,7 @@ import torch
 import transformers
 
 from retrv_r1_retriever._sync import run
-from retrv_r1_retriever.bench.arguments import add_arguments
+from retrv_r1_retriever.bench.arguments import MODES, add_arguments
 from retrv_r1_retriever.bench.floors import Counts, measure_ceiling
 from retrv_r1_retriever.bench.machine import processor
 from retrv_r1_retriever.bench.modes import (
@@ -40,7 +40,7 @@ from retrv_r1_retriever.bench.modes import (
     throughput,
 )
 from retrv_r1_retriever.bench.shapes import SHAPES, Shape, random_checkpoint, random_task
-from retrv_r1_retriever.bench.stages import stages
+from retrv_r1_retriever.bench.stages import Stage, stages
 from retrv_r1_retriever.config import Config, ModelConfig, checkpoint_path
 from retrv_r1_retriever.demo.catalogue import TASKS, pool_path, read_queries, write_catalogue
 from retrv_r1_retriever.edge import EdgeStore
@@ -97,23 +97,24 @@ def bench_shape(name: str, args: argparse.Namespace) -> dict[str, Any]:
             out["modes"] += [head | row for row in run(time_modes(checkpoint, engine, task, args))]
             if args.steps:
                 out["auto"].append(head | run(time_auto(engine, queries, task, args, checkpoint.model.device)))
-            found = [asdict(s) for s in stages(checkpoint, task, ceiling, args.rounds)] if args.stages else []
+            found = stages(checkpoint, task, ceiling, args.rounds) if args.stages else []
             memory = task.stored[0].memory
             assert memory is not None
             fetch = fetch_seconds(k, len(memory.rows), memory.rows.shape[1], args.rounds)
-            found.append({"name": "fetch with memory (Edge)", "seconds": fetch, "floor": None})
-            out["stages"] += [head | stage for stage in found]
+            found.append(Stage("fetch with memory (Edge)", fetch))
+            out["stages"] += [head | asdict(stage) for stage in found]
     say(table(out["modes"]))
     if out["auto"]:
         say(table(out["auto"]))
-    say(table([_stage_row(s) for s in out["stages"]]))
+    say(table([stage_row(stage) for stage in out["stages"]]))
     return out
 
 
 async def time_modes(checkpoint: Checkpoint, engine: LocalEngine, task: Task, args: argparse.Namespace) -> list[Row]:
     """One row a mode: what it reads, milliseconds of the direct read alone, with a thought, and queries per second."""
     device, counts = checkpoint.model.device, Counts(checkpoint.model.config, checkpoint.model.dtype.itemsize)
-    calls = {name: call for name, call in modes(engine, task).items() if not args.modes or name in args.modes}
+    chosen = {*args.modes, "U", "F"} if args.modes else set(MODES)
+    calls = {name: call for name, call in modes(engine, task).items() if name in chosen}
     reads = await counted(calls, checkpoint.model.model.visual)
     seconds = await interleaved(calls, args.rounds, device)
     full, compressed = build_full_prompt(task.query, task.cached), build_prompt(task.query, task.stored)
@@ -235,12 +236,14 @@ def _cell(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:.2f}" if value < 10 else f"{value:,.1f}"
 
 
-def _stage_row(stage: dict[str, Any]) -> Row:
-    floor = stage["floor"]
-    return {
-        "task": stage["task"], "K": stage["K"], "stage": stage["name"], "ms": 1e3 * stage["seconds"],
-        "floor ms": "-" if floor is None else 1e3 * floor, "% of floor": "-" if floor is None else 100 * floor / stage["seconds"],
-    }  # fmt: skip
+def stage_row(stage: dict[str, Any]) -> Row:
+    """Of a report's stage. The floor is that of the FLOPs or of the bytes, whichever is higher."""
+    work, seconds, floor = stage["work"], stage["seconds"], stage["floor"]
+    row: Row = {"task": stage["task"], "K": stage["K"], "stage": stage["name"], "ms": 1e3 * seconds}
+    if work is None:
+        return row | dict.fromkeys(("GFLOP", "MB", "floor ms", "% of floor"), "-")
+    counted = {"GFLOP": f"{work['flops'] / 1e9:.3g}", "MB": f"{work['bytes'] / 1e6:.3g}"}
+    return row | counted | {"floor ms": 1e3 * floor, "% of floor": 100 * floor / seconds}
 
 
 def _miniature() -> Checkpoint:

@@ -34,6 +34,7 @@ import numpy as np
 import qdrant_edge as edge
 from numpy.typing import NDArray
 
+from retrv_r1_retriever.bench.arguments import whole
 from retrv_r1_retriever.bench.machine import processor
 
 DIM, LATENT, TOP_K, BATCH = 256, 48, 50, 1000
@@ -104,8 +105,8 @@ def share_of(row: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--points", type=int, required=True)
-    parser.add_argument("--queries", type=int, default=200)
+    parser.add_argument("--points", type=whole(1), required=True)
+    parser.add_argument("--queries", type=whole(1), default=200)
     parser.add_argument("--dir", type=Path, help="where the collections are built; removed afterwards")
     parser.add_argument("--out", type=Path, help="JSON file")
     args = parser.parse_args(argv)

@@ -26,13 +26,14 @@ from typing import Any
 import torch
 
 from retrv_r1_retriever.bench.__main__ import Row, command, fetch_seconds, machine, say, table
+from retrv_r1_retriever.bench.arguments import whole
 from retrv_r1_retriever.bench.catalogue import Catalogue, Remembering, opened
 from retrv_r1_retriever.demo.catalogue import TASKS, LabelledQuery, read_queries
 from retrv_r1_retriever.images import ImageData, ImageSource
 from retrv_r1_retriever.options import RerankOptions
 from retrv_r1_retriever.retriever import RetrvR1Retriever
 from retrv_r1_retriever.store import Equals, Filter
-from retrv_r1_retriever.types import ImageInput, RankedResults
+from retrv_r1_retriever.types import MAX_CANDIDATES, ImageInput, RankedResults
 
 OPTIONS = {
     "logits, think=never": RerankOptions(think="never", ranking="logits", timeout_s=None),
@@ -46,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="miniature")
     parser.add_argument("--dir", type=Path, default=Path("demo-data"), help="where catalogue and index are kept")
-    parser.add_argument("--top-k", type=int, nargs="+", default=[50])
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--top-k", type=whole(1, MAX_CANDIDATES), nargs="+", default=[50])
+    parser.add_argument("--rounds", type=whole(1), default=30)
     parser.add_argument(
         "--profile", action="store_true", help="also print where one mode's time on the event loop goes"
     )

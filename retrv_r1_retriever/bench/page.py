@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from retrv_r1_retriever.bench.__main__ import Row, table
+from retrv_r1_retriever.bench.__main__ import Row, stage_row, table
 
 HEAD = """# Benchmarks
 
@@ -27,8 +27,9 @@ MODES = """\
 U: every candidate in full, its picture through the tower at query time; U': the same with tower tokens cached; X: K prompts of one
 candidate, run together (a pointwise cross-encoder of the same backbone; the query's picture through the tower once); X': the same with
 tower tokens cached; C: two tokens each, compressed at query time; F: two tokens each, memory made at index time; F+5: F, then its best
-five opened in full. The same weights in all of them, one query at a time, interleaved, the shortest of the rounds. Not shown: quality
-(U and X were not trained), batches, other processors."""
+five opened in full. The same weights in all of them, one query at a time, interleaved, the shortest of the rounds. Stages are timed each by
+itself after the modes, their floor is that of their FLOPs or of their bytes at the measured ceilings, whichever is higher. Not shown:
+quality (U and X were not trained), batches, other processors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ def _modes(report: dict[str, Any]) -> list[str]:
         if shape.get("auto"):
             out += ["F, and a thought only where its two best slots are close:\n", table(shape["auto"])]
         if len(shape["stages"]) > 1:
-            out.append(table([_stage(s) for s in shape["stages"]]))
+            out.append(table([stage_row(stage) for stage in shape["stages"]]))
     return out
 
 
@@ -100,14 +101,6 @@ def _goals(rows: Sequence[Row]) -> list[str]:
         ratio = ms["U'"] / ms["F"]
         lines.append(f"With the same caches, U'/F: {ratio:.1f}.\n")
     return lines
-
-
-def _stage(stage: dict[str, Any]) -> Row:
-    floor, seconds = stage["floor"], stage["seconds"]
-    part: Row = {"floor ms": "-", "% of floor": "-"}
-    if floor is not None:
-        part = {"floor ms": 1e3 * floor, "% of floor": 100 * floor / seconds}
-    return {"task": stage["task"], "K": stage["K"], "stage": stage["name"], "ms": 1e3 * seconds} | part
 
 
 def _outside(report: dict[str, Any]) -> list[str]:
@@ -180,9 +173,10 @@ SECTIONS = (
     Section(
         "Quality beside latency", "quality/quality.json", f"{_BENCH}.quality --out docs/bench/quality",
         "The demo catalogue, lists of 20, validation queries (choices were made on them; the README has test figures). *miniature* is the "
-        "shipped model; *compressed* and *pointwise* are rows `full` and `pointwise` of [the ablation](experiments.md), 2,050 and 1,500 "
-        "steps from the same backbone, `runs/ablation/full-s0/checkpoint` and `runs/ablation/pointwise-s0/checkpoint`. A list read all in "
-        "full has not been learned by this backbone, so it has no point. Not shown: other data, other sizes.",
+        "shipped model. *compressed*, *all-full* and *pointwise* are rows of [the ablation](experiments.md), which has to be run first "
+        "(`retrv-r1-train ablation --rows full \"all full\" pointwise --seeds 2`, hours): 2,050 steps after one backbone's `align`; 2,400 "
+        "more with every candidate in full; 1,500 with one candidate at a time. These three share an embedder and so their lists, the "
+        "miniature has its own (*in list*: the answer is among the 20). Not shown: other data, other sizes, other seeds.",
         _quality, "quality/quality.png",
     ),
 )  # fmt: skip

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,9 +28,11 @@ import torch
 
 from retrv_r1_retriever._sync import run
 from retrv_r1_retriever.bench.__main__ import Row, command, machine, say, table
+from retrv_r1_retriever.bench.arguments import whole
 from retrv_r1_retriever.bench.catalogue import Catalogue, opened
 from retrv_r1_retriever.demo.figures import Asked, K, ask
 from retrv_r1_retriever.driver import read
+from retrv_r1_retriever.errors import RetrvR1Error
 from retrv_r1_retriever.images import ImageData, load_content
 from retrv_r1_retriever.options import RerankOptions
 from retrv_r1_retriever.prompt import ANSWER_START, build_full_prompt
@@ -75,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--full", nargs="+", action="extend", type=Named.parse, help="trained on lists in full")
     parser.add_argument("--pointwise", nargs="+", action="extend", type=Named.parse, help="trained on one at a time")
     parser.add_argument("--split", default="val", choices=("val", "test"), help="choices are made on val")
-    parser.add_argument("--limit", type=int, default=50, help="queries per task and stratum (default: 50)")
+    parser.add_argument("--limit", type=whole(1), default=50, help="queries per task and stratum (default: 50)")
     parser.add_argument("--dir", type=Path, default=Path("demo-data"), help="where catalogue and indexes are kept")
     parser.add_argument("--out", type=Path, help="folder for quality.json and quality.png")
     args = parser.parse_args(argv)
@@ -86,10 +89,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         (args.full, _in_full),
         (args.pointwise, _pointwise),
     ]
-    for named, calls in [(named, calls) for given, calls in kinds for named in given or ()]:
-        with opened(args.dir, named.path, args.split) as catalogue:
-            head: Row = {"checkpoint": named.name, "digest": catalogue.engine.versions["checkpoint"]}
-            rows += [head | row for row in measure(catalogue, args.split, args.limit, calls)]
+    try:
+        for named, calls in [(named, calls) for given, calls in kinds for named in given or ()]:
+            with opened(args.dir, named.path, args.split) as catalogue:
+                head: Row = {"checkpoint": named.name, "digest": catalogue.engine.versions["checkpoint"]}
+                rows += [head | row for row in measure(catalogue, args.split, args.limit, calls)]
+    except RetrvR1Error as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
     say(table(rows))
     if args.out:
         from retrv_r1_retriever.bench.plot import draw_quality  # matplotlib: only where a picture is asked for
@@ -105,7 +112,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(catalogue: Catalogue, split: str, limit: int, calls: CallsOf) -> list[Row]:
     asked = run(ask(catalogue.folder, split, VectorFirstStage(catalogue.store, catalogue.embedder), limit))
     found = [a.candidates[0].document.id in a.labelled.positives for a in asked]
-    rows: list[Row] = [{"mode": "first stage", **_share(asked, found), "ms": 0.0}]
+    listed = [any(c.document.id in a.labelled.positives for c in a.candidates) for a in asked]
+    head: Row = {"queries": str(len(asked)), "in list": sum(listed) / len(listed)}
+    rows: list[Row] = [{"mode": "first stage", **head, **_share(asked, found), "ms": 0.0}]
     for name, call, prepared in calls(catalogue, asked):
         right, seconds = [], []
         for one in [prepared[0], *prepared]:  # the first one twice: it warms up
@@ -113,7 +122,7 @@ def measure(catalogue: Catalogue, split: str, limit: int, calls: CallsOf) -> lis
             first = run(call(one))
             seconds.append(time.perf_counter() - started)
             right.append(first in one.labelled.positives)
-        rows.append({"mode": name, **_share(asked, right[1:]), "ms": 1e3 * median(seconds[1:])})
+        rows.append({"mode": name, **head, **_share(asked, right[1:]), "ms": 1e3 * median(seconds[1:])})
     return rows
 
 
@@ -185,7 +194,7 @@ def _share(asked: Sequence[Asked], right: Sequence[bool]) -> dict[str, Any]:
         for name in ("coarse", "fine")
     }
     shares = {f"R@1 {name}": sum(values) / len(values) for name, values in strata.items()}
-    return {"queries": str(len(right)), **shares, "R@1": sum(right) / len(right)}
+    return {**shares, "R@1": sum(right) / len(right)}
 
 
 if __name__ == "__main__":

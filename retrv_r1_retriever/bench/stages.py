@@ -20,11 +20,12 @@ from retrv_r1_retriever.trace import Segment, Text
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """seconds: measured; floor: seconds no code can beat here, None where the work is not the model's."""
+    """seconds: measured; work: by formula, None where it is not the model's; floor: seconds in which no code can do it here."""
 
     name: str
     seconds: float
-    floor: float | None
+    work: Work | None = None
+    floor: float | None = None
 
 
 @torch.inference_mode()
@@ -38,7 +39,7 @@ def stages(checkpoint: Checkpoint, task: Task, ceiling: Ceiling, rounds: int) ->
     out: list[Stage] = []
 
     def measure(name: str, call: Callable[[], object], work: Work | None = None) -> None:
-        out.append(Stage(name, best_of(rounds, call, device), ceiling.floor(work) if work else None))
+        out.append(Stage(name, best_of(rounds, call, device), work, ceiling.floor(work) if work else None))
 
     if pictures:
         measure("decode and resize, K pictures", lambda: processor.pixels(pictures))  # type: ignore[arg-type]

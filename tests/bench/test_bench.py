@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from retrv_r1_retriever import cli
 from retrv_r1_retriever._sync import run
 from retrv_r1_retriever.bench import __main__ as bench
-from retrv_r1_retriever.bench.arguments import NAMES
+from retrv_r1_retriever.bench.arguments import MODES, NAMES
 from retrv_r1_retriever.bench.floors import Ceiling, Counts, Work
 from retrv_r1_retriever.bench.modes import OPENED, Task, auto, counted, margin_below, modes, thought
 from retrv_r1_retriever.bench.shapes import SHAPES, Shape, random_checkpoint, random_task
@@ -115,7 +115,7 @@ def test_a_floor_is_the_slower_of_computing_and_moving():
     assert ceiling.floor(Work(50, 20)) == 2.0
 
 
-def test_the_command_prints_tables_and_writes_json_and_a_picture(tmp_path, capsys):
+def test_the_command_prints_tables_and_writes_json_and_a_picture(checkpoint, tmp_path, capsys):
     argv = ["--shape", "ratio", "--top-k", "6", "--rounds", "1", "--steps", "3", "--concurrency", "2"]
     assert bench.main([*argv, "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
@@ -125,12 +125,17 @@ def test_the_command_prints_tables_and_writes_json_and_a_picture(tmp_path, capsy
     assert [row["mode"] for row in report["shapes"][0]["modes"]] == ["U", "U'", "X", "X'", "C", "F", f"F+{OPENED}"]
     [row] = report["shapes"][0]["auto"]
     assert (row["queries"], row["chosen"], row["thought about, %"]) == ("10", "leaves 20% below it", 20.0)
-    assert all(stage["seconds"] > 0 for stage in report["shapes"][0]["stages"])
+    stages = report["shapes"][0]["stages"]
+    assert all(stage["seconds"] > 0 for stage in stages)
+    tower = next(stage for stage in stages if stage["name"] == "tower, K pictures")
+    assert tower["work"]["flops"] == Counts(checkpoint.model.config, 4).tower(PATCHES, 6).flops
+    assert f"| {tower['work']['flops'] / 1e9:.3g} |" in printed
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_command_line_has_it_too_and_prints_json(monkeypatch, capsys):
     assert set(NAMES) == {"miniature", *SHAPES}
+    assert MODES == ("U", "U'", "X", "X'", "C", "F", f"F+{OPENED}")
     monkeypatch.setattr(sys, "argv", ["retrv-r1", "bench", "--json", "--shape", "ratio"])
     argv = ["--shape", "ratio", "--top-k", "6", "--rounds", "1", "--steps", "0", "--concurrency", "--no-stages"]
     assert cli.main(["bench", *argv, "--json"]) == 0
@@ -139,6 +144,30 @@ def test_the_command_line_has_it_too_and_prints_json(monkeypatch, capsys):
     assert report["command"] == "retrv-r1 bench --json --shape ratio"
     assert report["shapes"][0]["modes"][0]["mode"] == "U"
     assert "| x faster than U |" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        (["--rounds", "0"], "expected a whole number, at least 1, got '0'"),
+        (["--top-k", "200"], "expected a whole number, 1 to 127, got '200'"),
+        (["--steps", "-1"], "expected a whole number, at least 0, got '-1'"),
+        (["--concurrency", "x"], "expected a whole number, at least 1, got 'x'"),
+        (["--think-share", "2"], "expected a share, 0 to 1, got '2'"),
+        (["--modes", "U", "Z"], "invalid choice: 'Z'"),
+    ],
+)
+def test_arguments_out_of_range_are_told_before_anything_is_measured(argument, expected, capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["--shape", "ratio", *argument])
+    assert expected in capsys.readouterr().err
+
+
+def test_the_modes_to_compare_with_are_always_there(tmp_path):
+    argv = ["--shape", "ratio", "--top-k", "6", "--rounds", "1", "--steps", "0", "--concurrency", "--no-stages"]
+    assert bench.main([*argv, "--modes", "C", "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "bench.json").read_text())
+    assert [row["mode"] for row in report["shapes"][0]["modes"]] == ["U", "C", "F"]
 
 
 @pytest.mark.parametrize("k", [50, 127])

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from retrv_r1_retriever.engines.base import Compressor, Engine
-from retrv_r1_retriever.engines.local import LocalEngine
+from retrv_r1_retriever.engines.local import LocalEngine, batcher
 from retrv_r1_retriever.engines.local.kv import KvPool, StepCache
 from retrv_r1_retriever.errors import EngineError, InputError
 from retrv_r1_retriever.model.embedding import encode_pictures
@@ -367,3 +367,21 @@ def test_a_pool_that_ran_out_of_memory_can_be_used_again(monkeypatch):
     taken += [pool.take(), pool.take()]
     assert sorted(taken) == [0, 1, 2, 3]
     assert {tuple(layer.shape) for layer in pool.layers} == {(4, 1, 9, 4)}
+
+
+async def test_a_pass_is_counted_before_anybody_is_told(engine, monkeypatch):
+    """Whoever subtracts what the engine counted before a call from what it counted after it gets that call's own time."""
+    told = []
+    finish = batcher._finish
+    monkeypatch.setattr(batcher, "_finish", lambda job, result: (told.append(counted(engine)), finish(job, result)))
+    handle = await engine.open(make_prompt(engine, QUERIES[0], 4))
+    for _ in range(3):
+        steps, passes = counted(engine)
+        await engine.probe(handle, ANSWER_START)
+        assert told[-1] == counted(engine)
+        assert told[-1][0] - steps >= told[-1][1] - passes > 0
+    await engine.close(handle)
+
+
+def counted(engine: LocalEngine) -> tuple[float, float]:
+    return engine.step_seconds, engine.forward_seconds

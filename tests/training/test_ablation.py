@@ -54,7 +54,7 @@ def test_the_shipped_rows_and_what_each_shares_with_full(tmp_path):
         "full": "grpo", "no-rl": "polish", "fixed-lambda-0.5": "polish", "no-sft": "align", "no-inspection": "eliminate",
         "no-icm-all-full": "align", "no-content-token": "embedder", "no-relation-token": "embedder",
         "no-self-alignment": "embedder", "memory-not-frozen": "align", "preset-paper": "embedder",
-        "pointwise": "align", "all-full-long": "polish",
+        "pointwise": "align", "all-full": "polish",
     }  # fmt: skip
     assert shared(full, made.recipe_of(rows["full"], 1)) == []
 
@@ -239,7 +239,7 @@ def test_two_rows_train_measure_and_resume(small, monkeypatch):
         "no-sft",
         "preset-paper",
         "pointwise",
-        "all-full-long",
+        "all-full",
     ],
 )
 def test_the_other_rows_train_and_measure(small, name):

@@ -172,15 +172,12 @@ class Batcher:
     @torch.inference_mode()
     def _step(self, jobs: list[Job]) -> list[Job]:
         """Advance every job by one pass; returns those that go on."""
-        started = time.perf_counter()
-        try:
-            with torch.autocast(self._model.device.type, self._autocast, enabled=self._autocast is not None):
-                return [job for group in self._groups(jobs) for job in self._pass(group)]
-        finally:
-            self.step_seconds += time.perf_counter() - started
+        with torch.autocast(self._model.device.type, self._autocast, enabled=self._autocast is not None):
+            return [job for group in self._groups(jobs) for job in self._pass(group)]
 
     def _pass(self, group: list[Job]) -> list[Job]:
         """One pass for a group. Where it fails every job is tried alone, so that a bad one takes no other with it."""
+        started = time.perf_counter()
         try:
             logits = self._read([(job.handle, job.chunk()) for job in group])
         except Exception as error:
@@ -188,15 +185,20 @@ class Batcher:
                 return [job for one in group for job in self._pass([one])]
             _fail(group[0], error)
             return []
-        going: list[Job] = []
-        for job, row in zip(group, logits, strict=True):
-            job.handle.pending = []
-            if job.suffix is not None:
-                job.handle.length -= len(job.suffix)  # drop the fork
-                _finish(job, SlotRead(log_softmax(row[job.allowed])))
-            elif not self._advance(job, row):
-                going.append(job)
-        return going
+        answers = [self._answer(job, row) for job, row in zip(group, logits, strict=True)]
+        self.step_seconds += time.perf_counter() - started  # before anybody is told, who may look at it
+        for job, answer in zip(group, answers, strict=True):
+            if answer is not None:
+                _finish(job, answer)
+        return [job for job, answer in zip(group, answers, strict=True) if answer is None]
+
+    def _answer(self, job: Job, row: Tensor) -> SlotRead | Generation | None:
+        """After its pass; None: the job goes on."""
+        job.handle.pending = []
+        if job.suffix is None:
+            return self._advance(job, row)
+        job.handle.length -= len(job.suffix)  # drop the fork
+        return SlotRead(log_softmax(row[job.allowed]))
 
     def _groups(self, jobs: list[Job]) -> list[list[Job]]:
         """Rows that read one token are batched apart from long ones, which would pad them.
@@ -241,8 +243,8 @@ class Batcher:
             handle.row = self._pool.take()
         return handle.row
 
-    def _advance(self, job: Job, logits: Tensor) -> bool:
-        """Sample one token; True when the job is finished."""
+    def _advance(self, job: Job, logits: Tensor) -> Generation | None:
+        """Sample one token; what was generated, once that is finished."""
         params, handle = job.params, job.handle
         assert params is not None
         before, previous = handle.recent
@@ -257,13 +259,11 @@ class Batcher:
         handle.next_position += 1
         stop = next((s for s in params.stop if self._processor.token_id(s) == token), None)
         if stop is None and token != self._eos_id and len(job.ids) < params.max_new_tokens:
-            return False
+            return None
         text = str(self._processor.tokenizer.decode(job.ids, skip_special_tokens=False))
-        generation = Generation(
+        return Generation(
             text, len(job.ids), stop, tuple(job.ids), tuple(job.logprobs), tuple(job.tracked), job.slot_logprobs
         )
-        _finish(job, generation)
-        return True
 
 
 def log_softmax(logits: Tensor) -> tuple[float, ...]:
