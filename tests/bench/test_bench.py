@@ -135,7 +135,7 @@ def test_the_command_prints_tables_and_writes_json_and_a_picture(checkpoint, tmp
 
 def test_the_command_line_has_it_too_and_prints_json(monkeypatch, capsys):
     assert set(NAMES) == {"miniature", *SHAPES}
-    assert MODES == ("U", "U'", "X", "X'", "C", "F", f"F+{OPENED}")
+    assert ("U", "U'", "X", "X'", "C", "F", f"F+{OPENED}") == MODES
     monkeypatch.setattr(sys, "argv", ["retrv-r1", "bench", "--json", "--shape", "ratio"])
     argv = ["--shape", "ratio", "--top-k", "6", "--rounds", "1", "--steps", "0", "--concurrency", "--no-stages"]
     assert cli.main(["bench", *argv, "--json"]) == 0
