@@ -81,7 +81,7 @@ def main(args: argparse.Namespace) -> int:
         fix = "Filter the run, or leave --from-run out."
         raise OptionsError(explain("--filter", expected="a search", got="--from-run, which searches nothing", fix=fix))
     check_output(args.report, args.run_file)
-    asked, unjudged = read_queries(args.file, config, qrels=args.qrels, limit=args.limit)
+    asked, unjudged, unasked = read_queries(args.file, config, qrels=args.qrels, limit=args.limit)
     if args.run_file:
         _check_ids(asked)
     qrels = {one.query.id or "": one.grades for one in asked} if asked[0].grades else None
@@ -95,7 +95,7 @@ def main(args: argparse.Namespace) -> int:
             )
         )  # fmt: skip
         settings = _settings(args, modes, retriever, config)
-        gaps = Gaps(_missing(retriever, asked), unjudged, _unlisted(stage, asked), measured.unreadable)
+        gaps = Gaps(_missing(retriever, asked), unjudged, unasked, _unlisted(stage, asked), measured.unreadable)
     outcome = Outcome.of(measured, qrels, price)
     notes = [*outcome.sentences(), *gaps.sentences(args, len(asked))]
     page = partial(write_page, outcome, notes, settings, retriever.images)

@@ -23,10 +23,14 @@ LATENCY_NOTE = "p50 and p95 are seconds per query, first stage included"
 
 @dataclass(frozen=True, slots=True)
 class Gaps:
-    """What the figures leave out, or count as not found. unreadable_queries: id -> why"""
+    """What the figures leave out, or count as not found.
+
+    unasked_queries: judged, but not in the file of queries; unreadable_queries: id -> why
+    """
 
     missing_positives: Sequence[str]
     unjudged_queries: int
+    unasked_queries: Sequence[str]
     queries_not_in_run: int
     unreadable_queries: Mapping[str, str]
 
@@ -36,6 +40,8 @@ class Gaps:
             yield f"right answers that are not in the store, so that no search can find them: {_counted(missing, ', ')}"
         if self.unjudged_queries:
             yield f"queries without a right answer in {args.qrels}, left out: {self.unjudged_queries}"
+        if unasked := self.unasked_queries:
+            yield f"in {args.qrels}, but not among the queries of {args.file}, left out: {_counted(unasked, ', ')}"
         if self.queries_not_in_run:
             lacking = f"{self.queries_not_in_run} of {total}"
             yield f"queries that {args.from_run} does not have: {lacking}; they count as not found"

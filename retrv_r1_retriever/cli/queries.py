@@ -34,8 +34,8 @@ class Asked:
 
 def read_queries(
     path: Path, config: Config, *, qrels: Path | None = None, limit: int | None = None
-) -> tuple[list[Asked], int]:
-    """All of them labelled, or none; and how many were left out because `qrels` do not judge them.
+) -> tuple[list[Asked], int, list[str]]:
+    """All of them labelled, or none; how many were left out because `qrels` do not judge them; and whom these judge, but nobody asks.
 
     qrels: judgements in place of the rows' own. Raises `InputError` naming file and line: a measurement over the readable part would
     be another measurement.
@@ -65,7 +65,8 @@ def read_queries(
     if 0 < len(bare) < len(chosen):
         got = f"{len(bare)} of {len(chosen)} queries without positives (first: {bare[0]!r})"
         raise InputError(explain(str(path), expected="right answers for all or none", got=got, fix="Add or drop them."))
-    return chosen, len(unjudged)
+    answered = (id for id, grades in (given or {}).items() if any(grade > 0 for grade in grades.values()))
+    return chosen, len(unjudged), [id for id in answered if id not in asked]  # those beyond `limit` are there
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:

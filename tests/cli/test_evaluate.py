@@ -108,6 +108,16 @@ def test_an_existing_run_is_reranked(indexed: Path, run: Run) -> None:
     assert "does not have" not in out
 
 
+def test_judged_queries_that_nobody_asks_are_named(indexed: Path, run: Run) -> None:
+    """Else the mean over a part of the judged queries is read as the mean over all of them."""
+    Path("qrels.txt").write_text("a 0 card1 1\n90:1 0 card0 1\nlost 0 card2 1\nbare 0 card2 0\n")
+    bare = ["eval", "queries.jsonl", "--qrels", "qrels.txt", "--mode", "never/logits"]
+    found = run(*bare, "--limit", 1, "--json").json
+    assert (found["queries"], found["unasked_queries"]) == (1, ["lost"])
+    out = " ".join(run(*bare).out.split())
+    assert "in qrels.txt, but not among the queries of queries.jsonl, left out: 1 (lost)" in out
+
+
 def test_a_filter_leaves_its_documents(indexed: Path, run: Run) -> None:
     bare = ["eval", "queries.jsonl", "--limit", 1, "--json", "--run", "run.txt"]
     assert run(*bare, "--filter", "modality=image").json["configuration"]["filter"] == ["modality=image"]
