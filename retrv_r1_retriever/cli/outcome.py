@@ -80,6 +80,8 @@ class Outcome:
         for name, words in self.words.items():
             took, total = self.efforts[name], len(self.measured.records[name])
             yield f"{name}: {words} {', '.join(f'{count} {status}' for status, count in took.statuses.items())}."
+            if took.timed < total:
+                yield f"{name}: p50 and p95 are over {took.timed} of {total} queries: the others had no candidates."
             if took.counted < total:
                 counted = f"{took.counted} of {total} queries"
                 yield f"{name}: opened and tokens are over {counted}: a fallback or a thought cut off leaves no count."

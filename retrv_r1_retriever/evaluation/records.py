@@ -14,7 +14,6 @@ import numpy as np
 from retrv_r1_retriever.errors import InputError, explain
 from retrv_r1_retriever.evaluation.metrics import Qrels, values
 from retrv_r1_retriever.evaluation.significance import PairedTest, paired_test
-from retrv_r1_retriever.trace import Usage
 from retrv_r1_retriever.types import RankedResults, Status, StopReason
 
 
@@ -67,7 +66,7 @@ def record_of(ranked: RankedResults, seconds: float | None = None, rest: Sequenc
         raise InputError(explain("query", expected="an id", got="None", fix="Pass Query.of(..., id=...)."))
     results, trace = ranked.results, ranked.trace
     selected = ranked.selected
-    usage = trace.usage if trace else None if results else Usage()  # without candidates no model was asked
+    usage = trace.usage if trace else None  # zeros for an empty list would make the others look cheap
     cut = trace is not None and bool(trace.turn) and trace.stop_reason in (None, StopReason.ENGINE_ERROR)
     return Record(
         query=ranked.query.id,
@@ -133,12 +132,13 @@ class Summary:
 class Effort:
     """What it took, labels or not. None = not measured.
 
-    p50, p95: seconds per query, of all queries
+    timed: queries that p50 and p95, seconds per query, are of: all that had candidates; without any, no model is asked
     counted: queries that opened, tokens_in, tokens_out are means of: nobody knows what a fallback or a cut thought took
     cost: per 1,000 queries in the currency of the prices, None without prices
     """
 
     statuses: Mapping[str, int]
+    timed: int
     p50: float | None
     p95: float | None
     counted: int
@@ -188,15 +188,16 @@ def summarise(records: Sequence[Record], qrels: Qrels, metrics: Sequence[str]) -
 
 
 def effort(records: Sequence[Record], price: Price | None = None) -> Effort:
-    p50, p95 = percentiles([r.seconds for r in records if r.seconds is not None])
+    seconds = [r.seconds for r in records if r.seconds is not None and r.before]
+    p50, p95 = percentiles(seconds)
     statuses = dict(sorted(Counter(r.status.value for r in records).items()))
     known = [(r.tokens_in, r.tokens_out, len(r.opened)) for r in records
              if r.tokens_in is not None and r.tokens_out is not None]  # fmt: skip
     if not known:
-        return Effort(statuses, p50, p95, 0, None, None, None)
+        return Effort(statuses, len(seconds), p50, p95, 0, None, None, None)
     read, written, opened = map(_mean, zip(*known, strict=True))
     cost = price.per_thousand(read, written) if price else None
-    return Effort(statuses, p50, p95, len(known), opened, read, written, cost)
+    return Effort(statuses, len(seconds), p50, p95, len(known), opened, read, written, cost)
 
 
 def losses(records: Sequence[Record], qrels: Qrels, k: int = 1) -> dict[str, int]:

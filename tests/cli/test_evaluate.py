@@ -130,6 +130,8 @@ def test_queries_that_a_run_lacks_are_counted(indexed: Path, run: Run) -> None:
     assert run("eval", "queries.jsonl", "--from-run", "run.txt", "--json").json["queries_not_in_run"] == 2
     out = " ".join(run("eval", "queries.jsonl", "--from-run", "run.txt").out.split())
     assert "queries that run.txt does not have: 2 of 3; they count as not found" in out
+    assert "p50 and p95 are over 1 of 3 queries: the others had no candidates." in out
+    assert "opened and tokens are over 1 of 3 queries" in out
 
 
 @pytest.mark.parametrize(

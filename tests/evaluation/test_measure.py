@@ -71,16 +71,17 @@ async def test_a_call_that_ran_out_of_time_took_its_time_and_unknown_tokens() ->
     assert (unread.tokens_in, unread.tokens_out) == (None, None)
     assert cut.tokens_in, "the prompt was read"
     assert cut.tokens_out is None, "what it had written is lost"
-    assert (nothing.tokens_in, nothing.tokens_out) == (0, 0), "no model was asked"
+    assert (nothing.tokens_in, nothing.tokens_out) == (None, None), "no model was asked: zeros would lower the means"
     assert [lost_by(r, {"doc-3"}) for r in records] == [
         LostBy.THOUGHT, LostBy.UNJUDGED, LostBy.UNJUDGED, LostBy.FIRST_STAGE,
     ]  # fmt: skip
     assert whole.tokens_in
     assert whole.tokens_out
     took = effort(records, Price(1, 1))
-    assert took.counted == 2
-    assert (took.tokens_in, took.tokens_out) == (whole.tokens_in / 2, whole.tokens_out / 2)
-    assert took.cost == pytest.approx((whole.tokens_in + whole.tokens_out) / 2 / 1_000)
+    assert (took.timed, took.counted) == (3, 1)
+    assert (took.tokens_in, took.tokens_out) == (whole.tokens_in, whole.tokens_out)
+    assert took.cost == pytest.approx((whole.tokens_in + whole.tokens_out) / 1_000)
+    assert (effort([nothing]).timed, effort([nothing]).p50) == (0, None), "the time of no reranking"
     assert took.p95 is not None
     assert took.p95 > TIMEOUT_S
     unknown = effort([unread, cut], Price(1, 1))
