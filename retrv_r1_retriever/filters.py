@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import ge, gt, le, lt
 from typing import Any
 
 from retrv_r1_retriever.errors import InputError, explain
@@ -69,6 +70,25 @@ class FilterTranslator:
                 self._equals(field, value)  # raises where no field can have it
             return self.sdk.FieldCondition(key=field, match=self.sdk.MatchAny(any=list(values)))
         return self.sdk.Filter(should=[self._equals(field, value) for value in values])
+
+
+def matches(asked: Filter, metadata: Mapping[str, Any]) -> bool:
+    """Whether Qdrant would find it: for what was not found, and might have been. Paths into lists (`a[].b`) are not followed."""
+    return (
+        all(_holds(c, metadata) for c in asked.must)
+        and (not asked.should or any(_holds(c, metadata) for c in asked.should))
+        and not any(_holds(c, metadata) for c in asked.must_not)
+    )
+
+
+def _holds(condition: Condition, metadata: Mapping[str, Any]) -> bool:
+    values = _values(lookup(metadata, condition.field))
+    if isinstance(condition, Range):
+        bounds = ((condition.gt, gt), (condition.gte, ge), (condition.lt, lt), (condition.lte, le))
+        numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+        return any(all(bound is None or within(number, bound) for bound, within in bounds) for number in numbers)
+    sought = (condition.value,) if isinstance(condition, Equals) else condition.values
+    return any(type(value) is type(one) and value == one for value in values for one in sought)
 
 
 #: Documents whose values say of what kind a field is, as `index_fields` wants to know.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from retrv_r1_retriever.cli.search import (
     check_output,
     filter_of,
     load_config,
+    no_match,
     opened_retriever,
     options_of,
 )
@@ -30,9 +31,10 @@ from retrv_r1_retriever.evaluation.measure import Measured, label, measure, tag
 from retrv_r1_retriever.evaluation.modes import check_modes
 from retrv_r1_retriever.evaluation.records import Price
 from retrv_r1_retriever.evaluation.runs import is_field, read_scored_run, write_run
+from retrv_r1_retriever.filters import matches
 from retrv_r1_retriever.options import Ranking, RerankOptions, Think
 from retrv_r1_retriever.retriever import RetrvR1Retriever
-from retrv_r1_retriever.store import FirstStage, VectorFirstStage
+from retrv_r1_retriever.store import Filter, FirstStage, VectorFirstStage
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -95,7 +97,9 @@ def main(args: argparse.Namespace) -> int:
             )
         )  # fmt: skip
         settings = _settings(args, modes, retriever, config)
-        gaps = Gaps(_missing(retriever, asked), unjudged, unasked, _unlisted(stage, asked), measured.unreadable)
+        missing, outside = _unfindable(retriever, asked, only, config, _retrieved(measured))
+        empty = no_match(args.filter, retriever.first_stage) if only and not _retrieved(measured) else None
+        gaps = Gaps(missing, outside, empty, unjudged, unasked, _unlisted(stage, asked), measured.unreadable)
     outcome = Outcome.of(measured, qrels, price)
     notes = [*outcome.sentences(), *gaps.sentences(args, len(asked))]
     page = partial(write_page, outcome, notes, settings, retriever.images)
@@ -158,13 +162,34 @@ def _stage(args: argparse.Namespace, retriever: RetrvR1Retriever, asked: Sequenc
     return RunFirstStage(own.store, found, own.with_memory)
 
 
-def _missing(retriever: RetrvR1Retriever, asked: Sequence[Asked], batch: int = 500) -> list[str]:
-    """Positives that are not in the store, sorted: no search can find them."""
+def _retrieved(measured: Measured) -> set[str]:
+    """Documents that any query got: one list was fetched for all modes."""
+    return {id for record in next(iter(measured.records.values())) for id in record.retrieved}
+
+
+def _unfindable(
+    retriever: RetrvR1Retriever,
+    asked: Sequence[Asked],
+    only: Filter | None,
+    config: Config,
+    retrieved: Set[str],
+    batch: int = 500,
+) -> tuple[list[str], list[str]]:
+    """Positives that no search can find, sorted: those that are not in the store, and those outside the filter."""
     assert isinstance(retriever.first_stage, VectorFirstStage)  # what a config makes
     wanted = sorted({id for one in asked for id in one.grades})
     parts = (wanted[start : start + batch] for start in range(0, len(wanted), batch))
-    found = {c.document.id for ids in parts for c in run(retriever.first_stage.store.get(ids, with_memory=False))}
-    return [id for id in wanted if id not in found]
+    inside = {}
+    fields = [condition.field for condition in only.must] if only else []
+    content = (config.store.id, config.store.text, config.store.image)
+    known = not any(
+        field in content or "[" in field for field in fields
+    )  # documents have these elsewhere than in metadata
+    for ids in parts:
+        for document in (c.document for c in run(retriever.first_stage.store.get(ids, with_memory=False))):
+            found = document.id in retrieved or not known
+            inside[document.id] = found or only is None or matches(only, document.metadata)
+    return [id for id in wanted if id not in inside], [id for id, within in inside.items() if not within]
 
 
 def _unlisted(stage: FirstStage, asked: Sequence[Asked]) -> int:

@@ -16,6 +16,7 @@ from retrv_r1_retriever.images import ImageSource
 from retrv_r1_retriever.report import ReportTable
 
 NAMED = 10  # of what is missing
+REASONS = 3  # of fallbacks, the most frequent first
 METRICS = ("recall@1", "recall@5", "recall@10", "mrr@10", "ndcg@10")  # the last one is tested for significance
 DEPTH = 10  # the deepest cut among them
 LATENCY_NOTE = "p50 and p95 are seconds per query, first stage included"
@@ -25,10 +26,13 @@ LATENCY_NOTE = "p50 and p95 are seconds per query, first stage included"
 class Gaps:
     """What the figures leave out, or count as not found.
 
+    missing_positives, outside_filter: right answers that no search can find; no_match: said where nothing matches the filter
     unasked_queries: judged, but not in the file of queries; unreadable_queries: id -> why
     """
 
     missing_positives: Sequence[str]
+    outside_filter: Sequence[str]
+    no_match: str | None
     unjudged_queries: int
     unasked_queries: Sequence[str]
     queries_not_in_run: int
@@ -38,6 +42,10 @@ class Gaps:
         """Nothing where nothing is amiss."""
         if missing := self.missing_positives:
             yield f"right answers that are not in the store, so that no search can find them: {_counted(missing, ', ')}"
+        if self.no_match:
+            yield self.no_match
+        if outside := self.outside_filter:
+            yield f"right answers outside the filter, so that no search can find them: {_counted(outside, ', ')}"
         if self.unjudged_queries:
             yield f"queries without a right answer in {args.qrels}, left out: {self.unjudged_queries}"
         if unasked := self.unasked_queries:
@@ -80,6 +88,10 @@ class Outcome:
         for name, words in self.words.items():
             took, total = self.efforts[name], len(self.measured.records[name])
             yield f"{name}: {words} {', '.join(f'{count} {status}' for status, count in took.statuses.items())}."
+            if reasons := [
+                f"{count}: {reason}" for reason, count in self.measured.fallbacks[name].most_common(REASONS)
+            ]:
+                yield f"{name}: why the model ranked nothing, for {'; for '.join(reasons)}"
             if took.timed < total:
                 yield f"{name}: p50 and p95 are over {took.timed} of {total} queries: the others had no candidates."
             if took.counted < total:
@@ -161,6 +173,7 @@ def outcome_json(outcome: Outcome, settings: Mapping[str, Any]) -> dict[str, Any
             **(asdict(outcome.summaries[name]) if outcome.summaries else {}),
             **asdict(one),
             "first_place_changed": sum(r.before[:1] != r.after[:1] for r in measured.records[name]),
+            "fallback_reasons": measured.fallbacks[name],
             "notes": measured.notes[name],
         }
         for name, one in outcome.efforts.items()

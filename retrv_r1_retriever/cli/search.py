@@ -86,12 +86,12 @@ def search(args: argparse.Namespace) -> int:
         results = retriever.retrieve(query, filter=only, options=options)
         unmatched = only is not None and not results.results
         if unmatched:
-            results = replace(results, reason=_no_match(args.filter, retriever.first_stage))
+            results = replace(results, reason=no_match(args.filter, retriever.first_stage))
     code = finish(args, results, retriever.images)
     return 0 if unmatched else code  # nothing failed: that is what was asked for
 
 
-def _no_match(conditions: Sequence[str], first_stage: FirstStage) -> str:
+def no_match(conditions: Sequence[str], first_stage: FirstStage) -> str:
     assert isinstance(first_stage, VectorFirstStage)  # what a config makes
     return f"0 of {run(first_stage.store.count()):,} documents match the filter {' and '.join(conditions)}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,7 +17,7 @@ from retrv_r1_retriever.options import RerankOptions
 from retrv_r1_retriever.reranker import as_candidates, bounded
 from retrv_r1_retriever.retriever import Reranker
 from retrv_r1_retriever.store import Filter, FirstStage
-from retrv_r1_retriever.types import Candidate, Query, RankedResults
+from retrv_r1_retriever.types import Candidate, Query, RankedResults, Status
 
 #: (what, done, total)
 ProgressFn = Callable[[str, int, int], None]
@@ -48,6 +49,7 @@ class Shown:
 class Measured:
     """records: mode -> one per query; seconds: of the first stage, per query; notes: what all traces of a mode note
 
+    fallbacks: mode -> reason -> queries
     unreadable: queries left out, with what is wrong with their picture
     shown: queries whose first place the reranking changed, and those left wrong, at most `limit` per mode and kind
     """
@@ -56,11 +58,15 @@ class Measured:
     records: dict[str, list[Record]] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
     notes: dict[str, list[str]] = field(default_factory=dict)
+    fallbacks: dict[str, Counter[str]] = field(default_factory=dict)
     unreadable: dict[str, str] = field(default_factory=dict)
     shown: dict[tuple[str, str], list[Shown]] = field(default_factory=dict)
 
     def add(self, mode: str, results: RankedResults, record: Record, grades: Mapping[str, int] | None) -> None:
         self.records.setdefault(mode, []).append(record)
+        reasons = self.fallbacks.setdefault(mode, Counter())
+        if results.status is Status.FALLBACK:
+            reasons[results.reason or "no reason given"] += 1
         notes = list(results.trace.notes) if results.trace else []
         self.notes[mode] = [note for note in self.notes.get(mode, notes) if note in notes]
         right = positives(grades or {})

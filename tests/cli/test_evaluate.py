@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from retrv_r1_retriever.evaluation.runs import read_run
+from retrv_r1_retriever.filters import matches
+from retrv_r1_retriever.store import Equals, Filter, OneOf, Range
 from retrv_r1_retriever.tracelog import read_traces
 from tests.cli.conftest import Run
 from tests.evaluation.mbeir_root import write_root
@@ -123,6 +125,34 @@ def test_a_filter_leaves_its_documents(indexed: Path, run: Run) -> None:
     assert run(*bare, "--filter", "modality=image").json["configuration"]["filter"] == ["modality=image"]
     assert set(read_run(Path("run.txt"))["a"]) == {"card0", "card2"}, "card1 has words, too"
     assert run(*bare, "--filter", "modality=smell").json["modes"][MODE]["ceiling"] == 0
+
+
+def test_right_answers_outside_the_filter_are_named(indexed: Path, run: Run) -> None:
+    """They are no loss of the first stage's: nobody let it find them."""
+    bare = ["eval", "queries.jsonl", "--mode", "never/logits", "--filter"]
+    found = run(*bare, "modality=image", "--json").json
+    assert (found["missing_positives"], found["outside_filter"], found["no_match"]) == (["elsewhere"], ["card1"], None)
+    assert run(*bare, "modality=image,text", "--json").json["outside_filter"] == ["card0"]
+    flat = " ".join(run(*bare, "modalty=image").out.split())
+    assert "0 of 4 documents match the filter modalty=image" in flat
+    assert "right answers outside the filter, so that no search can find them: 2 (card0, card1)" in flat
+    assert "K=20 never/logits: why the model ranked nothing, for 3: no candidates to rank" in flat
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        (Filter(must=(Equals("tags", "red"), Equals("shop.open", True))), True),
+        (Filter(must=(Equals("tags", "green"),)), False),
+        (Filter(must=(Equals("number", True),)), False),
+        (Filter(must=(Range("number", gte=1, lte=1),)), True),
+        (Filter(must=(Range("number", gt=1),)), False),
+        (Filter(should=(OneOf("tags", ("green", "blue")), Equals("number", 7))), True),
+        (Filter(must_not=(Equals("tags", "blue"),)), False),
+    ],
+)
+def test_a_filter_over_metadata(asked: Filter, expected: bool) -> None:
+    assert matches(asked, {"tags": ["red", "blue"], "number": 1, "shop": {"open": True}}) is expected
 
 
 def test_queries_that_a_run_lacks_are_counted(indexed: Path, run: Run) -> None:
