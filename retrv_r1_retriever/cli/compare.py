@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,15 @@ def add(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     if args.samples < 1:
         raise InputError(explain("--samples", expected="at least 1", got=args.samples, fix="Raise it."))
+    if args.seed < 0:
+        raise InputError(explain("--seed", expected="at least 0", got=args.seed, fix="Raise it."))
     first, second = map(read_run, args.runs)
     judged = read_qrels(args.qrels)
     qrels, unanswerable = _answerable(judged)
     tags = {str(path): run_tag(path) for path in args.runs}
     unjudged = {str(path): len(run.keys() - judged) for path, run in zip(args.runs, (first, second), strict=True)}
     missing = {str(path): _missing(run, qrels, path) for path, run in zip(args.runs, (first, second), strict=True)}
+    pools = list(_pools((first, second), qrels, args.runs, tags))
     rows: dict[str, dict[str, Any]] = {}
     for name in args.metric or METRICS:
         a, b = (list(values(run, qrels, name).values()) for run in (first, second))
@@ -50,6 +53,7 @@ def main(args: argparse.Namespace) -> int:
         print_json(
             {"runs": args.runs, "qrels": args.qrels, "queries": len(qrels), "samples": args.samples, "seed": args.seed,
              "tags": tags, "missing_queries": missing, "unjudged_queries": unjudged, "without_right_answer": unanswerable,
+             "different_pools": pools,
              "metrics": {name: row | {"test": asdict(row["test"])} for name, row in rows.items()}}
         )  # fmt: skip
         return 0
@@ -70,13 +74,27 @@ def main(args: argparse.Namespace) -> int:
     for path, count in unjudged.items():
         if count:
             print_wrapped(printable(f"{path} has {count} queries that are not in the qrels; they are left out"))
-    if len(pools := {tag.split(".")[1] for tag in tags.values() if tag.startswith("mbeir.")}) > 1:
-        print_wrapped(
-            f"the runs are over different pools ({', '.join(sorted(pools))}): their difference is not one of ranking"
-        )
+    for sentence in pools:
+        print_wrapped(printable(sentence))
     if unanswerable:
         print_wrapped(f"{unanswerable} queries of the qrels have no right answer and are left out")
     return 0
+
+
+def _pools(runs: Sequence[Run], qrels: Qrels, paths: Sequence[Path], tags: Mapping[str, str]) -> Iterator[str]:
+    """What says that the runs are not of one pool, or not of the one that was judged: their difference is then not one of ranking."""
+    named = {tag.split(".")[1] for tag in tags.values() if tag.startswith("mbeir.")}
+    found = [{document for query in qrels for document in run.get(query, ())} for run in runs]
+    if len(named) > 1:
+        yield f"the runs are over different pools ({', '.join(sorted(named))}): their difference is not one of ranking"
+    elif found[0].isdisjoint(found[1]):
+        yield (
+            "the runs share no document, so they seem to be over different pools: their difference is then not one of ranking"
+        )
+    judged = {document for grades in qrels.values() for document in grades}
+    for path, documents in zip(paths, found, strict=True):
+        if documents.isdisjoint(judged):
+            yield f"no document of {path} is in the qrels, so all its values are 0: they seem to be of different pools"
 
 
 def _cells(test: PairedTest) -> tuple[str, ...]:

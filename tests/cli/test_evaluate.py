@@ -322,6 +322,33 @@ def test_compare_two_runs(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPa
     assert "eval compare" in run("eval", "compare", "--help").out
 
 
+def test_compare_says_when_runs_are_of_different_pools(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever their tags: a run of another pool is worse, or better, for other reasons than its order."""
+    monkeypatch.chdir(tmp_path)
+    Path("qrels.txt").write_text("".join(f"q{i} 0 90:{i} 1\n" for i in range(5)))
+    Path("here.txt").write_text("".join(f"q{i} Q0 90:{i} 1 2 a\n" for i in range(5)))
+    Path("there.txt").write_text(Path("here.txt").read_text().replace("Q0 90:", "Q0 91:"))
+    compared = ["eval", "compare", "there.txt", "here.txt", "--qrels", "qrels.txt"]
+    flat = " ".join(run(*compared).out.split())
+    assert "the runs share no document, so they seem to be over different pools" in flat
+    assert "no document of there.txt is in the qrels, so all its values are 0" in flat
+    assert "no document of here.txt" not in flat
+    assert len(run(*compared, "--json").json["different_pools"]) == 2
+    assert (
+        run("eval", "compare", "here.txt", "here.txt", "--qrels", "qrels.txt", "--json").json["different_pools"] == []
+    )
+
+
+def test_compare_refuses_a_seed_below_0(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("qrels.txt").write_text("q 0 d 1\n")
+    Path("a.txt").write_text("q Q0 d 1 1 a\n")
+    refused = run("eval", "compare", "a.txt", "a.txt", "--qrels", "qrels.txt", "--seed", -1)
+    assert (refused.code, "--seed: expected at least 0, got -1" in refused.err) == (2, True), refused.err
+
+
 def test_mbeir_with_a_model(workplace: Path, run: Run) -> None:
     write_root(workplace / "data", 14, 2)
     arguments = ["eval", "mbeir", "--root", "data", "--top-k", "4", "--mode", "always/hybrid", "--report", "page.html"]
