@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict
 from functools import partial
@@ -82,7 +83,9 @@ def main(args: argparse.Namespace) -> int:
     if only and args.from_run:
         fix = "Filter the run, or leave --from-run out."
         raise OptionsError(explain("--filter", expected="a search", got="--from-run, which searches nothing", fix=fix))
-    check_output(args.report, args.run_file)
+    inputs = (args.file, args.qrels, args.from_run, Path(args.config))
+    check_output(args.report, args.traces, *_run_files(args, modes).values(), inputs=inputs)
+    files = _digests(args)  # now: they may change while the model reads
     asked, unjudged, unasked = read_queries(args.file, config, qrels=args.qrels, limit=args.limit)
     if args.run_file:
         _check_ids(asked)
@@ -96,7 +99,7 @@ def main(args: argparse.Namespace) -> int:
                 qrels=qrels, concurrency=args.concurrency, shown=args.shown, progress=Progress(),
             )
         )  # fmt: skip
-        settings = _settings(args, modes, retriever, config)
+        settings = _settings(args, modes, retriever, config, files)
         missing, outside = _unfindable(retriever, asked, only, config, _retrieved(measured))
         empty = no_match(args.filter, retriever.first_stage) if only and not _retrieved(measured) else None
         gaps = Gaps(missing, outside, empty, unjudged, unasked, _unlisted(stage, asked), measured.unreadable)
@@ -197,8 +200,22 @@ def _unlisted(stage: FirstStage, asked: Sequence[Asked]) -> int:
     return sum(one.query.id not in stage.run for one in asked) if isinstance(stage, RunFirstStage) else 0
 
 
+def _digests(args: argparse.Namespace) -> dict[str, str]:
+    """Of what the files say: another first stage under the same name makes other numbers."""
+    named = {"queries": args.file, "qrels": args.qrels, "from_run": args.from_run}
+    return {
+        name: hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
+        for name, path in named.items()
+        if path is not None and path.is_file()  # its reader names what is missing
+    }
+
+
 def _settings(
-    args: argparse.Namespace, modes: Sequence[RerankOptions], retriever: RetrvR1Retriever, config: Config
+    args: argparse.Namespace,
+    modes: Sequence[RerankOptions],
+    retriever: RetrvR1Retriever,
+    config: Config,
+    files: Mapping[str, str],
 ) -> dict[str, Any]:
     """What the numbers depend on; `id` stands in every run file's tag."""
     versions = getattr(getattr(retriever.reranker, "engine", None), "versions", {})
@@ -219,6 +236,7 @@ def _settings(
         "model": asdict(config.model),
         "modes": {label(options): asdict(options) for options in modes},
         "versions": dict(versions),
+        "files": dict(files),
     }
     return {"id": digest_of(values), **values}
 
@@ -231,6 +249,16 @@ def _check_ids(asked: Sequence[Asked]) -> None:
             raise InputError(explain("--run", expected="ids of queries without spaces", got=repr(id), fix=fix))
 
 
+def _run_files(args: argparse.Namespace, modes: Sequence[RerankOptions]) -> dict[RerankOptions, Path]:
+    """Of each mode; with several, the mode is part of the name."""
+    path: Path | None = args.run_file
+    if path is None:
+        return {}
+    if len(modes) == 1:
+        return {modes[0]: path}
+    return {options: path.with_name(f"{path.stem}.{tag(options)}{path.suffix}") for options in modes}
+
+
 def _write(
     args: argparse.Namespace,
     modes: Sequence[RerankOptions],
@@ -238,13 +266,11 @@ def _write(
     settings: Mapping[str, Any],
     write_page: Callable[[Path], object],
 ) -> Iterator[Path]:
-    """The page, and one run per mode; with several, the mode is part of the name."""
+    """The page, and one run per mode."""
     if args.report:
         write_page(args.report)
         yield args.report
-    for options in modes if args.run_file else ():
-        path: Path = args.run_file
-        own = path if len(modes) == 1 else path.with_name(f"{path.stem}.{tag(options)}{path.suffix}")
+    for options, own in _run_files(args, modes).items():
         write_run(
             own, {r.query: r.reranked for r in measured.records[label(options)]}, f"{tag(options)}.{settings['id']}"
         )

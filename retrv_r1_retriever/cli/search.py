@@ -6,7 +6,7 @@ import argparse
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -81,7 +81,7 @@ def search(args: argparse.Namespace) -> int:
     config = load_config(args)
     query, options = _query(args, settings.open_images(config)), options_of(args, config.rerank)
     only = filter_of(args.filter)
-    check_output(args.report)
+    check_output(args.report, inputs=(args.image, Path(args.config)))
     with opened_retriever(config) as retriever:
         results = retriever.retrieve(query, filter=only, options=options)
         unmatched = only is not None and not results.results
@@ -102,7 +102,7 @@ def rerank(args: argparse.Namespace) -> int:
     config = load_config(args)
     images = settings.open_images(config)
     query, options = _query(args, images), options_of(args, config.rerank)
-    check_output(args.report)
+    check_output(args.report, inputs=(args.image, *args.sources, Path(args.config)))
     documents = [document for source in args.sources for document in _documents(source)]
     # All of them are misses: nothing was indexed, and the caller has named every file.
     options = options.with_options(on_stale="recompute", max_recompute=min(len(documents), 127))
@@ -151,9 +151,16 @@ def finish(args: argparse.Namespace, results: RankedResults, images: ImageSource
     return 1 if results.status is Status.FALLBACK else 0
 
 
-def check_output(*paths: Path | None) -> None:
-    """Before the work, so that no result is lost to a wrong path. Raises `InputError`."""
+def check_output(*paths: Path | None, inputs: Iterable[Path | None] = ()) -> None:
+    """Before the work, so that no result is lost to a wrong path, and nothing that is read is written over. Raises `InputError`."""
+    taken = [path for path in inputs if path is not None]
     for path in filter(None, paths):
+        if any(_same(path, other) for other in taken):
+            fix = "Name another file: this one would be written over."
+            raise InputError(
+                explain(str(path), expected="a file of its own for what is written", got="one in use", fix=fix)
+            )
+        taken.append(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.is_dir() or not os.access(path.parent, os.W_OK):
@@ -162,6 +169,14 @@ def check_output(*paths: Path | None) -> None:
             raise InputError(
                 explain(str(path), expected="a file that can be written", got=error, fix="Fix the path.")
             ) from None
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Through links too."""
+    try:
+        return one.samefile(other)
+    except OSError:  # one of them is not there
+        return one.resolve() == other.resolve()
 
 
 def _query(args: argparse.Namespace, images: ImageSource) -> Query:

@@ -232,6 +232,39 @@ def test_every_file_says_what_its_numbers_depend_on(indexed: Path, run: Run) -> 
     )
 
 
+def test_what_the_files_say_is_part_of_the_id(indexed: Path, run: Run) -> None:
+    Path("r.txt").write_text("a Q0 note 1 0.5 t\n")
+    Path("qrels.txt").write_text("a 0 card1 1\n")
+    bare = ["eval", "queries.jsonl", "--from-run", "r.txt", "--qrels", "qrels.txt", "--mode", "never/logits", "--json"]
+    ids = [run(*bare).json["configuration"]["id"] for _ in range(2)]
+    assert len({*ids}) == 1
+    for name, text in (
+        ("r.txt", "a Q0 card1 1 0.5 t\n"),
+        ("qrels.txt", "a 0 card0 1\n"),
+        ("queries.jsonl", json.dumps(QUERIES[0])),
+    ):
+        Path(name).write_text(text)
+        ids.append(run(*bare).json["configuration"]["id"])
+    assert len({*ids}) == 4
+
+
+def test_no_output_is_written_over_an_input(indexed: Path, run: Run) -> None:
+    Path("r.txt").write_text("a Q0 note 1 0.5 t\n")
+    Path("r.retrv-r1.K2.never.logits.txt").symlink_to("r.txt")
+    Path("qrels.txt").write_text("a 0 card1 1\n")
+    before = {path: path.read_bytes() for path in Path().glob("*.*") if path.is_file()}
+    bare = ["eval", "queries.jsonl", "--from-run", "r.txt", "--qrels", "qrels.txt", "--mode", "never/logits"]
+    for more in (
+        ["--run", "r.txt"], ["--report", "queries.jsonl"], ["--report", "./qrels.txt"], ["--run", "retrv.toml"],
+        ["--traces", "r.txt"], ["--run", "r.txt", "--top-k", "2,3"], ["--run", "new.txt", "--report", "new.txt"],
+    ):  # fmt: skip
+        ran = run(*bare, *more)
+        assert (ran.code, "expected a file of its own for what is written" in ran.err) == (2, True), more
+    ran = run("rerank", "items/card0.png", "--text", "x", "--report", "items/card0.png")
+    assert (ran.code, "card0.png: expected a file of its own" in ran.err) == (2, True), ran.err
+    assert {path: path.read_bytes() for path in before} == before
+
+
 def test_queries_lost_by_the_first_stage_are_shown(indexed: Path, run: Run) -> None:
     Path("bm25.txt").write_text("a Q0 note 1 0.5 t\n")
     run("eval", "queries.jsonl", "--from-run", "bm25.txt", "--report", "page.html")
