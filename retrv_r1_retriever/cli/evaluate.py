@@ -31,7 +31,7 @@ from retrv_r1_retriever.evaluation.journal import digest_of
 from retrv_r1_retriever.evaluation.measure import Measured, label, measure, tag
 from retrv_r1_retriever.evaluation.modes import check_modes
 from retrv_r1_retriever.evaluation.records import Price
-from retrv_r1_retriever.evaluation.runs import is_field, read_scored_run, write_run
+from retrv_r1_retriever.evaluation.runs import check_field, read_scored_run, write_run
 from retrv_r1_retriever.filters import matches
 from retrv_r1_retriever.options import Ranking, RerankOptions, Think
 from retrv_r1_retriever.retriever import RetrvR1Retriever
@@ -243,10 +243,8 @@ def _settings(
 
 def _check_ids(asked: Sequence[Asked]) -> None:
     """Before the work: a run could not be written with them."""
-    for id in (one.query.id or "" for one in asked):
-        if not is_field(id):
-            fix = "Columns of a TREC file are split there. Rename it; a row without an id is named after file and line."
-            raise InputError(explain("--run", expected="ids of queries without spaces", got=repr(id), fix=fix))
+    for one in asked:
+        check_field("--run", "ids of queries", one.query.id or "")
 
 
 def _run_files(args: argparse.Namespace, modes: Sequence[RerankOptions]) -> dict[RerankOptions, Path]:

@@ -25,6 +25,10 @@ Qrels: TypeAlias = Mapping[str, Mapping[str, int]]
 Metric: TypeAlias = Callable[[Sequence[str], Mapping[str, int]], float]
 
 
+#: nDCG's gain is 2^grade - 1, which is no number any more from 1024 on; a sum of gains needs some room. Ours.
+MAX_GRADE = 1000
+
+
 def metric(name: str) -> Metric:
     """A metric by its name: `recall@5`, `mrr`, `mrr@10`, `ndcg@10`, `map@5`. Raises `InputError`."""
     kind, at, cut = name.partition("@")
@@ -76,6 +80,8 @@ def _reciprocal(ranking: Sequence[str], grades: Mapping[str, int], k: int) -> fl
 
 
 def _ndcg(ranking: Sequence[str], grades: Mapping[str, int], k: int) -> float:
+    if (largest := max(grades.values())) > MAX_GRADE:
+        raise InputError(explain("grade", expected=f"at most {MAX_GRADE}", got=largest, fix="Scale the grades down."))
     return _dcg([grades.get(d, 0) for d in ranking]) / _dcg(sorted(grades.values(), reverse=True)[:k])
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TextIO
 
 from retrv_r1_retriever.errors import InputError, explain
+from retrv_r1_retriever.evaluation.metrics import MAX_GRADE
 from retrv_r1_retriever.types import RankedResults
 
 _LAYOUT = "query Q0 document rank score tag"
@@ -78,6 +80,9 @@ def read_qrels(path: Path) -> dict[str, dict[str, int]]:
         value, where = _number(grade, f"{path}:{number}"), f"{path}:{number}"
         if not value.is_integer():
             raise InputError(explain(where, expected="a whole number as grade", got=grade, fix="Fix the line."))
+        if value > MAX_GRADE:
+            fix = "Scale the grades down: nDCG's gain is 2^grade - 1."
+            raise InputError(explain(where, expected=f"a grade of at most {MAX_GRADE}", got=grade, fix=fix))
         if (known := qrels.setdefault(query, {}).setdefault(document, int(value))) != value:
             got = f"{document!r} of query {query!r} as {known} and {grade}"
             raise InputError(explain(where, expected="one grade per document", got=got, fix="Keep one of the lines."))
@@ -100,8 +105,27 @@ def _is_json(path: Path) -> bool:
 
 
 def _judged_lines(path: Path) -> Iterator[tuple[str, str, str, float]]:
-    for number, (query, _, document, _, score, *_) in _rows(path, 5, _LAYOUT):
-        yield f"{path}:{number}", query, document, _number(score, f"{path}:{number}")
+    # A line cut off inside its score would be read with another score, and the document stand at another place.
+    width, where, fields = 0, "", [_LAYOUT] * 6
+    for number, fields in _rows(path, 5, _LAYOUT):
+        where = f"{path}:{number}"
+        width = width or min(len(fields), 6)
+        if len(fields) < width:
+            raise _cut_off(where, fields, f"{width} columns as in the first line")
+        yield where, fields[0], fields[2], _number(fields[4], where)
+    if len(fields) == 5 and not _ends_in_newline(path):
+        raise _cut_off(where, fields, "a newline behind the last score")
+
+
+def _cut_off(where: str, fields: Sequence[str], expected: str) -> InputError:
+    got = f"{' '.join(fields)!r}, which may be cut off"
+    return InputError(explain(where, expected=expected, got=got, fix="Restore the file, or complete the line."))
+
+
+def _ends_in_newline(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() in b"\r\n"
 
 
 def _judged_json(path: Path) -> Iterator[tuple[str, str, str, float]]:
@@ -147,16 +171,18 @@ def _number(text: object, where: str) -> float:
     return number
 
 
-def is_field(text: str) -> bool:
-    """Whether a TREC file can hold it: columns are split at spaces."""
-    return text.split() == [text]
+def check_field(what: str, ids: str, text: str) -> None:
+    """Raises `InputError` where a TREC file cannot hold `text`: columns are split at spaces, and UTF-8 has no half pairs."""
+    if text.split() != [text]:
+        fix = "Columns of a TREC file are split there. Rename it; a row without an id is named after file and line."
+        raise InputError(explain(what, expected=f"{ids} without spaces", got=repr(text), fix=fix))
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        fix = "Rename it: half a surrogate pair cannot be written."
+        raise InputError(explain(what, expected=f"{ids} in valid Unicode", got=repr(text), fix=fix)) from None
 
 
 def _field(text: str) -> str:
-    if not is_field(text):
-        raise InputError(
-            explain(
-                "TREC file", expected="ids without spaces", got=repr(text), fix="Rename it: columns are split there."
-            )
-        )
+    check_field("TREC file", "ids", text)
     return text

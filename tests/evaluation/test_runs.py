@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from retrv_r1_retriever.errors import InputError
+from retrv_r1_retriever.evaluation.metrics import values
 from retrv_r1_retriever.evaluation.runs import (
     read_qrels,
     read_run,
@@ -76,6 +77,36 @@ def test_bad_lines_name_file_and_line(tmp_path: Path) -> None:
             read(path)
     with pytest.raises(InputError, match="expected ids without spaces, got 'two words'"):
         write_run(path, {"q": ["two words"]}, "t")
+
+
+def test_a_run_cut_off_inside_a_score_is_no_run(tmp_path: Path) -> None:
+    """-11 cut to -1 would carry the document from place 11 to place 1."""
+    path = tmp_path / "run.txt"
+    write_run(path, {"q": [f"d{n}" for n in range(11)]}, "t")
+    path.write_text(path.read_text().removesuffix("1 t\n"))
+    with pytest.raises(InputError, match=r"run\.txt:11: expected 6 columns as in the first line, got 'q Q0 d10 11 -1'"):
+        read_run(path)
+    path.write_text("q Q0 a 1 -1\nq Q0 b 2 -1")
+    with pytest.raises(InputError, match=r"run\.txt:2: expected a newline behind the last score, got 'q Q0 b 2 -1'"):
+        read_run(path)
+    path.write_text("q Q0 a 1 -1\nq Q0 b 2 -2\n\n")
+    assert read_run(path) == {"q": ["a", "b"]}
+    path.write_text("q Q0 a 1 -1 my tag\nq Q0 b 2 -2 tag")
+    assert read_run(path) == {"q": ["a", "b"]}
+    path.write_text("")
+    assert read_run(path) == {}
+
+
+def test_what_cannot_be_measured_or_written_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "qrels.txt"
+    path.write_text("q 0 d 1000\nq 0 e 5000\n")
+    with pytest.raises(InputError, match=r"qrels\.txt:2: expected a grade of at most 1000, got 5000"):
+        read_qrels(path)
+    with pytest.raises(InputError, match="grade: expected at most 1000, got 5000"):
+        values({"q": ["d"]}, {"q": {"d": 5000}}, "ndcg@10")
+    assert values({"q": ["d"]}, {"q": dict.fromkeys(["d", *map(str, range(9))], 1000)}, "ndcg@10")["q"] < 1
+    with pytest.raises(InputError, match="expected ids in valid Unicode"):
+        write_run(path, {"\ud800": ["d"]}, "t")
 
 
 def test_run_of_needs_query_ids() -> None:
