@@ -298,7 +298,7 @@ def test_a_run_that_cannot_be_written_costs_nothing(indexed: Path, run: Run) -> 
     assert (refused.code, refused.out, Path("run.txt").exists()) == (2, "", False)
     assert "--run: expected ids of queries without spaces, got 'my queries.jsonl:1'" in refused.err
     assert "evaluating" not in refused.err, "before the work"
-    Path("half.jsonl").write_text('{"id": "\\\\ud800", "text": "two red circle"}\n')
+    Path("half.jsonl").write_text('{"id": "\\ud800", "text": "two red circle"}\n')
     assert "--run: expected ids of queries in valid Unicode" in run("eval", "half.jsonl", "--run", "run.txt").err
     (indexed / "items" / "card2.png").rename(indexed / "items" / "card 2.png")
     run("index", "items")
