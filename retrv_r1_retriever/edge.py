@@ -170,6 +170,11 @@ class EdgeStore:
         count: int = await self._call(lambda: self._shard.count(request))
         return count
 
+    async def memory_count(self) -> int:
+        """Points with memory in the index's own file, over all tenants; 0 for an index without memory."""
+        file = self._memory
+        return await self._call(file.count) if file is not None else 0
+
     async def index_fields(self, *fields: str) -> None:
         """Make filters on these payload fields, and on the tenant's, fast. Without, each one reads the payload of every point.
 

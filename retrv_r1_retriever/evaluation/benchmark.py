@@ -207,7 +207,8 @@ def _open(task: Task, setup: Setup, parts: Parts, failed: Mapping[str, str] = Ma
     rerankings = {}
     if parts.engine is not None:
         for options in setup.modes:
-            settings = {"first_stage": searched, "options": asdict(options), "versions": dict(parts.engine.versions)}
+            settings = {"first_stage": searched, "options": asdict(options), "versions": dict(parts.engine.versions),
+                        "kept": "rows with all candidates read"}  # earlier versions kept others too  # fmt: skip
             file = f"{name}.{label(options).replace(' ', '.').replace('/', '.').replace('=', '')}"
             rerankings[label(options)] = Journal(lists, file, settings, _check_record)
     skipped = [f"candidate {id}: {reason}" for id, reason in failed.items()]
@@ -268,7 +269,7 @@ async def _indexed(
     store = EdgeStore(folder, spec=parts.spec)
     try:
         failed: dict[str, str] = {}
-        if not (folder / "complete").exists():
+        if not await _whole(store, folder / "complete", parts):
             total = len(setup.data(next(t for t in setup.tasks if t.pool(setup.pool) == pool)).pool)
 
             def show(report: Any) -> None:
@@ -282,6 +283,16 @@ async def _indexed(
         yield store, failed
     finally:
         await store.close()
+
+
+async def _whole(store: EdgeStore, marker: Path, parts: Parts) -> bool:
+    """The marker counts what was written. Files may have been lost since: what is left would give other lists without a word."""
+    counts = [await store.count(), *([await store.memory_count()] if parts.compressor else [])]
+    return _says(marker, counts)
+
+
+def _says(marker: Path, counts: Sequence[int]) -> bool:
+    return marker.exists() and all(f"{count}\n" == marker.read_text() for count in counts)
 
 
 # -- first stage -------------------------------------------------------------------------------------------------------
@@ -354,11 +365,16 @@ async def _rerank(
 
 
 def _spoiled(ranked: RankedResults) -> str | None:
-    """Why this says nothing of the system: the engine failed, before or in a thought, or a picture that was indexed is gone."""
+    """Why this says nothing of the system: the engine failed, before or in a thought, or memory or a picture that was indexed is gone.
+
+    What the model left unjudged by itself, or for want of budget, is the system's own doing and counts.
+    """
     if ranked.status is Status.FALLBACK:
         return f"not reranked: {ranked.reason}"
     trace = ranked.trace
-    broken = trace is not None and (trace.stop_reason is StopReason.ENGINE_ERROR or trace.unreadable)
+    assert trace is not None  # only fallbacks have none
+    unread = {r.document.id for r in ranked} - {*trace.candidates}  # without memory they were not in the prompt
+    broken = trace.stop_reason is StopReason.ENGINE_ERROR or trace.unreadable or unread
     return f"not as asked for: {ranked.reason}" if broken else None
 
 

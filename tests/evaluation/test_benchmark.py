@@ -407,6 +407,15 @@ def test_a_thought_that_the_engine_broke_off_is_not_kept(whole: Path, tmp_path: 
     ]
 
 
+def test_what_a_thought_leaves_unjudged_counts(whole: Path, tmp_path: Path) -> None:
+    """It is the system's own doing: `partial`, and a number like any other."""
+    mine = replace(spoiled(whole, tmp_path, "", str), modes=(OPTIONS.with_options(think="always", ranking="hybrid"),))
+    brief = ScriptedEngine(Thought("a topic", (Verdict(0, "keep"),), (), 0), direct_read=False)
+    [task] = evaluate(mine, replace(parts(mine.root), engine=brief)).tasks
+    assert task.problems == ()
+    assert task.systems["K=20 always/hybrid"].statuses == {"partial": 4}
+
+
 def test_a_candidates_picture_that_is_gone_when_it_is_opened(whole: Path, tmp_path: Path) -> None:
     """The index is whole and the list is not: it must be made again when the picture is there."""
     mine = spoiled(whole, tmp_path, "", str)
