@@ -20,7 +20,7 @@ from retrv_r1_retriever.config import Config
 from retrv_r1_retriever.engines.base import Compressor
 from retrv_r1_retriever.errors import InputError, explain
 from retrv_r1_retriever.evaluation.benchmark import TASKS, Parts, Setup, Task, TaskRun, run_benchmark
-from retrv_r1_retriever.evaluation.journal import digest_of
+from retrv_r1_retriever.evaluation.journal import digest_of, fingerprint
 from retrv_r1_retriever.evaluation.measure import label, tag
 from retrv_r1_retriever.evaluation.records import LostBy, Record, lost_by
 from retrv_r1_retriever.evaluation.runs import run_lines
@@ -114,10 +114,16 @@ def _parts(config: Config, args: argparse.Namespace) -> Parts:
 
 
 def describe(setup: Setup, parts: Parts) -> dict[str, Any]:
-    """What the numbers depend on; `id` stands in every run file's tag."""
+    """What the numbers depend on; `id` stands in every run file's tag. tasks: those asked for, with what tells their files apart"""
+    absent = setup.absent()
+    files = {task.name: [] if task.name in absent else setup.files(task) for task in setup.tasks}
     values = {
         "benchmark": "M-BEIR test",
         "pool": setup.pool,
+        "tasks": {
+            name: digest_of([fingerprint(setup.root / file) for file in needed]) if needed else "files are missing"
+            for name, needed in files.items()
+        },
         "metric": "recall@k: any right answer among the first k; k = 10 for Fashion200K and FashionIQ, else 5",
         "first_stage": {"search": "exact cosine (Qdrant Edge)", "embedder": parts.embedder_digest},
         "fusion": "none",
@@ -130,7 +136,9 @@ def describe(setup: Setup, parts: Parts) -> dict[str, Any]:
 
 
 def results_folder(setup: Setup, configuration: Mapping[str, Any]) -> Path:
-    """A folder for each configuration: two runs into one `out` share its index, and neither overwrites the other's results."""
+    """A folder for each configuration, its tasks and data among it: two runs into one `out` share index and lists, and neither
+    overwrites the other's results.
+    """
     return setup.out / f"{setup.pool}.{configuration['id']}"
 
 

@@ -126,10 +126,12 @@ class Setup:
         """Raises `OptionsError`."""
         return Limits(self.out / "lines", self.max_bad_share)
 
+    def files(self, task: Task) -> tuple[str, ...]:
+        return (task.queries, task.qrels, task.pool(self.pool), INSTRUCTIONS.as_posix())
+
     def absent(self) -> dict[str, list[str]]:
         """Task -> its files that are not there."""
-        needed = {t.name: (t.queries, t.qrels, t.pool(self.pool), INSTRUCTIONS.as_posix()) for t in self.tasks}
-        found = {name: [f for f in files if not (self.root / f).is_file()] for name, files in needed.items()}
+        found = {t.name: [f for f in self.files(t) if not (self.root / f).is_file()] for t in self.tasks}
         return {name: files for name, files in found.items() if files}
 
     def data(self, task: Task) -> Dataset:

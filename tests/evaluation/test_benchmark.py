@@ -133,6 +133,22 @@ def test_results_of_other_settings_stand_beside_the_first(whole: Path, tmp_path:
     assert len([*(tmp_path / "index").iterdir()]) == 2, "of the local pool and of the union"
 
 
+def test_results_of_other_tasks_and_data_stand_beside_the_first(whole: Path, tmp_path: Path) -> None:
+    mine = spoiled(whole, tmp_path, "", str)
+    evaluate(mine)
+    first = results(mine.out)
+    before = files(first)
+    cached = replace(parts(mine.root), embedder=None)  # type: ignore[arg-type]
+    evaluate(replace(mine, tasks=(TASKS[0], CIRR)), cached)  # of fewer tasks than asked for, the lists are the same
+    assert len([*mine.out.glob("local.*")]) == 2
+    qrels = mine.root / CIRR.qrels
+    qrels.write_text(qrels.read_text().replace(" 1 7", " 0 7", 1))
+    evaluate(mine, cached)
+    assert len([*mine.out.glob("local.*")]) == 3
+    assert files(first) == before
+    assert len([*(mine.out / "lists").iterdir()]) == 2, "one of the first stage, one reranked"
+
+
 class Killed(BaseException):
     """Nothing catches it on its way out, as nothing catches a kill."""
 
@@ -335,8 +351,10 @@ def test_lists_over_an_incomplete_index_are_not_those_of_the_pool(whole: Path, t
     assert runs_of(news, mine.out) == runs_of(news, whole / "out")
 
 
-def runs_of(task: Task, out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (results(out) / "runs").glob(f"{task.name}*")}
+def runs_of(task: Task, out: Path) -> dict[str, object]:
+    """The newest, without their tags: these name the data."""
+    folder = max(out.glob("local.*"), key=lambda path: (path / "results.json").stat().st_mtime_ns)
+    return {path.name: read_scored_run(path) for path in (folder / "runs").glob(f"{task.name}*")}
 
 
 def test_a_query_picture_lost_before_another_mode_is_one_problem(whole: Path, tmp_path: Path) -> None:
