@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
@@ -196,6 +197,7 @@ def results_json(scores: BenchmarkScore, configuration: Mapping[str, Any]) -> di
         "average": scores.average,
         "complete": scores.complete,
         "absent": scores.absent,
+        "notes": _notes(scores, configuration),
         "tasks": {task.task: asdict(task) for task in scores.tasks},
     }
 
@@ -205,6 +207,17 @@ def _problems(scores: BenchmarkScore) -> list[str]:
     asked = len(scores.tasks) + len(absent)
     fewer = [f"{asked} of the {len(TASKS)} tasks were asked for"] if asked < len(TASKS) else []
     return fewer + absent + [f"{task.task}: {problem}" for task in scores.tasks for problem in task.problems]
+
+
+def _notes(scores: BenchmarkScore, configuration: Mapping[str, Any]) -> list[str]:
+    """A reranking changes places among its K candidates alone: a recall at K or beyond is the first stage's."""
+    notes = []
+    for k in sorted({options["top_k"] for options in configuration["modes"].values()}):
+        fixed = sorted(Counter(task.headline for task in scores.tasks if k <= task.headline).items())
+        metrics = " and ".join(f"R@{headline} ({count} tasks)" for headline, count in fixed)
+        if fixed:
+            notes.append(f"K={k}: reranking the first {k} cannot change {metrics}; take a larger --top-k")
+    return notes
 
 
 def _refusal(scores: BenchmarkScore) -> list[str]:
@@ -263,7 +276,7 @@ def _print(scores: BenchmarkScore, configuration: Mapping[str, Any], written: Se
         f"pool {configuration['pool']}, instruction seed {configuration['instruction_seed']}, fusion none, "
         f"positives of other data sets {'left out' if configuration['same_dataset'] else 'as in the qrels'}"
     )
-    for line in _refusal(scores):
+    for line in (*_notes(scores, configuration), *_refusal(scores)):
         print_wrapped(printable(line), indent=4)
     for path in written:
         print(f"wrote {path}")
@@ -284,7 +297,8 @@ def _write_report(
     intro = (
         f"{setup.pool.capitalize()} pools. Below the tables: queries that a reranking lost, {shown} per task and step."
     )
-    tables = [replace(first, note="\n".join(_refusal(scores)) or None), *rest, configuration_table(configuration)]
+    remarks = [*_notes(scores, configuration), *_refusal(scores)]
+    tables = [replace(first, note="\n".join(remarks) or None), *rest, configuration_table(configuration)]
     write_report(path, entries, title="M-BEIR", intro=intro, tables=tables, images=LocalImages(setup.root))
 
 

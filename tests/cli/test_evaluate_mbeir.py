@@ -49,3 +49,18 @@ def test_mbeir_keeps_no_row_of_candidates_without_memory(workplace: Path, run: R
     again = run(*COMMAND, "--top-k", 12).json["tasks"]["webqa_task1"]
     assert again["problems"] == []
     assert again["systems"]["K=12 never/logits"]["statuses"] == {"reranked": 2}
+
+
+def test_mbeir_says_which_recalls_a_small_k_cannot_change(workplace: Path, run: Run) -> None:
+    write_root(workplace / "data", 14, 1)
+    tasks = "webqa_task1,cirr_task7,fashioniq_task7"
+    command = ("eval", "mbeir", "--root", "data", "--tasks", tasks, "--mode", "never/logits", "--top-k", "5,6,11")
+    notes = [
+        "K=5: reranking the first 5 cannot change R@5 (2 tasks) and R@10 (1 tasks); take a larger --top-k",
+        "K=6: reranking the first 6 cannot change R@10 (1 tasks); take a larger --top-k",
+    ]
+    out = " ".join(run(*command, "--report", "page.html").out.split())
+    assert all(note in out for note in notes)
+    assert "K=11: reranking" not in out
+    assert all(note in Path("page.html").read_text() for note in notes)
+    assert run(*command, "--json").json["notes"] == notes
