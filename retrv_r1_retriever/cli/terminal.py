@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import sys
 import textwrap
@@ -49,27 +50,41 @@ def print_wrapped(text: str, *, indent: int = 0) -> None:
     print(textwrap.fill(text, terminal_width(), subsequent_indent=" " * indent, break_on_hyphens=False))
 
 
+#: Where heads may be broken, tried in turn: nowhere, at the last space, behind a slash too.
+_BREAKS = (r"(?!)", r" (?=[^ ]*$)", r" (?=[^ ]*$)|(?<=/)(?=.)")
+
+
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, indent: str = "") -> None:
     """Columns aligned, numbers to the right; the last column takes what is left of the line.
 
-    Figures are worth more than one line of heads: where these make a table of numbers too wide, they are set in two.
+    Figures are worth more than one line of heads: where it is these that make a table too wide, they are set in several. No head
+    is cut, also where the line gets too long by that: it says which column is which.
     """
-    heads = [[one_line(cell, 400) for cell in header]]
+    names = [one_line(cell, 400) for cell in header]
     body = [[one_line(cell, 400) for cell in row] for row in rows]
-    right = [all(_is_number(row[i]) for row in body) for i in range(len(header))]
-    room = terminal_width() - len(indent) - 2 * (len(header) - 1)
-    widths = [max(len(row[i]) for row in (*heads, *body)) for i in range(len(header))]
-    if sum(widths) > room and all(right[1:]):
-        heads = [list(parts) for parts in zip(*(cell.rpartition(" ")[::2] for cell in heads[0]), strict=True)]
-        widths = [max(len(row[i]) for row in (*heads, *body)) for i in range(len(header))]
-    widths[-1] = min(widths[-1], max(8, room - sum(widths[:-1])))
-    cells = [*heads, *body]
-    for row in cells:
+    right = [all(_is_number(row[i]) for row in body) for i in range(len(names))]
+    room = terminal_width() - len(indent) - 2 * (len(names) - 1)
+    of_figures = max((len(row[-1]) for row in body), default=0) <= len(names[-1])
+    for breaks in _BREAKS if of_figures else _BREAKS[:1]:
+        heads = _in_lines(names, breaks)
+        widths = [max(len(row[i]) for row in (*heads, *body)) for i in range(len(names))]
+        if sum(widths) <= room:
+            break
+    longest = max(len(line[-1]) for line in heads)
+    widths[-1] = min(widths[-1], max(8, longest, room - sum(widths[:-1])))
+    for row in (*heads, *body):
         parts = [
             one_line(cell, width).rjust(width) if flush_right else one_line(cell, width).ljust(width)
             for cell, width, flush_right in zip(row, widths, right, strict=True)
         ]
         print((indent + "  ".join(parts)).rstrip())
+
+
+def _in_lines(names: Sequence[str], breaks: str) -> list[list[str]]:
+    """As many lines as the head with the most parts has; the others stand at the bottom."""
+    parts = [re.split(breaks, name) for name in names]
+    height = max(map(len, parts))
+    return [list(line) for line in zip(*([""] * (height - len(p)) + p for p in parts), strict=True)]
 
 
 def _is_number(cell: str) -> bool:

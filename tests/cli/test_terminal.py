@@ -70,6 +70,33 @@ def test_the_heads_of_a_wide_table_of_numbers_take_two_lines(
     ]
 
 
+def test_heads_that_differ_at_their_end_are_never_cut(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Modes of `eval mbeir`, beside a column of words and an average that is refused."""
+    table = (
+        ("", "metric", "K=50 never/logits", "K=50 never/hybrid"),
+        [("CIRR", "R@5", "20.8", "27.1"), ("average", "", "refused", "refused")],
+    )
+    monkeypatch.setenv("COLUMNS", "45")
+    print_table(*table)
+    monkeypatch.setenv("COLUMNS", "40")
+    print_table(*table)
+    assert capsys.readouterr().out.splitlines() == [
+        "                 K=50          K=50",
+        "         metric  never/logits  never/hybrid",
+        "CIRR     R@5     20.8          27.1",
+        "average          refused       refused",
+        "                 K=50     K=50",
+        "                 never/   never/",
+        "         metric  logits   hybrid",
+        "CIRR     R@5     20.8     27.1",
+        "average          refused  refused",
+    ]
+    print_table(("", *(f"K={k} never/hybrid" for k in range(10, 20))), [("a", *"0123456789")])
+    assert [len(line.split()) for line in capsys.readouterr().out.splitlines()] == [10, 10, 10, 11]
+
+
 def test_control_characters_are_removed() -> None:
     assert printable("a\x1b[2Jb\u202ec\nd") == "a [2Jb c\nd"
     assert one_line("a\n\n b\tc", 4) == "a b…"
