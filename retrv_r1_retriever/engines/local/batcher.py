@@ -99,7 +99,7 @@ class Batcher:
         self._eos_id = self._model.config.text_config.eos_token_id
         self.forward_tokens = 0
         self.forward_seconds = 0.0
-        self.step_seconds = 0.0
+        self.step_seconds = self._counted_to = 0.0
         self.encoded_pictures = 0
 
     async def run(self, job: Job) -> Any:
@@ -172,12 +172,20 @@ class Batcher:
     @torch.inference_mode()
     def _step(self, jobs: list[Job]) -> list[Job]:
         """Advance every job by one pass; returns those that go on."""
-        with torch.autocast(self._model.device.type, self._autocast, enabled=self._autocast is not None):
-            return [job for group in self._groups(jobs) for job in self._pass(group)]
+        self._counted_to = time.perf_counter()
+        try:
+            with torch.autocast(self._model.device.type, self._autocast, enabled=self._autocast is not None):
+                return [job for group in self._groups(jobs) for job in self._pass(group)]
+        finally:
+            self._count()
+
+    def _count(self) -> None:
+        now = time.perf_counter()
+        self.step_seconds += now - self._counted_to
+        self._counted_to = now
 
     def _pass(self, group: list[Job]) -> list[Job]:
         """One pass for a group. Where it fails every job is tried alone, so that a bad one takes no other with it."""
-        started = time.perf_counter()
         try:
             logits = self._read([(job.handle, job.chunk()) for job in group])
         except Exception as error:
@@ -186,7 +194,7 @@ class Batcher:
             _fail(group[0], error)
             return []
         answers = [self._answer(job, row) for job, row in zip(group, logits, strict=True)]
-        self.step_seconds += time.perf_counter() - started  # before anybody is told, who may look at it
+        self._count()  # before anybody is told, who may look at it
         for job, answer in zip(group, answers, strict=True):
             if answer is not None:
                 _finish(job, answer)
