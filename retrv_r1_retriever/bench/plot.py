@@ -92,7 +92,7 @@ def draw_quality(report: dict[str, Any], file: Path) -> None:
     axes.set_title(
         f"Demo catalogue, {report['split']}, {report['rows'][0]['queries']} queries, K = {report['K']}; "
         f"{machine['processor']}, {machine['threads']} thread(s), torch {machine['torch']}",
-        loc="left", fontsize=9, color="#555",
+        loc="left", fontsize=8, color="#555",
     )  # fmt: skip
     figure.savefig(file, dpi=110)
 
