@@ -26,8 +26,8 @@ from typing import Any
 import torch
 
 from retrv_r1_retriever.bench.__main__ import Row, command, fetch_seconds, machine, say, table
-from retrv_r1_retriever.bench.arguments import whole
 from retrv_r1_retriever.bench.catalogue import Catalogue, Remembering, opened
+from retrv_r1_retriever.cli.terminal import whole
 from retrv_r1_retriever.demo.catalogue import TASKS, LabelledQuery, read_queries
 from retrv_r1_retriever.images import ImageData, ImageSource
 from retrv_r1_retriever.options import RerankOptions

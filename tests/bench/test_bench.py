@@ -149,10 +149,10 @@ def test_the_command_line_has_it_too_and_prints_json(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("argument", "expected"),
     [
-        (["--rounds", "0"], "expected a whole number, at least 1, got '0'"),
-        (["--top-k", "200"], "expected a whole number, 1 to 127, got '200'"),
-        (["--steps", "-1"], "expected a whole number, at least 0, got '-1'"),
-        (["--concurrency", "x"], "expected a whole number, at least 1, got 'x'"),
+        (["--rounds", "0"], "expected a whole number of at least 1, got '0'"),
+        (["--top-k", "200"], "expected a whole number from 1 to 127, got '200'"),
+        (["--steps", "-1"], "expected a whole number of at least 0, got '-1'"),
+        (["--concurrency", "x"], "expected a whole number of at least 1, got 'x'"),
         (["--think-share", "2"], "expected a share, 0 to 1, got '2'"),
         (["--modes", "U", "Z"], "invalid choice: 'Z'"),
     ],
