@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from retrv_r1_retriever.cli.terminal import share, whole
+from retrv_r1_retriever._arguments import share, whole
 from retrv_r1_retriever.types import MAX_CANDIDATES
 
 #: Of `shapes.SHAPES`, and the shipped model.

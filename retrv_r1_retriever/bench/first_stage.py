@@ -34,8 +34,8 @@ import numpy as np
 import qdrant_edge as edge
 from numpy.typing import NDArray
 
+from retrv_r1_retriever._arguments import whole
 from retrv_r1_retriever.bench.machine import processor
-from retrv_r1_retriever.cli.terminal import whole
 
 DIM, LATENT, TOP_K, BATCH = 256, 48, 50, 1000
 TIE = 1e-6  # of a cosine: two sums of 256 products in float32 differ by less, and either order is right

@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 
+from retrv_r1_retriever._arguments import whole
 from retrv_r1_retriever.bench.__main__ import Row, command, fetch_seconds, machine, say, table
 from retrv_r1_retriever.bench.catalogue import Catalogue, Remembering, opened
-from retrv_r1_retriever.cli.terminal import whole
 from retrv_r1_retriever.demo.catalogue import TASKS, LabelledQuery, read_queries
 from retrv_r1_retriever.images import ImageData, ImageSource
 from retrv_r1_retriever.options import RerankOptions
@@ -92,17 +92,17 @@ def calls(catalogue: Catalogue, asked: LabelledQuery, top_k: int, rounds: int) -
             images.seconds.clear()
             forward, step, started = engine.forward_seconds, engine.step_seconds, time.perf_counter()
             results = retriever.retrieve(asked.query, filter=only, options=replace(options, top_k=top_k))
-            whole = time.perf_counter() - started
+            total = time.perf_counter() - started
             assert len(results.results) == top_k, results.reason
             forward, step = engine.forward_seconds - forward, engine.step_seconds - step
-            rows.append(_parts(results, images.seconds, whole, forward, step))
+            rows.append(_parts(results, images.seconds, total, forward, step))
         medians = {part: 1e3 * median(row[part] for row in rows[1:]) for part in rows[0]}
         out.append({"task": asked.task, "K": str(top_k), "mode": name, **medians})
     return out
 
 
 def _parts(
-    results: RankedResults, pictures: Sequence[float], whole: float, forward: float, step: float
+    results: RankedResults, pictures: Sequence[float], total: float, forward: float, step: float
 ) -> dict[str, float]:
     """Of one call, in seconds. pictures: how long each took, the query's first; step: forward passes with what is around them"""
     assert results.trace is not None
@@ -114,8 +114,8 @@ def _parts(
         "batching and sampling ms": step - forward,
         "pictures ms": sum(pictures),
     }
-    outside = whole - forward
-    return {"outside the model ms": outside, **parts, "rest ms": outside - sum(parts.values()), "whole call ms": whole}
+    outside = total - forward
+    return {"outside the model ms": outside, **parts, "rest ms": outside - sum(parts.values()), "whole call ms": total}
 
 
 def profile(catalogue: Catalogue, asked: LabelledQuery, top_k: int) -> None:

@@ -26,10 +26,10 @@ from typing import Any
 
 import torch
 
+from retrv_r1_retriever._arguments import whole
 from retrv_r1_retriever._sync import run
 from retrv_r1_retriever.bench.__main__ import Row, command, machine, say, table
 from retrv_r1_retriever.bench.catalogue import Catalogue, opened
-from retrv_r1_retriever.cli.terminal import whole
 from retrv_r1_retriever.demo.figures import Asked, K, ask
 from retrv_r1_retriever.driver import read
 from retrv_r1_retriever.errors import RetrvR1Error

@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from retrv_r1_retriever.cli.terminal import at_least_one, print_json, print_table, print_wrapped, printable
+from retrv_r1_retriever._arguments import at_least_one, whole
+from retrv_r1_retriever.cli.terminal import print_json, print_table, print_wrapped, printable
 from retrv_r1_retriever.errors import InputError, explain
 from retrv_r1_retriever.evaluation.metrics import Qrels, Run, values
 from retrv_r1_retriever.evaluation.runs import read_qrels, read_run, run_tag
@@ -28,15 +29,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samples", type=at_least_one, default=SAMPLES, metavar="N", help="of bootstrap and randomisation"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=whole(0), default=0)
     parser.set_defaults(run=main)
 
 
 def main(args: argparse.Namespace) -> int:
-    if args.samples < 1:
-        raise InputError(explain("--samples", expected="at least 1", got=args.samples, fix="Raise it."))
-    if args.seed < 0:
-        raise InputError(explain("--seed", expected="at least 0", got=args.seed, fix="Raise it."))
     first, second = map(read_run, args.runs)
     judged = read_qrels(args.qrels)
     qrels, unanswerable = _answerable(judged)

@@ -7,9 +7,10 @@ import time
 from pathlib import Path
 
 from retrv_r1_retriever import config as settings
+from retrv_r1_retriever._arguments import at_least_one
 from retrv_r1_retriever.cli.search import load_config
 from retrv_r1_retriever.cli.show import describe, print_results
-from retrv_r1_retriever.cli.terminal import Progress, at_least_one, print_json, print_table, print_wrapped, printable
+from retrv_r1_retriever.cli.terminal import Progress, print_json, print_table, print_wrapped, printable
 from retrv_r1_retriever.demo import run as demo
 from retrv_r1_retriever.evaluation.comparison import Comparison
 from retrv_r1_retriever.images import LocalImages

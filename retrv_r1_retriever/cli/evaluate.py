@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
+from retrv_r1_retriever._arguments import at_least_one
 from retrv_r1_retriever._sync import run
 from retrv_r1_retriever.cli.outcome import DEPTH, Gaps, Outcome, outcome_json, print_outcome, write_page
 from retrv_r1_retriever.cli.queries import Asked, read_queries
@@ -23,7 +24,7 @@ from retrv_r1_retriever.cli.search import (
     opened_retriever,
     options_of,
 )
-from retrv_r1_retriever.cli.terminal import Progress, at_least_one, print_json
+from retrv_r1_retriever.cli.terminal import Progress, print_json
 from retrv_r1_retriever.config import Config
 from retrv_r1_retriever.errors import InputError, OptionsError, RetrvR1Error, explain
 from retrv_r1_retriever.evaluation.first_stage import RunFirstStage

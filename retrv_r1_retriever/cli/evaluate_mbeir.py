@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from retrv_r1_retriever import config as settings
+from retrv_r1_retriever._arguments import at_least_one
 from retrv_r1_retriever._sync import run
 from retrv_r1_retriever.cli.evaluate import add_modes, modes_of
 from retrv_r1_retriever.cli.outcome import configuration_table
 from retrv_r1_retriever.cli.search import add_options, check_output, load_config
-from retrv_r1_retriever.cli.terminal import Progress, at_least_one, print_json, print_table, print_wrapped, printable
+from retrv_r1_retriever.cli.terminal import Progress, print_json, print_table, print_wrapped, printable
 from retrv_r1_retriever.config import Config
 from retrv_r1_retriever.engines.base import Compressor
 from retrv_r1_retriever.errors import InputError, explain

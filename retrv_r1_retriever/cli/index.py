@@ -14,9 +14,10 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from retrv_r1_retriever import config as settings
+from retrv_r1_retriever._arguments import at_least_one
 from retrv_r1_retriever._sync import run
 from retrv_r1_retriever.cli.search import load_config
-from retrv_r1_retriever.cli.terminal import Progress, at_least_one, print_json, print_wrapped, printable
+from retrv_r1_retriever.cli.terminal import Progress, print_json, print_wrapped, printable
 from retrv_r1_retriever.config import Config
 from retrv_r1_retriever.errors import InputError, explain
 from retrv_r1_retriever.types import Content, Document

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrv_r1_retriever import config as settings
+from retrv_r1_retriever._arguments import at_least_one
 from retrv_r1_retriever._sync import run
 from retrv_r1_retriever.cli.search import load_config
-from retrv_r1_retriever.cli.terminal import Progress, at_least_one, one_line, print_json, print_table, terminal_width
+from retrv_r1_retriever.cli.terminal import Progress, one_line, print_json, print_table, terminal_width
 from retrv_r1_retriever.config import Config
 from retrv_r1_retriever.errors import OptionsError, StoreError, explain
 

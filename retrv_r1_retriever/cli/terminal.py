@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TextIO
 
 from retrv_r1_retriever.trace import strict_json
@@ -32,36 +31,6 @@ def terminal_width() -> int:
 
 def print_json(value: Any) -> None:
     print(strict_json(value, indent=2, default=str))
-
-
-def whole(least: int, most: int | None = None) -> Callable[[str], int]:
-    """The `type` of an argument that is a count."""
-    expected = f"a whole number of at least {least}" if most is None else f"a whole number from {least} to {most}"
-
-    def read(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least or (most is not None and value > most):
-            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
-        return value
-
-    return read
-
-
-at_least_one = whole(1)
-
-
-def share(text: str) -> float:
-    """A share, as the `type` of an argument."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a share, 0 to 1, got {text!r}")
-    return value
 
 
 def print_wrapped(text: str, *, indent: int = 0) -> None:

@@ -10,8 +10,9 @@ from collections import deque
 from pathlib import Path
 
 from retrv_r1_retriever import config as settings
+from retrv_r1_retriever._arguments import at_least_one
 from retrv_r1_retriever.cli.search import check_output, load_config
-from retrv_r1_retriever.cli.terminal import at_least_one, print_json
+from retrv_r1_retriever.cli.terminal import print_json
 from retrv_r1_retriever.errors import InputError, explain
 from retrv_r1_retriever.types import RankedResults
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -161,6 +162,14 @@ def test_arguments_out_of_range_are_told_before_anything_is_measured(argument, e
     with pytest.raises(SystemExit):
         bench.main(["--shape", "ratio", *argument])
     assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["", ".first_stage", ".outside", ".page", ".quality"])
+def test_each_bench_starts_by_itself(module):
+    """In a process that has imported nothing else of this package: a circle of imports shows nowhere else."""
+    command = [sys.executable, "-m", f"retrv_r1_retriever.bench{module}", "--help"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stderr) == (0, "")
 
 
 def test_the_modes_to_compare_with_are_always_there(tmp_path):

@@ -381,7 +381,9 @@ def test_compare_refuses_a_seed_below_0(tmp_path: Path, run: Run, monkeypatch: p
     Path("qrels.txt").write_text("q 0 d 1\n")
     Path("a.txt").write_text("q Q0 d 1 1 a\n")
     refused = run("eval", "compare", "a.txt", "a.txt", "--qrels", "qrels.txt", "--seed", -1)
-    assert (refused.code, "--seed: expected at least 0, got -1" in refused.err) == (2, True), refused.err
+    assert (refused.code, "--seed: expected a whole number of at least 0, got '-1'" in refused.err) == (2, True), (
+        refused.err
+    )
 
 
 def test_mbeir_with_a_model(workplace: Path, run: Run) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from retrv_r1_retriever.cli.terminal import at_least_one
+from retrv_r1_retriever._arguments import at_least_one
 from retrv_r1_retriever.errors import OptionsError, explain
 from retrv_r1_training.ablation import Row, Study
 from retrv_r1_training.arguments import add_threads

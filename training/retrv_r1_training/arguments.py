@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from retrv_r1_retriever.cli.terminal import at_least_one
+from retrv_r1_retriever._arguments import at_least_one
 
 
 def add_threads(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from retrv_r1_retriever.cli.terminal import at_least_one
+from retrv_r1_retriever._arguments import at_least_one
 from retrv_r1_retriever.errors import OptionsError, explain
 from retrv_r1_retriever.evaluation.offsets import MAX_BAD_SHARE
 from retrv_r1_training.convert import (

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from retrv_r1_retriever import _sync
 from retrv_r1_retriever import config as settings
-from retrv_r1_retriever.cli.terminal import at_least_one
+from retrv_r1_retriever._arguments import at_least_one
 from retrv_r1_retriever.errors import ImageError, InputError
 from retrv_r1_retriever.evaluation.mbeir import Dataset, Limits, RunFile
 from retrv_r1_retriever.evaluation.offsets import MAX_BAD_SHARE, Skipped

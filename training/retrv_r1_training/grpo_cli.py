@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from retrv_r1_retriever.cli.terminal import at_least_one, share
+from retrv_r1_retriever._arguments import at_least_one, share
 from retrv_r1_retriever.errors import missing_extra
 from retrv_r1_training.arguments import add_threads
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from retrv_r1_retriever.cli.terminal import at_least_one
+from retrv_r1_retriever._arguments import at_least_one
 from retrv_r1_training.arguments import add_threads
 from retrv_r1_training.miniature import Miniature, with_fewer_steps
 from retrv_r1_training.overrides import dump, load

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from retrv_r1_retriever.cli.terminal import at_least_one
+from retrv_r1_retriever._arguments import at_least_one
 from retrv_r1_retriever.errors import OptionsError, explain
 from retrv_r1_retriever.evaluation.mbeir import Limits
 from retrv_r1_retriever.evaluation.offsets import MAX_BAD_SHARE
